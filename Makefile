@@ -1,0 +1,35 @@
+# Two commands do everything: `make train` pretrains, `make test` tests. Both first make .venv, once.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup train test check format clean
+
+setup: $(STAMP)
+
+# constraints.txt pins torch to a release whose CPU wheel a machine may have on disk; nothing is compiled.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/python tools/prepare_data.py --corpus stdlib --tokenizer-vocab 4096 --out data/quickstart
+	$(BIN)/megalm train experiment=quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megalm
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,219 @@
+"""Frozen dataclasses that describe a run, one per group of ``conf/``. No torch, no logic: rules live in ``rules.py``.
+
+A config is composed once, checked once, and never changed afterwards. ``None`` always means "derived from something
+else", and the docstring of the field says from what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Identity of a run; ``dir/name`` is its folder."""
+
+    name: str
+    """Stable name: running it again resumes it. Never a timestamp, or a requeued job would not find itself."""
+    dir: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 1234
+    """Decides initial weights and data order, independently of the layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How ``megalm train`` starts ranks when no launcher (torchrun, srun, mpirun) has."""
+
+    ranks: int = 0
+    """Processes to start on this machine; 0: as many as tp·pp·cp."""
+    device: str = "auto"
+    """``auto`` (CUDA when there is one device per local rank, else CPU), ``cpu`` or ``cuda``."""
+    threads_per_rank: int = 1
+    """OMP threads of each rank that megalm starts itself; fixed, because sums depend on it in the last bit."""
+    timeout_seconds: int = 600
+    """Longest that one collective may take before the run is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Degrees of parallelism; the data-parallel degree is ranks / (tp·pp·cp)."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    virtual_stages: int = 1
+    schedule: str = "1f1b"
+    """Pipeline schedule: ``gpipe`` or ``1f1b``."""
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Architecture of a decoder-only Transformer (GPT)."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    """Key/value heads (grouped-query attention, Ainslie et al. 2023); None: as many as ``num_heads``."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the MLP; None: 4·hidden_size for GELU, 8/3·hidden_size rounded up to 64 for SwiGLU."""
+    vocab_size: int | None = None
+    """None: the vocabulary of the data."""
+    sequence_length: int
+    position: str = "learned"
+    """``learned`` absolute positions (GPT-2) or ``rotary`` (Su et al. 2021)."""
+    rotary_base: float = 10000.0
+    norm: str = "layernorm"
+    """``layernorm`` or ``rmsnorm`` (Zhang & Sennrich 2019)."""
+    norm_epsilon: float = 1e-5
+    activation: str = "gelu"
+    """``gelu`` (tanh approximation, as GPT-2) or ``swiglu`` (Shazeer 2020)."""
+    bias: bool = True
+    """Biases on linear layers and on LayerNorm."""
+    tie_embeddings: bool = True
+    """The output projection is the word embedding."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; residual projections use it divided by sqrt(2·num_layers) (GPT-2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is learnt from the tokens."""
+
+    name: str = "clm"
+    """``clm``: next-token prediction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Token shards and the order in which they are read."""
+
+    path: str
+    """A prepared dataset: a folder with ``train/`` and ``val/``, as ``tools/prepare_data.py`` writes it."""
+    block_sequences: int = 1
+    """Sequences read contiguously: the grain of shuffling and of input/output; 1 shuffles single sequences."""
+    lanes: int = 1
+    """Sample g belongs to lane ``g mod lanes``; each lane has its own stream of blocks."""
+    window_blocks: int = 1
+    """Blocks mixed together inside a lane."""
+    prefetch_batches: int = 2
+    """Batches that a background thread keeps ready."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW (Loshchilov & Hutter 2019), its learning-rate schedule, and clipping."""
+
+    lr: float
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices only: norms and biases are spared."""
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    schedule: str = "cosine"
+    """``cosine``, ``linear`` or ``constant``, after a linear warm-up."""
+    warmup_tokens: int = 0
+    decay_tokens: int | None = None
+    """Tokens after which the decay ends, counted from the start; None: all tokens of the run."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of the decay, relative to the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Numeric format and ZeRO stage (Rajbhandari et al. 2020)."""
+
+    dtype: str = "bf16"
+    """``fp32``, or ``bf16`` with fp32 masters and fp32 gradient accumulation."""
+    zero_stage: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save, what to keep, and what to start from."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep_last: int = 2
+    """Complete checkpoints kept; 0 keeps all."""
+    resume: str = "auto"
+    """``auto``: the newest complete checkpoint of this run, if it has any; ``never``: refuse a run that has some;
+    or the path of a checkpoint, which must load."""
+    init_from: str | None = None
+    """Path of a checkpoint whose weights (only) a fresh run starts from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """Where metrics go besides ``metrics.jsonl``, which is always written."""
+
+    wandb: str = "auto"
+    """``auto`` (online where an API key is set, else offline), ``online``, ``offline`` or ``disabled``."""
+    wandb_project: str = "megalm"
+    tensorboard: bool = True
+    every: int = 1
+    """Steps between lines on a console that is not a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machine that a job is planned for; ``gpus`` is what ``megalm check`` validates a layout against."""
+
+    name: str = "local"
+    gpus: int = 0
+    """Total GPUs of the job; 0: as many as ranks are started."""
+    gpus_per_node: int = 8
+    gpu: str | None = None
+    """Key into ``hardware.yaml``; None: detected, and MFU is null when the device is unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Length and batch of a run."""
+
+    steps: int
+    micro_batch_size: int
+    """Sequences per forward pass of one replica."""
+    global_batch_size: int
+    """Sequences per optimizer step over all replicas."""
+    validate_every: int = 0
+    """Steps between validations; 0: only at the end."""
+    validation_samples: int = 256
+    """Sequences per validation; at the end of a run, and in ``megalm evaluate``, the whole split is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a finished run leaves for a human: a loss curve and a sample."""
+
+    plot: bool = True
+    """Write ``loss.png`` into the run folder."""
+    prompt: str | None = None
+    """Text that the finished model continues; None: no sample."""
+    max_new_tokens: int = 120
+    temperature: float = 0.8
+    top_k: int = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a run is determined by."""
+
+    run: Run
+    model: Model
+    data: Data
+    optim: Optim
+    train: Train
+    launch: Launch = field(default_factory=Launch)
+    parallel: Parallel = field(default_factory=Parallel)
+    objective: Objective = field(default_factory=Objective)
+    engine: Engine = field(default_factory=Engine)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)
+    cluster: Cluster = field(default_factory=Cluster)
+    report: Report = field(default_factory=Report)

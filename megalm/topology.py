@@ -1,0 +1,146 @@
+"""Rank arithmetic: parallel degrees ▶ coordinates, groups and stage ownership. Pure Python, no torch.
+
+A *mesh* of ``pp × dp × cp × tp`` ranks, tensor parallelism innermost so that its all-reduces stay inside a node:
+
+    rank = ((pp_rank · dp + dp_rank) · cp + cp_rank) · tp + tp_rank
+
+*Axis* always means an axis of this mesh; *dim* means a dimension of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+AXES = ("pp", "dp", "cp", "tp")
+"""Axes of the mesh, outermost first."""
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where one rank sits on the mesh."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The degrees of a run and everything that follows from them.
+
+    Attributes:
+        tp: tensor-parallel degree; a layer's weights are split over ``tp`` ranks.
+        pp: pipeline-parallel degree; layers are split over ``pp`` ranks.
+        cp: context-parallel degree; the sequence is split over ``cp`` ranks.
+        dp: data-parallel degree; the batch is split over ``dp`` replicas.
+        virtual_stages: model chunks per pipeline rank (Narayanan et al. 2021, interleaved schedule).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    virtual_stages: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (*AXES, "virtual_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a degree is at least 1")
+
+    @classmethod
+    def from_world_size(
+        cls, world_size: int, *, tp: int = 1, pp: int = 1, cp: int = 1, virtual_stages: int = 1
+    ) -> Topology:
+        """The topology whose data-parallel degree fills ``world_size`` ranks."""
+        model_ranks = tp * pp * cp
+        if world_size < 1 or world_size % model_ranks:
+            raise ValueError(f"world_size={world_size} is no multiple of tp·pp·cp = {tp}·{pp}·{cp} = {model_ranks}")
+        return cls(tp=tp, pp=pp, cp=cp, dp=world_size // model_ranks, virtual_stages=virtual_stages)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def num_stages(self) -> int:
+        """Number of pipeline stages, virtual ones included."""
+        return self.pp * self.virtual_stages
+
+    def degree(self, axis: str) -> int:
+        """The degree along one axis."""
+        if axis not in AXES:
+            raise ValueError(f"axis={axis!r}: one of {', '.join(AXES)}")
+        return int(getattr(self, axis))
+
+    def rank_at(self, *, pp: int = 0, dp: int = 0, cp: int = 0, tp: int = 0) -> int:
+        """The rank at the given coordinates."""
+        return ((pp * self.dp + dp) * self.cp + cp) * self.tp + tp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """The coordinates of one rank."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank={rank}: ranks are 0 to {self.world_size - 1}")
+        rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
+        pp, dp = divmod(rest, self.dp)
+        return Coordinates(pp=pp, dp=dp, cp=cp, tp=tp)
+
+    def groups(self, *axes: str) -> list[tuple[int, ...]]:
+        """All groups whose members differ only along ``axes``; their union is every rank, each exactly once.
+
+        The order of groups and of members follows the ranks, so every rank that builds process groups from this list
+        builds them in the same order.
+        """
+        degrees = {axis: self.degree(axis) for axis in axes}
+        fixed = [axis for axis in AXES if axis not in degrees]
+        moving = [axis for axis in AXES if axis in degrees]
+        return [
+            tuple(self.rank_at(**at, **along) for along in self._points(moving)) for at in self._points(fixed)
+        ]
+
+    def group_of(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """The one group along ``axes`` that ``rank`` belongs to."""
+        here = self.coordinates(rank)
+        fixed = {axis: getattr(here, axis) for axis in AXES if axis not in axes}
+        return tuple(self.rank_at(**fixed, **along) for along in self._points([a for a in AXES if a in axes]))
+
+    def stage_owner(self, stage: int) -> int:
+        """The pipeline rank that runs a stage: stages are dealt round, so stage ``s`` lives on ``s mod pp``."""
+        return stage % self.pp
+
+    def stages_of(self, pp_rank: int) -> tuple[int, ...]:
+        """The stages of one pipeline rank, in the order in which an input meets them."""
+        return tuple(range(pp_rank, self.num_stages, self.pp))
+
+    @cached_property
+    def first_and_last_pp_ranks(self) -> tuple[int, ...]:
+        """Pipeline ranks that hold the embedding and the head; one rank when they coincide."""
+        return tuple(sorted({self.stage_owner(0), self.stage_owner(self.num_stages - 1)}))
+
+    def tied_groups(self) -> list[tuple[int, ...]]:
+        """Groups that share a tied embedding: every copy over first and last stage, cp and dp, for one tp rank.
+
+        One all-reduce over such a group gives every copy the same bits; two successive ones (over stages, then over dp)
+        would not, since the order in which a ring adds depends on where an element lies in its buffer.
+        """
+        stages = self.first_and_last_pp_ranks
+        return [
+            tuple(self.rank_at(pp=p, dp=d, cp=c, tp=t) for p in stages for d in range(self.dp) for c in range(self.cp))
+            for t in range(self.tp)
+        ]
+
+    def describe(self) -> str:
+        """One line for logs: only the degrees above 1, and the number of ranks."""
+        degrees = [f"{axis}{self.degree(axis)}" for axis in ("tp", "pp", "cp", "dp") if self.degree(axis) > 1]
+        if self.virtual_stages > 1:
+            degrees.append(f"v{self.virtual_stages}")
+        return f"{'·'.join(degrees) or 'one rank'} ({self.world_size} rank{'s' if self.world_size > 1 else ''})"
+
+    def _points(self, axes: list[str]) -> Iterator[dict[str, int]]:
+        for point in product(*(range(self.degree(axis)) for axis in axes)):
+            yield dict(zip(axes, point, strict=True))
