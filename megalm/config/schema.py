@@ -77,6 +77,20 @@ class Model:
     init_std: float = 0.02
     """Standard deviation of initial weights; residual projections use it divided by sqrt(2·num_layers) (GPT-2)."""
 
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, derived where the config leaves them open."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the MLP, derived where the config leaves it open."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.activation == "swiglu":
+            return -(-8 * self.hidden_size // 3 // 64) * 64
+        return 4 * self.hidden_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:

@@ -1,0 +1,122 @@
+"""The process groups of one rank, made once and passed explicitly; there is no global parallel state.
+
+Every layer takes the :class:`Group` it communicates over as an argument, so a layer can be built and tested with any
+degree, and a reader sees from a constructor call which axis it works on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megalm.topology import Coordinates, Topology
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate with each other along one or more axes of the mesh.
+
+    Attributes:
+        ranks: global ranks of the members, ascending.
+        index: position of this rank among them.
+        handle: the torch process group; None outside ``torch.distributed``, where every group has one member.
+    """
+
+    ranks: tuple[int, ...]
+    index: int
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of members: the parallel degree."""
+        return len(self.ranks)
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Reduce ``tensor`` over the members, in place; returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op, group=self.handle)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Copy member ``source``'s tensor to all members, in place; returns it."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=self.ranks[source], group=self.handle)
+        return tensor
+
+
+ALONE = Group(ranks=(0,), index=0)
+"""The group of a process that has no peers."""
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """This rank's place on the mesh, its device and its groups.
+
+    Attributes:
+        topology: the degrees.
+        rank: global rank.
+        device: where parameters and activations live.
+        tp: tensor-parallel group.
+        pp: pipeline group; its index is the pipeline rank.
+        data: data-parallel group (dp × cp): ranks that hold the same weights and see different tokens.
+        model: tp × pp: ranks that together hold one copy of the weights.
+        world: all ranks.
+        tied: every holder of this rank's slice of a tied embedding (first and last stage, all of dp × cp); None on
+            stages that hold none, and where first and last stage coincide.
+    """
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    tp: Group
+    pp: Group
+    data: Group
+    model: Group
+    world: Group
+    tied: Group | None
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
+        """One process that holds the whole model."""
+        return cls(
+            topology=Topology(), rank=0, device=torch.device(device), tp=ALONE, pp=ALONE, data=ALONE, model=ALONE,
+            world=ALONE, tied=None,
+        )
+
+    @classmethod
+    def create(cls, topology: Topology, device: torch.device | str = "cpu") -> ParallelContext:
+        """Make this rank's groups; collective over all ranks of an initialised ``torch.distributed``."""
+        rank = dist.get_rank()
+        if dist.get_world_size() != topology.world_size:
+            raise ValueError(f"{dist.get_world_size()} ranks started, the layout needs {topology.world_size}")
+
+        def along(*axes: str) -> Group:
+            return _make_group(topology.group_of(rank, *axes), rank)
+
+        tied = None
+        if len(topology.first_and_last_pp_ranks) > 1:
+            members = [group for group in topology.tied_groups() if rank in group]
+            tied = _make_group(members[0], rank) if members else None
+        world = Group(tuple(range(topology.world_size)), rank, dist.group.WORLD)
+        return cls(
+            topology=topology, rank=rank, device=torch.device(device), tp=along("tp"), pp=along("pp"),
+            data=along("dp", "cp"), model=along("pp", "tp"), world=world, tied=tied,
+        )
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Place on the mesh."""
+        return self.topology.coordinates(self.rank)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Stages that this rank runs."""
+        return self.topology.stages_of(self.coordinates.pp)
+
+
+def _make_group(ranks: tuple[int, ...], rank: int) -> Group:
+    """A group of its own for ``ranks``; only the members take part, which keeps start-up flat in the world size."""
+    handle = dist.new_group(list(ranks), use_local_synchronization=True)
+    return Group(ranks=ranks, index=ranks.index(rank), handle=handle)

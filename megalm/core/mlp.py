@@ -1,0 +1,64 @@
+"""The position-wise network of a block, its inner width split over a tensor-parallel group.
+
+Shapes: B batch, S sequence, H hidden, F inner width, T tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megalm.core.groups import Group
+from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class GeluMLP(nn.Module):
+    """Two linear layers around GELU (tanh approximation, as GPT-2): [B, S, H] ▶ [B, S, F/T] ▶ [B, S, H]."""
+
+    def __init__(
+        self, hidden_size: int, ffn_hidden_size: int, *, group: Group, std: float, projection_std: float, bias: bool
+    ) -> None:
+        super().__init__()
+        self.up = ColumnParallelLinear(hidden_size, (ffn_hidden_size,), group=group, std=std, bias=bias)
+        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, group=group, std=projection_std, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, H] ▶ [B, S, H]."""
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class SwigluMLP(nn.Module):
+    """``down(silu(gate x) · up x)`` (Shazeer 2020); gate and up are one column-parallel product."""
+
+    def __init__(
+        self, hidden_size: int, ffn_hidden_size: int, *, group: Group, std: float, projection_std: float, bias: bool
+    ) -> None:
+        super().__init__()
+        self.gate_up = ColumnParallelLinear(
+            hidden_size, (ffn_hidden_size, ffn_hidden_size), group=group, std=std, bias=bias
+        )
+        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, group=group, std=projection_std, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, H] ▶ [B, S, H]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def make_mlp(
+    activation: str,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    *,
+    group: Group,
+    std: float,
+    projection_std: float,
+    bias: bool,
+) -> GeluMLP | SwigluMLP:
+    """The network that a config names: ``gelu`` or ``swiglu``."""
+    kinds = {"gelu": GeluMLP, "swiglu": SwigluMLP}
+    if activation not in kinds:
+        raise ValueError(f"activation={activation!r}: {' or '.join(kinds)}")
+    return kinds[activation](
+        hidden_size, ffn_hidden_size, group=group, std=std, projection_std=projection_std, bias=bias
+    )
