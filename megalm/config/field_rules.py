@@ -1,0 +1,121 @@
+"""Rules about one field at a time: ranges, choices, names, and what this version does not do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megalm.config.schema import Config
+from megalm.config.support import BOUNDS, CHOICES, NOT_IN_THIS_VERSION
+from megalm.config.violation import Fix, Violation, spoken_list
+
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is checked: a config, and the number of ranks it is to run on."""
+
+    config: Config
+    world_size: int
+
+
+def value_of(config: Config, path: str) -> Any:
+    """The value at a dotted path such as ``parallel.tp``."""
+    section, name = path.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def with_value(config: Config, path: str, value: Any) -> Config:
+    """A copy of ``config`` with one field changed."""
+    section, name = path.split(".")
+    changed: Any = {section: replace(getattr(config, section), **{name: value})}
+    return replace(config, **changed)
+
+
+def is_in_bounds(config: Config, path: str) -> bool:
+    """Whether a number is within its range, so that other rules can calculate with it."""
+    value = value_of(config, path)
+    return value is None or BOUNDS[path].contain(value)
+
+
+def numbers_are_in_range(job: Job) -> Iterator[Violation]:
+    """Each number lies in its range (``support.BOUNDS``)."""
+    for path, bounds in BOUNDS.items():
+        if not is_in_bounds(job.config, path):
+            yield Violation(path, value_of(job.config, path), "out of range", str(bounds))
+    if job.world_size < 1:
+        yield Violation("world_size", job.world_size, "no ranks to run on", "at least 1")
+
+
+def choices_are_known(job: Job) -> Iterator[Violation]:
+    """Each named alternative exists (``support.CHOICES``)."""
+    for path, choices in CHOICES.items():
+        value = value_of(job.config, path)
+        if value in choices:
+            continue
+        planned = NOT_IN_THIS_VERSION.get((path, value.lower()))
+        wrong = f"{planned} is not in this version" if planned else "there is no such choice"
+        yield Violation(path, value, wrong, f"{path}={spoken_list(choices)}")
+
+
+def context_parallelism_is_off(job: Job) -> Iterator[Violation]:
+    """Context parallelism is not in this version."""
+    if job.config.parallel.cp > 1:
+        yield Violation(
+            "parallel.cp",
+            job.config.parallel.cp,
+            "context parallelism is not in this version",
+            "parallel.cp=1; parallel.tp splits the activations of a layer too",
+        )
+
+
+def virtual_stages_are_off(job: Job) -> Iterator[Violation]:
+    """Interleaved pipeline schedules are not in this version."""
+    if job.config.parallel.virtual_stages > 1:
+        yield Violation(
+            "parallel.virtual_stages",
+            job.config.parallel.virtual_stages,
+            "interleaved schedules are not in this version",
+            "parallel.virtual_stages=1; more micro-batches per step shrink the bubble as well",
+        )
+
+
+def sequence_parallelism_is_off(job: Job) -> Iterator[Violation]:
+    """Sequence parallelism (Korthikanti et al. 2022) is not in this version."""
+    if job.config.parallel.sequence_parallel:
+        yield Violation(
+            "parallel.sequence_parallel",
+            True,
+            "sequence parallelism is not in this version",
+            "parallel.sequence_parallel=false; train.micro_batch_size lowers activation memory",
+        )
+
+
+def run_has_a_folder_name(job: Job) -> Iterator[Violation]:
+    """``run.name`` is one plain folder name, the same on every file system."""
+    name = job.config.run.name
+    if _FOLDER_NAME.fullmatch(name) and len(name) <= 200:
+        return
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:200] or "run1"
+    wrong = "a run needs a name" if not name else "not a plain folder name (letters, digits, '.', '_', '-')"
+    yield Violation("run.name", name, wrong, fixes=(Fix("run.name", (plain,)),))
+
+
+def texts_are_not_empty(job: Job) -> Iterator[Violation]:
+    """Folders, paths and project names that are given are not empty."""
+    remedies = {
+        "run.dir": "a folder, such as run.dir=runs",
+        "data.path": "the folder of a prepared dataset, such as data.path=data/quickstart",
+        "checkpoint.resume": "checkpoint.resume=auto, never or the path of a checkpoint",
+        "checkpoint.init_from": "the path of a checkpoint, or checkpoint.init_from=null",
+        "logging.wandb_project": "a project name, such as logging.wandb_project=megalm",
+        "cluster.name": "a name, such as cluster.name=local",
+        "cluster.gpu": "a key of hardware.yaml such as cluster.gpu=a100_80gb, or cluster.gpu=null",
+    }
+    for path, right in remedies.items():
+        value = value_of(job.config, path)
+        if value is not None and not value.strip():
+            yield Violation(path, value, "empty", right)

@@ -1,0 +1,189 @@
+"""Plain mappings ▶ :class:`Config` and back, strictly: every unknown key, missing field and wrong type at once."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from megalm.config.schema import Config
+from megalm.config.violation import Violation, close_matches, spoken_list
+from megalm.errors import ConfigError
+
+MISSING_VALUE = "???"
+"""How a field without a value is spelt in YAML."""
+
+_WORDS: dict[type, str] = {
+    int: "an integer",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+
+
+def config_from_dict(mapping: Mapping[str, Any]) -> Config:
+    """The config that ``mapping`` (of nested mappings, as YAML yields) describes.
+
+    An integer is accepted where a number is wanted, and ``1e3`` where an integer is; nothing else is converted.
+
+    Raises:
+        ConfigError: unknown keys, missing fields and wrong types, all of them, one per line.
+    """
+    problems: list[Violation] = []
+    config = _parse_dataclass(Config, mapping, "", problems)
+    if problems:
+        raise ConfigError([str(problem) for problem in problems])
+    assert isinstance(config, Config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dictionaries; ``config_from_dict`` of them is ``config`` again."""
+    return asdict(config)
+
+
+def default_dict(schema: type = Config) -> dict[str, Any]:
+    """Every field of the schema with its default, :data:`MISSING_VALUE` where it has none."""
+    return {
+        name: default_dict(kind) if isinstance(kind, type) and is_dataclass(kind) else _default_of(schema, name)
+        for name, kind in _field_types(schema).items()
+    }
+
+
+def field_paths() -> dict[str, Any]:
+    """Dotted name of every field a user can set ▶ its type; sections themselves are not in it."""
+    return {
+        f"{section}.{name}": kind
+        for section, section_type in _field_types(Config).items()
+        for name, kind in _field_types(section_type).items()
+    }
+
+
+def section_names() -> tuple[str, ...]:
+    """The sections of a config, in order."""
+    return tuple(_field_types(Config))
+
+
+def describe_type(kind: Any) -> str:
+    """A field's type in words: ``an integer or null``."""
+    return spoken_list(_WORDS[member] for member in _members(kind))
+
+
+def unknown_key(path: str, value: Any) -> Violation:
+    """The violation of setting a field that does not exist, with the names that may have been meant."""
+    section, _, name = path.rpartition(".")
+    known = [full.partition(".")[2] for full in field_paths() if full.startswith(f"{section}.")]
+    candidates = known if known else section_names()
+    close = close_matches(name, candidates)
+    elsewhere = [full for full in field_paths() if full.rpartition(".")[2] == name]
+    if close:
+        right = f"did you mean {spoken_list(f'{section}.{word}' if known else word for word in close)}?"
+    elif elsewhere:
+        right = f"did you mean {spoken_list(elsewhere)}?"
+    else:
+        right = f"the {'fields of ' + section if known else 'sections'} are {spoken_list(candidates, 'and')}"
+    return Violation(path, value, "there is no such field", right)
+
+
+def _parse_dataclass(schema: type, mapping: Any, path: str, problems: list[Violation]) -> Any:
+    """An instance of ``schema``; None, and something in ``problems``, when that is not possible."""
+    kinds = _field_types(schema)
+    if not isinstance(mapping, Mapping):
+        problems.append(
+            Violation(path or "config", mapping, "not a mapping", f"a mapping with {spoken_list(kinds, 'and')}")
+        )
+        return None
+    before = len(problems)
+    for key in mapping:
+        if key not in kinds:
+            problems.append(unknown_key(_join(path, str(key)), mapping[key]))
+    values = {
+        name: _parse_field(kind, mapping.get(name, _absent(kind)), _join(path, name), problems)
+        for name, kind in kinds.items()
+        if name in mapping or _is_required(schema, name)
+    }
+    return schema(**values) if len(problems) == before else None
+
+
+def _absent(kind: Any) -> Any:
+    """What stands for a required value that is not given; a section then reports its own missing fields."""
+    return {} if is_dataclass(kind) else MISSING_VALUE
+
+
+def _parse_field(kind: Any, value: Any, full: str, problems: list[Violation]) -> Any:
+    if is_dataclass(kind):
+        assert isinstance(kind, type)
+        return _parse_dataclass(kind, value, full, problems)
+    if value == MISSING_VALUE:
+        problems.append(Violation(full, MISSING_VALUE, "a value is required", describe_type(kind)))
+        return None
+    for member in _members(kind):
+        accepted, parsed = _CONVERTERS[member](value)
+        if accepted:
+            return parsed
+    problems.append(Violation(full, value, f"this is {_describe_value(value)}", describe_type(kind)))
+    return None
+
+
+def _describe_value(value: Any) -> str:
+    """What a value of the wrong type is, in words."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, float):
+        return "no integer" if math.isfinite(value) else "not finite"
+    if isinstance(value, bool):
+        return "true or false"
+    return {int: "an integer", str: "text", list: "a list", type(None): "null"}.get(type(value), type(value).__name__)
+
+
+def _int(value: Any) -> tuple[bool, Any]:
+    if isinstance(value, float) and value.is_integer():
+        return True, int(value)
+    return isinstance(value, int) and not isinstance(value, bool), value
+
+
+def _float(value: Any) -> tuple[bool, Any]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False, value
+    try:
+        return math.isfinite(value), float(value)
+    except OverflowError:  # an integer beyond the range of float64
+        return False, value
+
+
+_CONVERTERS: dict[type, Callable[[Any], tuple[bool, Any]]] = {
+    int: _int,
+    float: _float,
+    bool: lambda value: (isinstance(value, bool), value),
+    str: lambda value: (isinstance(value, str), value),
+    type(None): lambda value: (value is None, value),
+}
+
+
+def _members(kind: Any) -> tuple[type, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _field_types(schema: Any) -> dict[str, Any]:
+    hints = get_type_hints(schema)
+    return {item.name: hints[item.name] for item in fields(schema)}
+
+
+def _field(schema: Any, name: str) -> Field[Any]:
+    return next(item for item in fields(schema) if item.name == name)
+
+
+def _is_required(schema: type, name: str) -> bool:
+    item = _field(schema, name)
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _default_of(schema: type, name: str) -> Any:
+    return MISSING_VALUE if _is_required(schema, name) else _field(schema, name).default
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

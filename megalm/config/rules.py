@@ -1,0 +1,149 @@
+"""Everything that makes a config one that can run, checked before any process starts.
+
+A rule is a generator of violations, named after what holds when it yields none. All rules always run, so a user sees
+everything wrong at once; and every value offered as a remedy has been tried against all rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from dataclasses import replace
+from typing import Any
+
+from megalm.config import cross_rules, field_rules
+from megalm.config.cross_rules import Rule, divisors
+from megalm.config.field_rules import Job, value_of, with_value
+from megalm.config.schema import Config
+from megalm.config.violation import Fix, Violation
+from megalm.topology import Topology
+
+RULES: tuple[Rule, ...] = (
+    field_rules.numbers_are_in_range,
+    field_rules.choices_are_known,
+    field_rules.run_has_a_folder_name,
+    field_rules.texts_are_not_empty,
+    field_rules.context_parallelism_is_off,
+    field_rules.virtual_stages_are_off,
+    field_rules.sequence_parallelism_is_off,
+    cross_rules.heads_divide_hidden_size,
+    cross_rules.kv_heads_divide_heads,
+    cross_rules.rotary_heads_are_even,
+    cross_rules.tensor_parallelism_divides_model,
+    cross_rules.stages_have_layers,
+    cross_rules.layout_fills_ranks,
+    cross_rules.batch_splits_evenly,
+    cross_rules.precision_and_zero_are_proven,
+    cross_rules.warmup_ends_before_decay,
+    cross_rules.one_source_of_weights,
+)
+
+_MOST_VALUES = 6
+
+
+def world_size_of(config: Config) -> int:
+    """Ranks that ``megalm train`` starts on this machine: ``launch.ranks``, or as many as tp·pp·cp."""
+    parallel = config.parallel
+    return config.launch.ranks or parallel.tp * parallel.pp * parallel.cp
+
+
+def planned_world_size_of(config: Config) -> int:
+    """Ranks of the job that is planned: ``cluster.gpus``, or what would be started on this machine."""
+    return config.cluster.gpus or world_size_of(config)
+
+
+def topology_of(config: Config, world_size: int) -> Topology:
+    """The topology of a valid config on ``world_size`` ranks; the data-parallel degree fills them."""
+    parallel = config.parallel
+    return Topology.from_world_size(
+        world_size, tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, virtual_stages=parallel.virtual_stages
+    )
+
+
+def violations(config: Config, world_size: int) -> list[str]:
+    """Everything wrong with running ``config`` on ``world_size`` ranks.
+
+    Returns:
+        One line per violation, ``field=value: what is wrong; what would be right``; empty when the config is good.
+    """
+    return [str(violation) for violation in find_violations(config, world_size)]
+
+
+def find_violations(config: Config, world_size: int) -> list[Violation]:
+    """What :func:`violations` prints, with its remedies reduced to those that break no other rule."""
+    job = Job(config, world_size)
+    found = _broken(job)
+    return [_with_tried_fixes(job, broken, violation, found.keys()) for broken, violation in found.items()]
+
+
+def data_violations(config: Config, vocab_size: int, chunk_tokens: int) -> list[str]:
+    """Everything in ``config`` that does not fit a dataset.
+
+    Args:
+        config: the run.
+        vocab_size: words of the dataset's tokenizer.
+        chunk_tokens: tokens per chunk of the dataset, of which a sequence takes a whole fraction.
+    """
+    found = []
+    model = config.model
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        found.append(
+            Violation(
+                "model.vocab_size",
+                model.vocab_size,
+                f"the dataset {config.data.path} has {vocab_size} words",
+                fixes=(Fix("model.vocab_size", (vocab_size, None)),),
+            )
+        )
+    if chunk_tokens % model.sequence_length:
+        lengths = _nearest(divisors(chunk_tokens), model.sequence_length)
+        found.append(
+            Violation(
+                "model.sequence_length",
+                model.sequence_length,
+                f"does not divide the chunks of {chunk_tokens} tokens of the dataset {config.data.path}",
+                fixes=(Fix("model.sequence_length", lengths),),
+            )
+        )
+    return [str(violation) for violation in found]
+
+
+def _broken(job: Job) -> dict[tuple[str, str], Violation]:
+    """Violations by (name of the rule, field)."""
+    return {(rule.__name__, violation.field): violation for rule in RULES for violation in rule(job)}
+
+
+def _with_tried_fixes(
+    job: Job, broken: tuple[str, str], violation: Violation, all_broken: Set[tuple[str, str]]
+) -> Violation:
+    """The violation with only those fixes that mend it and break nothing else."""
+    fixes = []
+    for fix in violation.fixes:
+        good = [value for value in fix.values if _broken(_after(job, fix.field, value)).keys() <= all_broken - {broken}]
+        if good:
+            is_own = fix.field == violation.field
+            fixes.append(Fix(fix.field, _nearest(good, violation.value if is_own else value_of(job.config, fix.field))))
+    if fixes or violation.right:
+        return replace(violation, fixes=tuple(fixes))
+    return replace(violation, right="no single value mends it: change the fields named here together", fixes=())
+
+
+def _after(job: Job, path: str, value: Any) -> Job:
+    """The job with one value changed, on the ranks that it would then run on."""
+    if path == "world_size":
+        return replace(job, world_size=value)
+    changed = with_value(job.config, path, value)
+    if path in ("launch.ranks", "cluster.gpus"):
+        return Job(changed, value)
+    config = job.config
+    follows_layout = not config.launch.ranks and job.world_size == world_size_of(config) != config.cluster.gpus
+    return Job(changed, world_size_of(changed) if follows_layout else job.world_size)
+
+
+def _nearest(values: Iterable[Any], target: Any) -> tuple[Any, ...]:
+    """A few of the values, closest to ``target`` where they are numbers, in their own order."""
+    kept = list(values)
+    numbers = [value for value in kept if isinstance(value, int)]
+    if isinstance(target, int) and len(numbers) > _MOST_VALUES:
+        close = sorted(numbers, key=lambda value: abs(value - target))[:_MOST_VALUES]
+        kept = [value for value in kept if value in close or value not in numbers]
+    return tuple(kept)

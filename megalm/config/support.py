@@ -1,0 +1,122 @@
+"""What this version of megalm runs: legal ranges, choices, and the combinations that a parity test proves.
+
+Rules read these tables; to support something new, prove it in ``tests/dist`` and extend its table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LARGEST_INT = 2**31 - 1
+LARGEST_INT64 = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """An interval; ``low_open`` and ``high_open`` exclude its ends."""
+
+    low: float
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+
+    def contain(self, value: float) -> bool:
+        """Whether the interval holds ``value``."""
+        above = value > self.low if self.low_open else value >= self.low
+        if self.high is None:
+            return above
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if self.low_open else f"at least {self.low}"
+        if self.high is None:
+            return low
+        return f"{low} and {'below' if self.high_open else 'at most'} {self.high}"
+
+
+_COUNT = Bounds(1, LARGEST_INT)
+_COUNT_OR_ZERO = Bounds(0, LARGEST_INT)
+_TOKENS = Bounds(1, LARGEST_INT64)
+_POSITIVE = Bounds(0, low_open=True)
+_UNIT = Bounds(0, 1)
+
+BOUNDS: dict[str, Bounds] = {
+    "run.seed": Bounds(0, LARGEST_INT64),
+    "launch.ranks": _COUNT_OR_ZERO,
+    "launch.threads_per_rank": _COUNT,
+    "launch.timeout_seconds": _COUNT,
+    "parallel.tp": _COUNT,
+    "parallel.pp": _COUNT,
+    "parallel.cp": _COUNT,
+    "parallel.virtual_stages": _COUNT,
+    "model.num_layers": _COUNT,
+    "model.hidden_size": _COUNT,
+    "model.num_heads": _COUNT,
+    "model.num_kv_heads": _COUNT,
+    "model.ffn_hidden_size": _COUNT,
+    "model.vocab_size": Bounds(2, LARGEST_INT),
+    "model.sequence_length": _COUNT,
+    "model.rotary_base": _POSITIVE,
+    "model.norm_epsilon": _POSITIVE,
+    "model.init_std": _POSITIVE,
+    "data.block_sequences": _COUNT,
+    "data.lanes": _COUNT,
+    "data.window_blocks": _COUNT,
+    "data.prefetch_batches": _COUNT,
+    "optim.lr": _POSITIVE,
+    "optim.beta1": Bounds(0, 1, high_open=True),
+    "optim.beta2": Bounds(0, 1, high_open=True),
+    "optim.epsilon": _POSITIVE,
+    "optim.weight_decay": Bounds(0),
+    "optim.clip_grad_norm": Bounds(0),
+    "optim.warmup_tokens": Bounds(0, LARGEST_INT64),
+    "optim.decay_tokens": _TOKENS,
+    "optim.min_lr_ratio": _UNIT,
+    "engine.zero_stage": Bounds(0, 3),
+    "checkpoint.every": _COUNT_OR_ZERO,
+    "checkpoint.keep_last": _COUNT_OR_ZERO,
+    "logging.every": _COUNT,
+    "cluster.gpus": _COUNT_OR_ZERO,
+    "cluster.gpus_per_node": _COUNT,
+    "train.steps": _COUNT,
+    "train.micro_batch_size": _COUNT,
+    "train.global_batch_size": _COUNT,
+    "train.validate_every": _COUNT_OR_ZERO,
+    "train.validation_samples": _COUNT,
+    "report.max_new_tokens": _COUNT,
+    "report.temperature": Bounds(0),
+    "report.top_k": _COUNT_OR_ZERO,
+}
+"""Legal values of every number in the schema; null, where the type allows it, is legal too."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "launch.device": ("auto", "cpu", "cuda"),
+    "parallel.schedule": ("1f1b", "gpipe"),
+    "model.position": ("learned", "rotary"),
+    "model.norm": ("layernorm", "rmsnorm"),
+    "model.activation": ("gelu", "swiglu"),
+    "objective.name": ("clm",),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "engine.dtype": ("bf16", "fp32"),
+    "logging.wandb": ("auto", "online", "offline", "disabled"),
+}
+"""Legal values of every field that names an alternative."""
+
+NOT_IN_THIS_VERSION: dict[tuple[str, str], str] = {
+    ("parallel.schedule", "interleaved"): "the interleaved 1F1B schedule",
+    ("parallel.schedule", "interleaved_1f1b"): "the interleaved 1F1B schedule",
+    ("parallel.schedule", "zb-h1"): "the zero-bubble schedule",
+    ("parallel.schedule", "zb_h1"): "the zero-bubble schedule",
+    ("objective.name", "mlm"): "masked language modelling",
+    ("objective.name", "sft"): "supervised fine-tuning",
+    ("engine.dtype", "fp16"): "fp16 with loss scaling",
+}
+"""Values that name something real which megalm does not do yet, and what that is."""
+
+PROVEN: dict[str, tuple[int, ...]] = {
+    "bf16": (1,),
+    "fp32": (0, 1),
+}
+"""Number format ▶ ZeRO stages whose losses and clipped gradient norms a test compares with one process, on any
+tensor-, pipeline- and data-parallel layout. Every other combination is refused: DeepSpeed accepts some of them and
+computes a wrong gradient norm or accumulates in bf16."""
