@@ -1,0 +1,1 @@
+"""What follows a training run, on rank 0: the record, the console, and other loggers. One small file each."""

@@ -1,0 +1,209 @@
+"""What a training run tells the outside: the events, the rows that go with them, and who gets them.
+
+Callbacks live on rank 0 alone and contain no collective, so a slow or broken one cannot set ranks against each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import ClassVar
+
+from megalm.config.schema import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What is known before the first step.
+
+    Attributes:
+        config: the run's config.
+        run_dir: the run's folder.
+        start_step: steps already taken; the first step of this process is the next one.
+        total_steps: steps of the whole run.
+        topology: the layout, in words.
+        device: what the ranks compute on, in words.
+        parameters: trainable parameters of the whole model, a tied embedding once.
+        resumed_from: the checkpoint that the run continues from, in words; None for a fresh run.
+        mfu_peak: the peak throughput that ``mfu`` is relative to, in words; None where it is unknown.
+    """
+
+    config: Config
+    run_dir: Path
+    start_step: int
+    total_steps: int
+    topology: str
+    device: str
+    parameters: int
+    resumed_from: str | None = None
+    mfu_peak: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step.
+
+    Attributes:
+        step: steps taken since the start of the run, this one included.
+        samples: sequences consumed since the start of the run.
+        tokens: tokens consumed since the start of the run.
+        loss: mean cross-entropy per loss token of the global batch, in nats.
+        grad_norm: global L2 norm of the gradient before clipping.
+        lr: learning rate that the step was taken with.
+        loss_scale: fp16 loss scale; None for other formats.
+        step_seconds: wall time of the step.
+        tokens_per_second: tokens of the global batch over ``step_seconds``.
+        mfu: model FLOPs utilisation, 0 to 1 (Chowdhery et al. 2022); None where the peak is unknown.
+        data_seconds: time the step waited for data.
+        bubble_fraction: idle share of the pipeline schedule, 0 to 1.
+        memory_gib: peak memory per rank so far, the largest over ranks.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    loss_scale: float | None
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float | None
+    data_seconds: float
+    bubble_fraction: float
+    memory_gib: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationMetrics:
+    """One validation, after ``step`` steps.
+
+    Attributes:
+        step: steps taken since the start of the run.
+        samples: sequences trained on since the start of the run.
+        tokens: tokens trained on since the start of the run.
+        val_loss: mean cross-entropy per loss token of the validation sequences, in nats.
+        val_perplexity: ``exp(val_loss)``.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    val_loss: float
+    val_perplexity: float
+
+
+class Outcome(StrEnum):
+    """How a run ended."""
+
+    DONE = "done"
+    """All steps were taken."""
+    INTERRUPTED = "interrupted"
+    """Stopped by the user, after saving."""
+    REQUEUE = "requeue"
+    """Stopped by a signal or a deadline, after saving; the job is to be queued again."""
+    DIVERGED = "diverged"
+    """Loss or gradient norm was not finite and the policy gave up."""
+    FAILED = "failed"
+    """An error stopped the run."""
+
+
+class Callback:
+    """Something that follows a run; every hook does nothing unless overridden."""
+
+    essential: ClassVar[bool] = False
+    """Whether the run must stop when this callback fails. Others warn once and are dropped."""
+
+    @property
+    def name(self) -> str:
+        """What the callback is called in a warning."""
+        return type(self).__name__
+
+    def on_start(self, context: RunContext) -> None:
+        """Before the first step."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """After each optimizer step."""
+
+    def on_validation(self, metrics: ValidationMetrics) -> None:
+        """After each validation."""
+
+    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
+        """After a checkpoint is complete; ``seconds`` is the time that training stood still for it."""
+
+    def on_end(self, outcome: Outcome) -> None:
+        """After the last step, in whatever way the run ended."""
+
+    def close(self) -> None:
+        """Release files, threads and processes; called once, also when an exception ends the run."""
+
+
+class CallbackList(Callback):
+    """Calls several callbacks in order, and keeps training alive when one that is not essential fails."""
+
+    essential = True
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.callbacks = list(callbacks)
+
+    def on_start(self, context: RunContext) -> None:
+        """Pass on to every callback."""
+        self._call("on_start", context)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Pass on to every callback."""
+        self._call("on_step", metrics)
+
+    def on_validation(self, metrics: ValidationMetrics) -> None:
+        """Pass on to every callback."""
+        self._call("on_validation", metrics)
+
+    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
+        """Pass on to every callback."""
+        self._call("on_checkpoint", step, path, seconds)
+
+    def on_end(self, outcome: Outcome) -> None:
+        """Pass on to every callback."""
+        self._call("on_end", outcome)
+
+    def close(self) -> None:
+        """Close every callback, in reverse order, even when an essential one fails at it."""
+        while self.callbacks:
+            callback = self.callbacks.pop()
+            try:
+                self._guarded(callback, "close")
+            except Exception:
+                self.close()
+                raise
+
+    def _call(self, hook: str, *arguments: object) -> None:
+        failed = [callback for callback in self.callbacks if not self._guarded(callback, hook, *arguments)]
+        for callback in failed:
+            self.callbacks.remove(callback)
+            self._guarded(callback, "close", quiet=True)
+
+    def _guarded(self, callback: Callback, hook: str, *arguments: object, quiet: bool = False) -> bool:
+        """Whether the hook worked; an essential callback's exception is passed on."""
+        try:
+            getattr(callback, hook)(*arguments)
+        except Exception as error:
+            if callback.essential:
+                raise
+            if not quiet:
+                warn(f"{callback.name} failed in {hook} and is off from here on: {describe_error(error)}")
+            return False
+        return True
+
+
+def describe_error(error: BaseException) -> str:
+    """The type of an exception and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def warn(text: str) -> None:
+    """One line on standard error, which a progress bar shows above itself."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

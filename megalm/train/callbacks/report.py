@@ -1,0 +1,91 @@
+"""What a finished run leaves for a human: a loss curve, what its perplexity means, and a sample of its text."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from megalm.train.callbacks.base import Callback, Outcome, RunContext, describe_error, warn
+from megalm.train.callbacks.metrics_jsonl import FILE_NAME, read_metrics, step_rows, validation_rows
+from megalm.train.callbacks.words import format_number
+
+PLOT_NAME = "loss.png"
+
+MOST_SAMPLED_PARAMETERS = 3_000_000_000
+"""A larger model is not loaded into one process beside the training state; ``megalm generate`` samples it."""
+
+
+class ClosingReport(Callback):
+    """Once all steps are taken: ``loss.png``, the final validation perplexity, and the prompt continued.
+
+    Args:
+        stream: where to write; standard output by default.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stdout
+        self._context: RunContext | None = None
+
+    def on_start(self, context: RunContext) -> None:
+        """Remember the run."""
+        self._context = context
+
+    def on_end(self, outcome: Outcome) -> None:
+        """Write the report of a run that is done; a part that fails is one warning and leaves the others alone."""
+        if self._context is None or outcome is not Outcome.DONE:
+            return
+        for part in (self._plot, self._perplexity, self._sample):
+            try:
+                part(self._context)
+            except Exception as error:
+                warn(f"report without its {part.__name__.strip('_')}: {describe_error(error)}")
+
+    def _plot(self, context: RunContext) -> None:
+        rows = read_metrics(context.run_dir / FILE_NAME)
+        if not context.config.report.plot or not step_rows(rows):
+            return
+        from megalm.train.report import plot_loss
+
+        path = context.run_dir / PLOT_NAME
+        plot_loss(rows, path, run_name=context.config.run.name)
+        self._print(f"curve    {path}")
+
+    def _perplexity(self, context: RunContext) -> None:
+        validations = validation_rows(read_metrics(context.run_dir / FILE_NAME))
+        if not validations:
+            return
+        from megalm.data.tokenizer import load_tokenizer
+
+        vocab_size = context.config.model.vocab_size
+        if vocab_size is None:
+            vocab_size = load_tokenizer(context.run_dir / "tokenizer.json").vocab_size
+        last = validations[-1]
+        self._print(
+            f"result   validation perplexity {format_number(last['val_perplexity'], ',.1f')} "
+            f"(untrained: {vocab_size:,}, the size of the vocabulary)"
+        )
+
+    def _sample(self, context: RunContext) -> None:
+        report = context.config.report
+        if report.prompt is None:
+            return
+        if context.parameters > MOST_SAMPLED_PARAMETERS:
+            self._print(f"sample   megalm generate {context.run_dir} --prompt TEXT (too large a model to sample here)")
+            return
+        from megalm.generate.run import run_generate
+
+        text = run_generate(
+            context.run_dir,
+            report.prompt,
+            max_new_tokens=report.max_new_tokens,
+            temperature=report.temperature,
+            top_k=report.top_k,
+            seed=context.config.run.seed,
+        )
+        self._print(f"sample   the model continues {report.prompt!r}:")
+        self._print("")
+        for line in text.splitlines():
+            self._print(f"    {line}")
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)

@@ -1,0 +1,110 @@
+import json
+import math
+from dataclasses import asdict, fields
+
+import pytest
+
+from megalm.errors import DataError
+from megalm.train.callbacks.base import Outcome, StepMetrics
+from megalm.train.callbacks.metrics_jsonl import (
+    MetricsJsonl,
+    cut_back,
+    encode_row,
+    read_metrics,
+    step_rows,
+    validation_rows,
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def write_run(context, steps, make_step, make_validation):
+    log = MetricsJsonl()
+    log.on_start(context)
+    for step in steps:
+        log.on_step(make_step(step))
+        if step % 5 == 0:
+            log.on_validation(make_validation(step))
+    log.on_end(Outcome.DONE)
+    log.close()
+
+
+def test_a_step_row_has_exactly_the_promised_fields():
+    names = " ".join(field.name for field in fields(StepMetrics))
+    assert names == (
+        "step samples tokens loss grad_norm lr loss_scale step_seconds tokens_per_second mfu data_seconds "
+        "bubble_fraction memory_gib"
+    )
+
+
+def test_rows_come_back_bit_for_bit(path, make_context, make_step, make_validation):
+    write_run(make_context(), range(1, 11), make_step, make_validation)
+    rows = read_metrics(path)
+    assert step_rows(rows) == [asdict(make_step(step)) for step in range(1, 11)]
+    assert validation_rows(rows) == [asdict(make_validation(step)) for step in (5, 10)]
+
+
+def test_a_row_is_in_the_file_before_the_next_step(path, make_context, make_step):
+    log = MetricsJsonl()
+    log.on_start(make_context())
+    log.on_step(make_step(1))
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    log.close()
+
+
+def test_numbers_that_are_not_finite_are_standard_json(path):
+    line = encode_row({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    assert json.loads(line, parse_constant=refuse)["loss"] == "NaN"
+    path.write_text(line + "\n")
+    (row,) = read_metrics(path)
+    assert math.isnan(row["loss"])
+    assert (row["grad_norm"], row["lr"]) == (math.inf, -math.inf)
+
+
+def test_resume_drops_the_steps_that_are_taken_again(path, make_context, make_step, make_validation):
+    write_run(make_context(), range(1, 11), make_step, make_validation)
+    whole = path.read_bytes()
+    write_run(make_context(start_step=7), range(8, 11), make_step, make_validation)
+    assert path.read_bytes() == whole
+
+
+def test_resume_keeps_the_validation_of_the_restored_step(path, make_context, make_step, make_validation):
+    write_run(make_context(), range(1, 11), make_step, make_validation)
+    cut_back(path, 5)
+    assert [row["step"] for row in validation_rows(read_metrics(path))] == [5]
+
+
+def test_a_torn_last_line_is_left_out_and_cut_off(path, make_context, make_step, make_validation):
+    write_run(make_context(), range(1, 4), make_step, make_validation)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 4, "sam')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    write_run(make_context(start_step=3), [], make_step, make_validation)
+    assert path.read_bytes() == whole
+
+
+def test_nothing_is_rewritten_when_nothing_is_cut(path, make_context, make_step, make_validation):
+    write_run(make_context(), range(1, 4), make_step, make_validation)
+    inode = path.stat().st_ino
+    cut_back(path, 3)
+    assert path.stat().st_ino == inode
+
+
+def test_a_damaged_line_in_the_middle_is_named(path):
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"step": 3, "loss": 2.0}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a row"):
+        read_metrics(path)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a row"):
+        cut_back(path, 1)
+
+
+def test_a_missing_file_is_named(path):
+    with pytest.raises(DataError, match="cannot be read"):
+        read_metrics(path)
