@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from megalm.errors import ConfigError
 from megalm.generate.sampling import Sampling, next_token
 
 
+@torch.inference_mode()
 def generate_tokens(
     model: Callable[[Tensor], Tensor],
     prompt: Sequence[int],
@@ -20,8 +21,8 @@ def generate_tokens(
     sampling: Sampling,
     eos_id: int | None = None,
     device: torch.device | str = "cpu",
-) -> Iterator[int]:
-    """Yield one new token after the other, until ``max_new_tokens`` or the end-of-text token, which is not yielded.
+) -> list[int]:
+    """The tokens that follow a prompt, up to ``max_new_tokens`` or the end-of-text token, which is not among them.
 
     The model sees the last ``sequence_length`` tokens, at positions that start from zero, as in training. Every token
     recomputes that window: there is no key-value cache, since a window that slides would invalidate it at each step.
@@ -30,7 +31,7 @@ def generate_tokens(
         model: token ids [1, S] ▶ logits [1, S, V].
         prompt: token ids, at least one.
         sequence_length: longest input of the model.
-        max_new_tokens: most tokens to yield.
+        max_new_tokens: most tokens to generate.
         sampling: how a token is chosen.
         eos_id: end-of-text token; None: generation never ends early.
         device: where the model computes.
@@ -42,24 +43,12 @@ def generate_tokens(
         raise ConfigError("prompt: it has no tokens; at least one")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: not a number of tokens; 0 or above")
-    return _generate(model, list(prompt), sequence_length, max_new_tokens, sampling, eos_id, torch.device(device))
-
-
-def _generate(
-    model: Callable[[Tensor], Tensor],
-    tokens: list[int],
-    sequence_length: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos_id: int | None,
-    device: torch.device,
-) -> Iterator[int]:
     generator = sampling.generator()
+    tokens = list(prompt)
     for _ in range(max_new_tokens):
-        with torch.inference_mode():
-            window = torch.tensor([tokens[-sequence_length:]], dtype=torch.int64, device=device)  # [1, S]
-            token = next_token(model(window)[0, -1], sampling, generator)
+        window = torch.tensor([tokens[-sequence_length:]], dtype=torch.int64, device=device)  # [1, S]
+        token = next_token(model(window)[0, -1], sampling, generator)
         if token == eos_id:
-            return
+            break
         tokens.append(token)
-        yield token
+    return tokens[len(prompt) :]

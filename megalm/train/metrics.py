@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 GIB = 2**30
 
@@ -82,5 +83,15 @@ def peak_memory_gib(device_type: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / GIB
+    return _peak_resident_bytes() / GIB
+
+
+def _peak_resident_bytes() -> int:
+    """On Linux from ``/proc``: what ``getrusage`` says there begins with the peak of the parent process."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name == "VmHWM":
+                return int(value.split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes, Linux KiB
+    return peak * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes, others KiB

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 from urllib.parse import urlparse
 
 from megalm.config.parse import config_to_dict
@@ -126,7 +126,7 @@ class WandbLog(Callback):
 
 
 def resolve_mode(mode: str, environment: Mapping[str, str]) -> str:
-    """``online``, ``offline`` or ``disabled``; ``auto`` heeds ``WANDB_MODE``, and looks for a key where that is unset."""
+    """``online``, ``offline`` or ``disabled``; ``auto`` heeds ``WANDB_MODE``, else looks for a key."""
     if mode != "auto":
         return mode
     requested = environment.get("WANDB_MODE", "")
@@ -181,7 +181,7 @@ def _start_run(context: RunContext, run_id: str, mode: str, project: str) -> Any
         name=context.config.run.name,
         id=run_id,
         resume="allow",
-        mode=mode,
+        mode=cast("Literal['online', 'offline']", mode),
         dir=context.run_dir,
         config=config_to_dict(context.config),
         settings=settings,

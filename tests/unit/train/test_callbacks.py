@@ -23,7 +23,7 @@ class Broken(Callback):
         self.closed = 0
 
     def on_step(self, metrics):
-        raise OSError("no space left\non device")
+        raise OSError(f"no space left\nfor step {metrics.step}")
 
     def close(self):
         self.closed += 1
