@@ -63,8 +63,8 @@ class ParallelContext:
         data: data-parallel group (dp × cp): ranks that hold the same weights and see different tokens.
         model: tp × pp: ranks that together hold one copy of the weights.
         world: all ranks.
-        tied: every holder of this rank's slice of a tied embedding (first and last stage, all of dp × cp); None on
-            stages that hold none, and where first and last stage coincide.
+        tied: every holder of this rank's slice of a tied embedding (first and last stage, all of dp × cp); this rank
+            alone where no other stage holds a copy.
     """
 
     topology: Topology
@@ -75,14 +75,14 @@ class ParallelContext:
     data: Group
     model: Group
     world: Group
-    tied: Group | None
+    tied: Group
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
         """One process that holds the whole model."""
         return cls(
             topology=Topology(), rank=0, device=torch.device(device), tp=ALONE, pp=ALONE, data=ALONE, model=ALONE,
-            world=ALONE, tied=None,
+            world=ALONE, tied=ALONE,
         )
 
     @classmethod
@@ -95,14 +95,15 @@ class ParallelContext:
         def along(*axes: str) -> Group:
             return _make_group(topology.group_of(rank, *axes), rank)
 
-        tied = None
-        if len(topology.first_and_last_pp_ranks) > 1:
-            members = [group for group in topology.tied_groups() if rank in group]
-            tied = _make_group(members[0], rank) if members else None
+        # Every rank makes the same number of groups in the same order: torch names a locally synchronised group by the
+        # number that its members made before. A rank without a tied copy is therefore alone in a group of its own.
+        tp, pp, data, model = along("tp"), along("pp"), along("dp", "cp"), along("pp", "tp")
+        holders = [ranks for ranks in topology.tied_groups() if rank in ranks and topology.pp > 1]
+        tied = _make_group(holders[0] if holders else (rank,), rank)
         world = Group(tuple(range(topology.world_size)), rank, dist.group.WORLD)
         return cls(
-            topology=topology, rank=rank, device=torch.device(device), tp=along("tp"), pp=along("pp"),
-            data=along("dp", "cp"), model=along("pp", "tp"), world=world, tied=tied,
+            topology=topology, rank=rank, device=torch.device(device), tp=tp, pp=pp, data=data, model=model,
+            world=world, tied=tied,
         )
 
     @property

@@ -1,0 +1,222 @@
+"""The training loop. Everything that is not a step hangs on callbacks; everything that is built is built in ``setup.py``.
+
+All ranks run the same loop and make the same decisions: whatever a decision depends on (a signal that reached one rank,
+a loss that is not finite) is agreed on by all ranks in the one exchange that ends each step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megalm.config.schema import Config
+from megalm.core.groups import ParallelContext
+from megalm.data.loader import Batch, TrainLoader
+from megalm.engine.deepspeed_engine import DeepSpeedEngine, StepResult
+from megalm.engine.lr_schedule import LearningRate
+from megalm.errors import DivergedError, ExitCode
+from megalm.launch import RankInfo
+from megalm.models.gpt import MicroBatch
+from megalm.signals import StopRequest
+from megalm.train.callbacks.base import CallbackList, Outcome, StepMetrics, ValidationMetrics
+from megalm.train.metrics import StepTimer, mfu, peak_memory_gib, perplexity, tokens_per_second
+from megalm.train.saving import Saver
+from megalm.train.validation import Validator
+
+_OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
+_STOPS = (None, Outcome.REQUEUE, Outcome.INTERRUPTED)
+"""What a stop request means, in ascending precedence; ranks agree on the largest index."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. ``optimizer_steps`` counts updates, ``samples`` sequences taken by the trainer."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """What MFU is computed from: FLOPs per token of the model, and the peak of one device (None: unknown)."""
+
+    flops_per_token: float
+    peak_flops: float | None
+
+
+class Trainer:
+    """Steps, validates, saves and stops; see :meth:`fit`."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        context: ParallelContext,
+        engine: DeepSpeedEngine,
+        loader: TrainLoader,
+        validator: Validator,
+        saver: Saver,
+        callbacks: CallbackList,
+        learning_rate: LearningRate,
+        utilisation: Utilisation,
+        stop: StopRequest,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._context = context
+        self._engine = engine
+        self._loader = loader
+        self._validator = validator
+        self._saver = saver
+        self._callbacks = callbacks
+        self._learning_rate = learning_rate
+        self._utilisation = utilisation
+        self._stop = stop
+        self.progress = progress
+        self._timer = StepTimer()
+
+    def fit(self) -> Outcome:
+        """Train from the current step to the last one, or until a stop is asked for; the state is saved either way.
+
+        Raises:
+            DivergedError: loss or gradient norm is not finite. The step is not saved.
+        """
+        steps = self._config.train.steps
+        self._timer.restart()
+        while self.progress.step < steps:
+            metrics, stop = self._train_step()
+            self._callbacks.on_step(metrics)
+            self._raise_if_diverged(metrics)
+            if stop is not None and self.progress.step < steps:
+                self._save()
+                return stop
+            if _is_due(self._config.train.validate_every, self.progress.step) and self.progress.step < steps:
+                self._validate(self._config.train.validation_samples)
+            if _is_due(self._config.checkpoint.every, self.progress.step) and self.progress.step < steps:
+                self._save()
+        self._validate(None)
+        self._save()
+        return Outcome.DONE
+
+    def _train_step(self) -> tuple[StepMetrics, Outcome | None]:
+        """One optimizer step over the global batch; the metrics and the stop request are the same on all ranks."""
+        with self._timer.waiting_for_data():
+            batch = self._loader.next()
+        samples = self._config.train.global_batch_size
+        tokens = samples * self._config.model.sequence_length
+        rate = self._learning_rate.at(self.progress.tokens, tokens)
+        result = self._engine.train_step(self._micro_batches(batch), rate)
+        self.progress = Progress(self.progress.step + 1, self.progress.samples + samples, self.progress.tokens + tokens)
+        return self._agree(result, rate, tokens)
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """Split this replica's batch, and weigh each token so that replicas' mean gradient is the global mean's."""
+        device = self._context.device
+        global_tokens = torch.tensor(float(batch.loss_mask.sum()), dtype=torch.float64, device=device)
+        self._context.data.all_reduce(global_tokens)
+        weight = batch.loss_mask * (self._context.data.size / float(global_tokens))
+        size = self._config.train.micro_batch_size
+        return [
+            MicroBatch(tokens.to(device), labels.to(device), weights.to(device))
+            for tokens, labels, weights in zip(
+                batch.tokens.split(size), batch.labels.split(size), weight.split(size), strict=True
+            )
+        ]
+
+    def _agree(self, result: StepResult, rate: float, tokens: int) -> tuple[StepMetrics, Outcome | None]:
+        """Two small reductions over all ranks: sums (loss, bubble), and maxima (times, memory, stop request)."""
+        step_seconds, data_seconds = self._timer.lap()
+        ranks = self._context.world.size
+        device = self._context.device
+        sums = torch.tensor(
+            [result.loss_sum, result.pipeline.bubble_fraction / ranks], dtype=torch.float64, device=device
+        )
+        maxima = torch.tensor(
+            [step_seconds, data_seconds, peak_memory_gib(device.type), float(self._requested_stop())],
+            dtype=torch.float64,
+            device=device,
+        )
+        self._context.world.all_reduce(sums)
+        self._context.world.all_reduce(maxima, dist.ReduceOp.MAX)
+        loss, bubble_fraction = sums.tolist()
+        step_seconds, data_seconds, memory_gib, stop = maxima.tolist()
+        rate_tokens = tokens_per_second(tokens, step_seconds)
+        metrics = StepMetrics(
+            step=self.progress.step,
+            samples=self.progress.samples,
+            tokens=self.progress.tokens,
+            loss=loss,
+            grad_norm=result.grad_norm,
+            lr=rate,
+            loss_scale=result.loss_scale,
+            step_seconds=step_seconds,
+            tokens_per_second=rate_tokens,
+            mfu=mfu(self._utilisation.flops_per_token, rate_tokens, ranks, self._utilisation.peak_flops),
+            data_seconds=data_seconds,
+            bubble_fraction=bubble_fraction,
+            memory_gib=memory_gib,
+        )
+        return metrics, _STOPS[int(stop)]
+
+    def _requested_stop(self) -> int:
+        """Index into ``_STOPS`` of what this rank was asked for."""
+        signal = self._stop.pending()
+        if signal is None:
+            return 0
+        return _STOPS.index(Outcome.INTERRUPTED if signal == "INT" else Outcome.REQUEUE)
+
+    def _validate(self, samples: int | None) -> None:
+        loss = self._validator.loss(self._engine, samples)
+        self._callbacks.on_validation(
+            ValidationMetrics(
+                step=self.progress.step,
+                samples=self.progress.samples,
+                tokens=self.progress.tokens,
+                val_loss=loss,
+                val_perplexity=perplexity(loss),
+            )
+        )
+        self._timer.restart()
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        path = self._saver.save(self._engine, self._loader, self.progress)
+        self._callbacks.on_checkpoint(self.progress.step, path, time.perf_counter() - started)
+        self._timer.restart()
+
+    @staticmethod
+    def _raise_if_diverged(metrics: StepMetrics) -> None:
+        if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+            return
+        raise DivergedError(
+            f"step {metrics.step}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}: training diverged and "
+            "stopped; the last checkpoint is from before. Try a smaller optim.lr or a longer optim.warmup_tokens"
+        )
+
+
+def run_training(config: Config, rank: RankInfo, stop: StopRequest) -> ExitCode:
+    """What every rank runs, in an initialised process group: set up, train, and say how it ended."""
+    from megalm.train.setup import build_trainer
+
+    trainer, callbacks = build_trainer(config, rank, stop)
+    outcome = Outcome.FAILED
+    try:
+        outcome = trainer.fit()
+    except DivergedError:
+        outcome = Outcome.DIVERGED
+        raise
+    finally:
+        try:
+            callbacks.on_end(outcome)
+        finally:
+            callbacks.close()
+    return _OUTCOMES[outcome]
+
+
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
