@@ -122,7 +122,7 @@ def _parse_override(text: str, problems: list[Violation]) -> Override | None:
     from hydra.errors import HydraException
 
     key, separator, value = text.partition("=")
-    if not separator and not key.startswith("~"):
+    if not key.strip() or not (separator or key.startswith("~")):
         problems.append(Violation("override", text, "not an override", "field=value, such as train.steps=200"))
         return None
     try:
@@ -205,10 +205,12 @@ def _hydra_compose(overrides: list[str]) -> dict[str, Any]:
 def _clean_hydra() -> Iterator[None]:
     """Hydra with the schema's defaults registered; its process-wide state is as before afterwards."""
     from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.singleton import Singleton
 
     before = Singleton.get_state()
     try:
+        GlobalHydra.instance().clear()
         ConfigStore.instance().store(name=_SCHEMA, node=default_dict())
         yield
     finally:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import wraps
+from math import gcd
 
-from megalm.config.derived import ffn_size, head_dim, kv_heads
 from megalm.config.field_rules import Job, is_in_bounds
 from megalm.config.support import CHOICES, PROVEN
 from megalm.config.violation import Fix, Violation, spoken_list
@@ -57,10 +57,10 @@ def heads_divide_hidden_size(job: Job) -> Iterator[Violation]:
         )
 
 
-@needs(*_HEADS)
+@needs("model.num_heads", "model.num_kv_heads")
 def kv_heads_divide_heads(job: Job) -> Iterator[Violation]:
     """Every key/value head serves equally many query heads (Ainslie et al. 2023)."""
-    heads, shared = job.config.model.num_heads, kv_heads(job.config.model)
+    heads, shared = job.config.model.num_heads, job.config.model.kv_heads
     if heads % shared:
         yield Violation(
             "model.num_kv_heads",
@@ -74,7 +74,7 @@ def kv_heads_divide_heads(job: Job) -> Iterator[Violation]:
 def rotary_heads_are_even(job: Job) -> Iterator[Violation]:
     """Rotary positions turn pairs of a head's elements (Su et al. 2021)."""
     hidden, heads = job.config.model.hidden_size, job.config.model.num_heads
-    if job.config.model.position == "rotary" and hidden % heads == 0 and head_dim(job.config.model) % 2:
+    if job.config.model.position == "rotary" and hidden % heads == 0 and hidden // heads % 2:
         yield Violation(
             "model.num_heads",
             heads,
@@ -83,7 +83,7 @@ def rotary_heads_are_even(job: Job) -> Iterator[Violation]:
         )
 
 
-@needs("parallel.tp", *_HEADS, "model.ffn_hidden_size")
+@needs("parallel.tp")
 def tensor_parallelism_divides_model(job: Job) -> Iterator[Violation]:
     """Each tensor-parallel rank holds whole heads and an equal share of the MLP (Shoeybi et al. 2019).
 
@@ -91,21 +91,27 @@ def tensor_parallelism_divides_model(job: Job) -> Iterator[Violation]:
     The vocabulary is padded, so it need not divide.
     """
     tp, model = job.config.parallel.tp, job.config.model
-    sizes = {"model.num_heads": model.num_heads}
-    if model.num_kv_heads is not None:
-        sizes["model.num_kv_heads"] = model.num_kv_heads
-    name = "model.ffn_hidden_size" if model.ffn_hidden_size is not None else "the derived model.ffn_hidden_size"
-    sizes[name] = ffn_size(model)
-    uneven = [f"{name}={size}" for name, size in sizes.items() if size % tp]
+    ffn_source = "model.hidden_size" if model.ffn_hidden_size is None else "model.ffn_hidden_size"
+    ffn_label = "the derived model.ffn_hidden_size" if model.ffn_hidden_size is None else ffn_source
+    sizes = {
+        label: size
+        for label, size, source in (
+            ("model.num_heads", model.num_heads, "model.num_heads"),
+            ("model.num_kv_heads", model.num_kv_heads, "model.num_kv_heads"),
+            (ffn_label, model.ffn_size, ffn_source),
+        )
+        if size is not None and is_in_bounds(job.config, source)
+    }
+    uneven = [f"{label}={size}" for label, size in sizes.items() if size % tp]
     if uneven:
         note = ""
-        if model.num_kv_heads is not None and model.num_kv_heads % tp:
+        if sizes.get("model.num_kv_heads", 0) % tp:
             note = " (key/value heads copied to several ranks are not in this version)"
         yield Violation(
             "parallel.tp",
             tp,
             f"does not divide {spoken_list(uneven, 'and')}{note}",
-            fixes=(Fix("parallel.tp", divisors(model.num_heads)),),
+            fixes=(Fix("parallel.tp", divisors(gcd(*sizes.values()))),),
         )
 
 

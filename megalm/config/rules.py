@@ -115,13 +115,16 @@ def _broken(job: Job) -> dict[tuple[str, str], Violation]:
 def _with_tried_fixes(
     job: Job, broken: tuple[str, str], violation: Violation, all_broken: Set[tuple[str, str]]
 ) -> Violation:
-    """The violation with only those fixes that mend it and break nothing else."""
+    """The violation with only those fixes that mend it, break nothing else, and mend most of the rest too."""
     fixes = []
     for fix in violation.fixes:
-        good = [value for value in fix.values if _broken(_after(job, fix.field, value)).keys() <= all_broken - {broken}]
+        left = {value: _broken(_after(job, fix.field, value)).keys() for value in fix.values}
+        good = {value: len(rest) for value, rest in left.items() if rest <= all_broken - {broken}}
         if good:
+            best = [value for value, count in good.items() if count == min(good.values())]
             is_own = fix.field == violation.field
-            fixes.append(Fix(fix.field, _nearest(good, violation.value if is_own else value_of(job.config, fix.field))))
+            current = violation.value if is_own else value_of(job.config, fix.field)
+            fixes.append(Fix(fix.field, _nearest(best, current)))
     if fixes or violation.right:
         return replace(violation, fixes=tuple(fixes))
     return replace(violation, right="no single value mends it: change the fields named here together", fixes=())

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-_PLAIN_TEXT = re.compile(r"[\w./@ +-]+")
+_PLAIN_TEXT = re.compile(r"[\w./@?~ +-]+")
 _MOST_CHARACTERS = 60
 
 
@@ -67,4 +67,5 @@ def spoken_list(words: Iterable[str], last: str = "or") -> str:
 
 def close_matches(word: str, known: Iterable[str]) -> list[str]:
     """The known words that ``word`` may be a misspelling of, closest first."""
-    return difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    cutoff = 0.6 if len(word) > 3 else 0.5  # one wrong letter weighs more in `tp`
+    return difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=cutoff)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalm.config.derived import ffn_size, head_dim, kv_heads
 from megalm.config.schema import Model
 
 
@@ -57,14 +56,14 @@ def parameter_count(model: Model, vocab_size: int | None = None) -> ParameterCou
 
 def attention_parameter_count(model: Model) -> int:
     """Parameters of one attention: H·(N + 2K)·D for query, key and value, H·H for the projection, and biases."""
-    qkv = (model.num_heads + 2 * kv_heads(model)) * head_dim(model)
+    qkv = (model.num_heads + 2 * model.kv_heads) * (model.hidden_size // model.num_heads)
     biases = qkv + model.hidden_size if model.bias else 0
     return model.hidden_size * (qkv + model.hidden_size) + biases
 
 
 def mlp_parameter_count(model: Model) -> int:
     """Parameters of one MLP: 2·H·F for GELU, 3·H·F for SwiGLU (gate, up, down), and biases."""
-    ffn = ffn_size(model)
+    ffn = model.ffn_size
     inner = 2 * ffn if model.activation == "swiglu" else ffn
     biases = inner + model.hidden_size if model.bias else 0
     return model.hidden_size * (inner + ffn) + biases
@@ -96,17 +95,17 @@ def head_parameter_count(model: Model, vocab_size: int | None = None, *, shares_
 
 
 def layer_flops_per_token(model: Model) -> int:
-    """Model FLOPs of one layer, forward and backward, per token: 6 per matrix weight, and 12·N·D·S of attention.
+    """Model FLOPs of one layer, forward and backward, per token: 6 per matrix weight, and 12·H·S of attention.
 
     A multiply-add is 2 FLOPs and the backward pass costs twice the forward pass, hence 6 per weight. Scores and their
-    product with the values cost 2·(2·N·D·S) forward. Causal attention is counted in full, not halved, as in Chowdhery
+    product with the values cost 2·(2·H·S) forward. Causal attention is counted in full, not halved, as in Chowdhery
     et al. 2022 and Narayanan et al. 2021, so that utilisations compare with theirs.
     """
-    ffn = ffn_size(model)
-    qkv = (model.num_heads + 2 * kv_heads(model)) * head_dim(model)
+    ffn = model.ffn_size
+    qkv = (model.num_heads + 2 * model.kv_heads) * (model.hidden_size // model.num_heads)
     mlp_matrices = 3 if model.activation == "swiglu" else 2
     weights = model.hidden_size * (qkv + model.hidden_size + mlp_matrices * ffn)
-    return 6 * weights + 12 * model.num_heads * head_dim(model) * model.sequence_length
+    return 6 * weights + 12 * model.hidden_size * model.sequence_length
 
 
 def head_flops_per_token(model: Model, vocab_size: int | None = None) -> int:

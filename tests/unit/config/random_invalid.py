@@ -1,0 +1,202 @@
+"""A hypothesis strategy of configs with known faults, for every test that feeds bad configs to something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+# Valid as a whole; faults are injected into it.
+SOUND: dict[str, Any] = {
+    "run.name": "sound",
+    "launch.ranks": 8,
+    "parallel.tp": 2,
+    "parallel.pp": 2,
+    "model.num_layers": 4,
+    "model.hidden_size": 64,
+    "model.num_heads": 4,
+    "model.vocab_size": 100,
+    "model.sequence_length": 32,
+    "data.path": "data/none",
+    "optim.lr": 1e-3,
+    "train.steps": 10,
+    "train.micro_batch_size": 2,
+    "train.global_batch_size": 8,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing made wrong.
+
+    Attributes:
+        changes: dotted field ▶ value.
+        named: fields of which at least one must head a line of the report.
+        relies_on: fields that other faults must leave alone for this to be a fault.
+    """
+
+    changes: tuple[tuple[str, Any], ...]
+    named: tuple[str, ...]
+    relies_on: frozenset[str] = frozenset()
+
+    @property
+    def touches(self) -> frozenset[str]:
+        """Every field that matters to the fault."""
+        return self.relies_on | {path for path, _ in self.changes}
+
+
+def _single(path: str, *values: Any) -> st.SearchStrategy[Fault]:
+    return st.sampled_from(values).map(lambda value: Fault(((path, value),), (path,)))
+
+
+def _relation(path: str, values: st.SearchStrategy[Any], *relies_on: str, named: str = "") -> st.SearchStrategy[Fault]:
+    return values.map(lambda value: Fault(((path, value),), (named or path,), frozenset(relies_on)))
+
+
+_COUNTS = [
+    "parallel.tp",
+    "parallel.pp",
+    "parallel.cp",
+    "parallel.virtual_stages",
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.ffn_hidden_size",
+    "model.sequence_length",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "train.validation_samples",
+    "launch.threads_per_rank",
+    "launch.timeout_seconds",
+    "data.lanes",
+    "data.block_sequences",
+    "data.window_blocks",
+    "data.prefetch_batches",
+    "cluster.gpus_per_node",
+    "logging.every",
+    "optim.decay_tokens",
+]
+_NOT_NEGATIVE = [
+    "optim.weight_decay",
+    "optim.clip_grad_norm",
+    "optim.warmup_tokens",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+]
+_POSITIVE = ["optim.lr", "optim.epsilon", "model.init_std", "model.norm_epsilon", "model.rotary_base"]
+_CHOICES = [
+    "launch.device",
+    "parallel.schedule",
+    "model.position",
+    "model.norm",
+    "model.activation",
+    "objective.name",
+    "optim.schedule",
+    "engine.dtype",
+    "logging.wandb",
+]
+
+FAULTS: tuple[st.SearchStrategy[Fault], ...] = (
+    *(_single(path, 0, -1, -7, 2**40 if path != "optim.decay_tokens" else -2) for path in _COUNTS),
+    *(_single(path, -1, -100) for path in _NOT_NEGATIVE),
+    *(_single(path, 0, -0.5) for path in _POSITIVE),
+    *(_single(path, "nonsense", "", "BF-16", "fp16") for path in _CHOICES),
+    _single("parallel.cp", 2, 4),
+    _single("parallel.virtual_stages", 2, 3),
+    _single("parallel.sequence_parallel", True),
+    _single("run.name", "", "a/b", "..", "two words", "../up", "x" * 300),
+    _single("run.seed", -1, 2**63),
+    _single("run.dir", "", "  "),
+    _single("data.path", "", "\t"),
+    _single("logging.wandb_project", ""),
+    _single("optim.beta1", 1, 1.5, -0.1),
+    _single("optim.beta2", 1, 2, -1),
+    _single("optim.min_lr_ratio", -0.1, 1.1),
+    _single("model.vocab_size", 1, 0, -5),
+    _single("engine.zero_stage", -1, 4, 17),
+    _relation("engine.zero_stage", st.sampled_from([2, 3]), "parallel.pp", "engine.dtype"),
+    _relation("engine.zero_stage", st.just(0), "parallel.pp", "engine.dtype"),
+    _relation("model.num_heads", st.sampled_from([3, 5, 6, 7, 63]), "model.hidden_size"),
+    _relation("model.num_kv_heads", st.sampled_from([3, 8]), "model.num_heads"),
+    _relation(
+        "model.num_kv_heads", st.just(1), "parallel.tp", "model.num_heads", "model.hidden_size", named="parallel.tp"
+    ),
+    _relation(
+        "model.ffn_hidden_size", st.sampled_from([7, 255]), "parallel.tp", "model.num_heads", named="parallel.tp"
+    ),
+    _relation("model.num_layers", st.just(1), "parallel.pp", "parallel.virtual_stages", "parallel.tp", "parallel.cp"),
+    _relation("parallel.tp", st.sampled_from([3, 5, 8]), "model.num_heads", "model.num_kv_heads"),
+    _relation("launch.ranks", st.integers(1, 400).filter(lambda n: n % 4), "parallel.tp", "parallel.pp", "parallel.cp"),
+    _relation(
+        "train.global_batch_size",
+        st.integers(1, 500).filter(lambda n: n % 4),
+        "train.micro_batch_size",
+        "launch.ranks",
+        "parallel.tp",
+        "parallel.pp",
+        "parallel.cp",
+    ),
+    st.just(
+        Fault((("optim.warmup_tokens", 100), ("optim.decay_tokens", 100)), ("optim.warmup_tokens",)),
+    ),
+    st.just(
+        Fault((("checkpoint.init_from", "runs/a"), ("checkpoint.resume", "runs/b")), ("checkpoint.init_from",)),
+    ),
+    st.just(
+        Fault(
+            (("model.position", "rotary"), ("model.hidden_size", 60)),
+            ("model.num_heads",),
+            frozenset({"model.num_heads"}),
+        )
+    ),
+)
+
+
+@dataclass(frozen=True)
+class InvalidConfig:
+    """A config with faults, as dotted fields, and the faults."""
+
+    values: dict[str, Any]
+    faults: tuple[Fault, ...]
+
+    @property
+    def overrides(self) -> list[str]:
+        """The config as command-line overrides; text is quoted for Hydra's grammar."""
+        return [f"{path}={_spell(value)}" for path, value in self.values.items()]
+
+    @property
+    def mapping(self) -> dict[str, dict[str, Any]]:
+        """The config as nested mappings."""
+        return nested(self.values)
+
+
+def nested(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Dotted fields ▶ nested mappings."""
+    mapping: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        section, name = path.split(".")
+        mapping.setdefault(section, {})[name] = value
+    return mapping
+
+
+@st.composite
+def random_invalid(draw: st.DrawFn, most_faults: int = 4) -> InvalidConfig:
+    """A config with one to ``most_faults`` faults, none of which hides another."""
+    faults: list[Fault] = []
+    for strategy in draw(st.lists(st.sampled_from(FAULTS), min_size=1, max_size=most_faults)):
+        fault = draw(strategy)
+        if all(fault.touches.isdisjoint(other.touches) for other in faults):
+            faults.append(fault)
+    values = dict(SOUND)
+    for fault in faults:
+        values.update(fault.changes)
+    return InvalidConfig(values, tuple(faults))
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "'" + value + "'" if isinstance(value, str) else str(value)
