@@ -24,7 +24,8 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        y: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return y
 
 
 class SwigluMLP(nn.Module):
@@ -42,7 +43,8 @@ class SwigluMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        y: Tensor = self.down(F.silu(gate) * up)
+        return y
 
 
 def make_mlp(
@@ -56,7 +58,7 @@ def make_mlp(
     bias: bool,
 ) -> GeluMLP | SwigluMLP:
     """The network that a config names: ``gelu`` or ``swiglu``."""
-    kinds = {"gelu": GeluMLP, "swiglu": SwigluMLP}
+    kinds: dict[str, type[GeluMLP] | type[SwigluMLP]] = {"gelu": GeluMLP, "swiglu": SwigluMLP}
     if activation not in kinds:
         raise ValueError(f"activation={activation!r}: {' or '.join(kinds)}")
     return kinds[activation](

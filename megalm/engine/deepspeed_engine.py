@@ -18,7 +18,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -128,11 +128,14 @@ class DeepSpeedEngine:
         if optimizer_steps:
             self._reduction.create_moments(optimizer_steps)
         for p in self.parameters:
-            for kind, start, values in self._reduction.fragments(p.parameter):
-                if kind == "weight" or optimizer_steps:
-                    values.copy_(source.read_flat(p.name, kind, p.shard, start, values.numel()))
+            local = source.read_local(p.name, "weight", p.shard)
             with torch.no_grad():
-                p.parameter.copy_(source.read_local(p.name, "weight", p.shard))
+                p.parameter.copy_(local)
+            for kind, start, values in self._reduction.fragments(p.parameter):
+                if kind == "weight":
+                    values.copy_(local.view(-1)[start : start + values.numel()])
+                elif optimizer_steps:
+                    values.copy_(source.read_flat(p.name, kind, p.shard, start, values.numel()))
 
     def _owns(self, p: DeclaredParameter) -> bool:
         if p.parameter is self.stage.second_tied_copy:
@@ -147,14 +150,12 @@ class DeepSpeedEngine:
                 p.parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
 
-class StateSource(ABC):
+class StateSource(Protocol):
     """What :meth:`DeepSpeedEngine.load_state` needs of a checkpoint reader."""
 
-    @abstractmethod
     def read_local(self, name: str, kind: str, shard: ShardSpec) -> Tensor:
         """The local tensor that ``shard`` describes."""
 
-    @abstractmethod
     def read_flat(self, name: str, kind: str, shard: ShardSpec, flat_start: int, length: int) -> Tensor:
         """A run of the flattened local tensor."""
 
@@ -231,7 +232,7 @@ class _Bf16Zero1(_Reduction):
     def backward(self, micro_batches: Sequence[MicroBatch]) -> PipelineResult:
         result = self._owner.runner.train(micro_batches, after_backward=self._accumulate)
         tied = self._owner.stage.tied_weight
-        self._reduce_tied(None if tied is None else tied._hp_grad)  # type: ignore[union-attr]
+        self._reduce_tied(None if tied is None else tied._hp_grad)  # type: ignore[attr-defined]
         self._engine.buffered_allreduce_fallback()
         return result
 

@@ -22,6 +22,7 @@ from megalm.core.norm import make_norm
 from megalm.core.pipeline.partition import partition_layers
 from megalm.core.position import LearnedPosition, RotaryPosition
 from megalm.core.random import initialise
+from megalm.core.sharding import declared_parameters
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,15 @@ class GPTStage(nn.Module):
         rows = self.embedding if self.tied else self.head
         assert rows is not None, "only the last stage computes logits"
         return rows
+
+    def unique_parameters(self) -> int:
+        """Elements that this rank alone stands for: padding, replicas and the second tied copy left out."""
+        return sum(
+            p.parameter.numel() // max(p.parameter.shape[p.shard.dim or 0], 1)
+            * (p.shard.local_size if p.shard.is_sharded else p.parameter.shape[0])
+            for p in declared_parameters(self)
+            if (p.shard.is_sharded or self.group.index == 0) and p.parameter is not self.second_tied_copy
+        )
 
     @property
     def second_tied_copy(self) -> nn.Parameter | None:

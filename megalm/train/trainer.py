@@ -24,21 +24,13 @@ from megalm.models.gpt import MicroBatch
 from megalm.signals import StopRequest
 from megalm.train.callbacks.base import CallbackList, Outcome, StepMetrics, ValidationMetrics
 from megalm.train.metrics import StepTimer, mfu, peak_memory_gib, perplexity, tokens_per_second
+from megalm.train.progress import Progress
 from megalm.train.saving import Saver
 from megalm.train.validation import Validator
 
 _OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
 _STOPS = (None, Outcome.REQUEUE, Outcome.INTERRUPTED)
 """What a stop request means, in ascending precedence; ranks agree on the largest index."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is. ``optimizer_steps`` counts updates, ``samples`` sequences taken by the trainer."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
+from megalm.data.dataset import TOKENIZER_FILE
 from megalm.train.callbacks.base import Callback, Outcome, RunContext, describe_error, warn
 from megalm.train.callbacks.metrics_jsonl import FILE_NAME, read_metrics, step_rows, validation_rows
 from megalm.train.callbacks.words import format_number
@@ -54,15 +55,13 @@ class ClosingReport(Callback):
         validations = validation_rows(read_metrics(context.run_dir / FILE_NAME))
         if not validations:
             return
-        from megalm.data.tokenizer import load_tokenizer
+        from megalm.data.tokenizer import Tokenizer
 
-        vocab_size = context.config.model.vocab_size
-        if vocab_size is None:
-            vocab_size = load_tokenizer(context.run_dir / "tokenizer.json").vocab_size
         last = validations[-1]
+        vocab_size = Tokenizer.load(context.run_dir / TOKENIZER_FILE).vocab_size
         self._print(
             f"result   validation perplexity {format_number(last['val_perplexity'], ',.1f')} "
-            f"(untrained: {vocab_size:,}, the size of the vocabulary)"
+            f"(untrained: about {vocab_size:,}, the size of the vocabulary)"
         )
 
     def _sample(self, context: RunContext) -> None:

@@ -1,0 +1,210 @@
+"""``manifest.json``: what a checkpoint holds and where each part of each full tensor lies. No torch, no pickle.
+
+A checkpoint is a folder:
+
+    step-00000200/
+        manifest.json            this file
+        rank-00000.safetensors   the pieces that rank 0 wrote, one-dimensional
+        …
+        COMPLETE                 written last; holds the manifest's sha256
+
+A *piece* is a run of one rank's flattened local tensor. The local tensor is the slice of the full tensor that ``dim``, ``ranges``
+and ``padding`` describe (see ``core.sharding.ShardSpec``). Readers assemble any other slice from pieces, so a checkpoint
+has no layout of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megalm.errors import CheckpointError
+
+FORMAT = "megalm-checkpoint"
+VERSION = 1
+MANIFEST_FILE = "manifest.json"
+COMPLETE_FILE = "COMPLETE"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a flattened local tensor, and where it is stored.
+
+    Attributes:
+        kind: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
+        file: safetensors file, in the checkpoint's folder.
+        key: name of the stored tensor in that file.
+        dim: dim of the full tensor that is sliced; None: the local tensor is the full one.
+        ranges: slices along ``dim``, in local order.
+        padding: rows after the ranges that belong to no full tensor.
+        flat_start: first element in the flattened local tensor.
+        length: number of elements.
+        dtype: torch's name, such as ``float32``.
+        sha256: of the stored bytes.
+    """
+
+    kind: str
+    file: str
+    key: str
+    dim: int | None
+    ranges: tuple[tuple[int, int], ...]
+    padding: int
+    flat_start: int
+    length: int
+    dtype: str
+    sha256: str
+
+    @property
+    def slice_key(self) -> SliceKey:
+        """Identifies the local tensor that this is a run of."""
+        return self.dim, self.ranges, self.padding
+
+
+SliceKey = tuple[int | None, tuple[tuple[int, int], ...], int]
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One full tensor: its shape without padding, and its pieces of every kind."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    def of_kind(self, kind: str) -> dict[SliceKey, list[Piece]]:
+        """Pieces of one kind by the local tensor they are runs of, each list in order."""
+        found: dict[SliceKey, list[Piece]] = defaultdict(list)
+        for piece in self.pieces:
+            if piece.kind == kind:
+                found[piece.slice_key].append(piece)
+        return {key: sorted(pieces, key=lambda p: p.flat_start) for key, pieces in found.items()}
+
+    def holes(self, kind: str) -> str | None:
+        """Which part of the full tensor no piece of a kind covers, in words; None where all is covered."""
+        slices = self.of_kind(kind)
+        covered: list[tuple[int, int]] = []
+        for (dim, ranges, padding), pieces in slices.items():
+            local_numel = self._local_numel(dim, ranges, padding)
+            end = 0
+            for piece in pieces:
+                if piece.flat_start > end:
+                    return f"elements {end} to {piece.flat_start} of the slice {list(ranges) or 'whole'}"
+                end = max(end, piece.flat_start + piece.length)
+            if end < local_numel:
+                return f"elements {end} to {local_numel} of the slice {list(ranges) or 'whole'}"
+            if dim is None:
+                return None
+            covered += ranges
+        size = self.shape[next(iter(slices))[0] or 0] if slices else prod(self.shape)
+        end = 0
+        for start, stop in sorted(covered):
+            if start > end:
+                break
+            end = max(end, stop)
+        return None if end >= size else f"rows {end} onwards"
+
+    def _local_numel(self, dim: int | None, ranges: tuple[tuple[int, int], ...], padding: int) -> int:
+        if dim is None:
+            return prod(self.shape)
+        rows = sum(stop - start for start, stop in ranges) + padding
+        return prod(self.shape) // max(self.shape[dim], 1) * rows
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything but the tensors.
+
+    Attributes:
+        megalm_version: what wrote it.
+        step: optimizer steps taken.
+        config: the run's config, as written to ``config.yaml``.
+        topology: degrees of the layout that wrote it.
+        data: state of the data loader.
+        training: progress of the run.
+        tensors: by layout-independent parameter name.
+    """
+
+    megalm_version: str
+    step: int
+    config: dict[str, Any]
+    topology: dict[str, int]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    tensors: dict[str, TensorRecord]
+
+    def to_json(self) -> str:
+        """Text of ``manifest.json``."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a complete checkpoint.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of a version that this megalm does not read.
+    """
+    path = folder / MANIFEST_FILE
+    if not (folder / COMPLETE_FILE).is_file():
+        raise CheckpointError(f"{folder}: not a complete checkpoint (no {COMPLETE_FILE} file, which is written last)")
+    try:
+        text = path.read_text(encoding="utf-8")
+        fields = json.loads(text)
+        expected = (folder / COMPLETE_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    if hashlib.sha256(text.encode()).hexdigest() != expected:
+        raise CheckpointError(f"{path}: changed since the checkpoint was completed; use another checkpoint")
+    return parse_manifest(fields, path)
+
+
+def parse_manifest(fields: Any, path: Path) -> Manifest:
+    """Build a manifest from untrusted JSON; ``path`` is for messages.
+
+    Raises:
+        CheckpointError: naming what does not fit.
+    """
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not the manifest of a {FORMAT}")
+    if fields.get("version") != VERSION:
+        raise CheckpointError(f"{path}: format version {fields.get('version')}; this megalm reads version {VERSION}")
+    try:
+        tensors = {name: _parse_tensor(record) for name, record in fields["tensors"].items()}
+        plain = {name: fields[name] for name in Manifest.__dataclass_fields__ if name != "tensors"}
+        manifest = Manifest(tensors=tensors, **plain)
+        valid = isinstance(manifest.step, int) and all(
+            isinstance(part, dict) for part in (manifest.config, manifest.topology, manifest.data, manifest.training)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: incomplete or damaged ({error!r})") from None
+    if not valid:
+        raise CheckpointError(f"{path}: incomplete or damaged (a field has the wrong type)")
+    for name, record in tensors.items():
+        for piece in record.pieces:
+            _check_piece(path, name, record, piece)
+    return manifest
+
+
+def _parse_tensor(record: dict[str, Any]) -> TensorRecord:
+    pieces = tuple(
+        Piece(**{**piece, "ranges": tuple((int(start), int(stop)) for start, stop in piece["ranges"])})
+        for piece in record["pieces"]
+    )
+    return TensorRecord(tuple(int(size) for size in record["shape"]), pieces)
+
+
+def _check_piece(path: Path, name: str, record: TensorRecord, piece: Piece) -> None:
+    where = f"{path}: tensor {name}"
+    if Path(piece.file).name != piece.file or piece.file in ("", ".", ".."):
+        raise CheckpointError(f"{where}: file name {piece.file!r} leaves the checkpoint's folder")
+    if piece.dim is not None:
+        if not 0 <= piece.dim < len(record.shape):
+            raise CheckpointError(f"{where}: sliced along dim {piece.dim} of a shape {record.shape}")
+        if any(not 0 <= start <= stop <= record.shape[piece.dim] for start, stop in piece.ranges):
+            raise CheckpointError(f"{where}: ranges {piece.ranges} lie outside the shape {record.shape}")
+    numel = record._local_numel(*piece.slice_key)
+    if piece.padding < 0 or piece.flat_start < 0 or piece.length < 0 or piece.flat_start + piece.length > numel:
+        raise CheckpointError(f"{where}: elements {piece.flat_start} + {piece.length} lie outside a slice of {numel}")

@@ -1,0 +1,57 @@
+"""``megalm generate``: a run continues a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalm.generate.generation import generate_tokens
+from megalm.generate.load import TrainedModel, load_full_model
+from megalm.generate.sampling import Sampling
+
+
+def run_generate(
+    run_dir: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    overrides: Sequence[str] = (),
+) -> str:
+    """The prompt and what the run's model makes of it; a function of its arguments and the weights.
+
+    Args:
+        run_dir: folder of the run.
+        prompt: any text; an empty one begins a new document.
+        max_new_tokens: most tokens to add; fewer when the model ends the text.
+        temperature: 0 always takes the likeliest token.
+        top_k: draw from this many of the likeliest tokens; 0: from all.
+        seed: of the draws.
+        overrides: ``field=value`` changes to the run's config.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: see :func:`megalm.generate.load.load_full_model`.
+    """
+    sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
+    trained = load_full_model(run_dir, overrides)
+    return prompt + continue_text(trained, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+
+
+def continue_text(trained: TrainedModel, prompt: str, *, max_new_tokens: int, sampling: Sampling) -> str:
+    """The text that follows a prompt, without the prompt."""
+    tokenizer = trained.tokenizer
+    tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    new_tokens = generate_tokens(
+        # A model may have more rows than the tokenizer has words; those are no text.
+        lambda window: trained.model(window)[..., : tokenizer.vocab_size],
+        tokens,
+        sequence_length=trained.config.model.sequence_length,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_id=tokenizer.eos_id,
+        device=trained.device,
+    )
+    # Bytes of one character may lie on both sides of the cut, so the new tokens are not decoded alone.
+    return tokenizer.decode([*tokens, *new_tokens])[len(tokenizer.decode(tokens)) :]

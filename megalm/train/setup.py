@@ -1,0 +1,149 @@
+"""Builds a trainer on one rank, in the one order that works: layout, model, engine, data, what to start from, callbacks."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megalm.checkpoint.start import StartMode, StartPoint, resolve_start, run_folder
+from megalm.compose import save_config
+from megalm.config.rules import topology_of
+from megalm.config.schema import Config
+from megalm.core.groups import ParallelContext
+from megalm.data.dataset import TOKENIZER_FILE
+from megalm.data.loader import TrainLoader
+from megalm.data.objectives import OBJECTIVES
+from megalm.data.shards import TokenShards
+from megalm.engine.deepspeed_engine import DeepSpeedEngine
+from megalm.engine.lr_schedule import LearningRate
+from megalm.hardware import match_device, peak_flops
+from megalm.launch import RankInfo
+from megalm.models.counts import flops_per_token, parameter_count
+from megalm.models.gpt import build_stage
+from megalm.signals import StopRequest
+from megalm.train.callbacks.base import Callback, CallbackList, RunContext
+from megalm.train.callbacks.console import ConsoleLog
+from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
+from megalm.train.callbacks.report import ClosingReport
+from megalm.train.callbacks.tensorboard import TensorBoardLog
+from megalm.train.callbacks.wandb import WandbLog
+from megalm.train.progress import Progress
+from megalm.train.saving import Saver, restore
+from megalm.train.trainer import Trainer, Utilisation
+from megalm.train.validation import Validator
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Trainer, CallbackList]:
+    """Everything that a rank trains with; collective over all ranks of an initialised process group.
+
+    Raises:
+        DataError, CheckpointError: the data or the checkpoint do not fit the config.
+    """
+    run_dir = run_folder(config)
+    start = resolve_start(config, run_dir)
+    context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
+    train_data = TokenShards(Path(config.data.path) / "train", config.model.sequence_length)
+    val_data = TokenShards(Path(config.data.path) / "val", config.model.sequence_length)
+    vocab_size = config.model.vocab_size or train_data.index.vocab_size
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+
+    stage = build_stage(
+        config.model, vocab_size, context=context, seed=config.run.seed, dtype=_DTYPES[config.engine.dtype]
+    )
+    _assert_nothing_lost(context, stage.unique_parameters(), config)
+    engine = DeepSpeedEngine(stage, context, config)
+    loader = TrainLoader(
+        train_data,
+        config.data,
+        objective=OBJECTIVES[config.objective.name](),
+        global_batch_size=config.train.global_batch_size,
+        dp_rank=context.coordinates.dp,
+        dp_size=context.topology.dp,
+        seed=config.run.seed,
+    )
+    progress = restore(start, engine, loader)
+
+    peak_name = _peak_name(config, context.device)
+    peak = peak_flops(peak_name, config.engine.dtype)
+    callbacks = CallbackList(_make_callbacks(config) if context.rank == 0 else [])
+    if context.rank == 0:
+        _prepare_run_folder(config, run_dir)
+    callbacks.on_start(
+        RunContext(
+            config=config,
+            run_dir=run_dir,
+            start_step=progress.step,
+            total_steps=config.train.steps,
+            topology=context.topology.describe(),
+            device=_device_in_words(context.device),
+            parameters=parameter_count(config.model, vocab_size).total,
+            resumed_from=_start_in_words(start),
+            mfu_peak=None if peak is None else f"{peak / 1e12:.0f} TFLOP/s ({peak_name}, {config.engine.dtype}, dense)",
+        )
+    )
+    trainer = Trainer(
+        config,
+        context=context,
+        engine=engine,
+        loader=loader,
+        validator=Validator(config, context, val_data),
+        saver=Saver(config, context, run_dir),
+        callbacks=callbacks,
+        learning_rate=LearningRate(config.optim, _total_tokens(config)),
+        utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),
+        stop=stop,
+        progress=progress,
+    )
+    return trainer, callbacks
+
+
+def _total_tokens(config: Config) -> int:
+    return config.train.steps * config.train.global_batch_size * config.model.sequence_length
+
+
+def _assert_nothing_lost(context: ParallelContext, local: int, config: Config) -> None:
+    """The ranks' parameters, each counted once, are as many as one process would hold: no layer was lost or doubled."""
+    count = torch.tensor(float(local), dtype=torch.float64, device=context.device)
+    total = int(context.model.all_reduce(count))
+    expected = parameter_count(config.model, config.model.vocab_size).total
+    if total != expected:
+        raise AssertionError(f"the ranks hold {total:,} parameters, the model has {expected:,}")
+
+
+def _make_callbacks(config: Config) -> list[Callback]:
+    """In the order in which they hear of events; the record comes first."""
+    callbacks: list[Callback] = [MetricsJsonl()]
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoardLog())
+    if config.logging.wandb != "disabled":
+        callbacks.append(WandbLog(config.logging.wandb, config.logging.wandb_project))
+    return [*callbacks, ConsoleLog(config.logging.every), ClosingReport()]
+
+
+def _prepare_run_folder(config: Config, run_dir: Path) -> None:
+    """A run folder is whole in itself: config and tokenizer lie beside the weights."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+    tokenizer = Path(config.data.path) / TOKENIZER_FILE
+    shutil.copyfile(tokenizer, run_dir / TOKENIZER_FILE)
+
+
+def _peak_name(config: Config, device: torch.device) -> str | None:
+    if config.cluster.gpu is not None and device.type == "cuda":
+        return config.cluster.gpu
+    return match_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _device_in_words(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _start_in_words(start: StartPoint) -> str | None:
+    if start.path is None:
+        return None
+    return f"{start.path}" if start.mode is StartMode.RESUME else f"{start.path} (weights only)"
