@@ -1,0 +1,1 @@
+"""Checkpoints: global tensors in pieces, written by any layout, read by any other."""

@@ -1,6 +1,7 @@
 """Reads any slice of any tensor of a checkpoint, whatever layout wrote it.
 
-Tensors are assembled one at a time: memory is bounded by one full tensor. Every piece's sha256 is checked as it is read.
+Tensors are assembled one at a time: memory is bounded by one full tensor. Every piece's sha256 is checked as it is
+read.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ class CheckpointReader:
             raise CheckpointError(f"{path}: {piece.key} cannot be read: {error}") from None
         if tensor.shape != (piece.length,) or tensor.dtype is not torch.float32 or piece.dtype != "float32":
             raise CheckpointError(
-                f"{path}: {piece.key} is {list(tensor.shape)} {tensor.dtype}, the manifest says [{piece.length}] {piece.dtype}"
+                f"{path}: {piece.key} is {list(tensor.shape)} {tensor.dtype}, the manifest says [{piece.length}] "
+                f"{piece.dtype}"
             )
         if hashlib.sha256(tensor.numpy().data).hexdigest() != piece.sha256:
             raise CheckpointError(f"{path}: {piece.key} is corrupt: its sha256 is not the manifest's")

@@ -75,15 +75,15 @@ def resolve_start(config: Config, run_dir: Path) -> StartPoint:
     if latest is not None:
         if resume == "never":
             raise CheckpointError(
-                f"checkpoint.resume=never: run {config.run.name} has a checkpoint of step {latest.step}; resume it with "
-                "checkpoint.resume=auto, or choose another run.name"
+                f"checkpoint.resume=never: run {config.run.name} has a checkpoint of step {latest.step}; resume it "
+                "with checkpoint.resume=auto, or choose another run.name"
             )
         return _resume(config, latest, tuple(f"ignored {path}: an interrupted save" for path in torn_checkpoints(own)))
     torn = [path for path in torn_checkpoints(own) if not path.name.startswith(TEMPORARY_PREFIX)]
     if torn:
         raise CheckpointError(
-            f"run {config.run.name}: {torn[0]} is not complete and there is no other checkpoint; remove it to train from "
-            "the beginning, or choose another run.name"
+            f"run {config.run.name}: {torn[0]} is not complete and there is no other checkpoint; remove it to train "
+            "from the beginning, or choose another run.name"
         )
     notes = _lost_steps(config, run_dir)
     if config.checkpoint.init_from is not None:
@@ -103,8 +103,8 @@ def _check_model(config: Config, manifest: Manifest, path: Path) -> None:
     """Every field of the model must be what the checkpoint was trained with; all differences are named."""
     saved = manifest.config.get("model", {})
     problems = [
-        f"model.{name}={value}: {path} was trained with {saved.get(name)}; set model.{name}={saved.get(name)}, or choose "
-        "another run.name"
+        f"model.{name}={value}: {path} was trained with {saved.get(name)}; set model.{name}={saved.get(name)}, or "
+        "choose another run.name"
         for name, value in asdict(config.model).items()
         if name != "vocab_size" and saved.get(name) != value
     ]

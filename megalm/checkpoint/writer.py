@@ -159,7 +159,9 @@ def _collect(folder: Path, world_size: int) -> dict[str, TensorRecord]:
         for record in json.loads(path.read_text(encoding="utf-8")):
             shape = tuple(record["shape"])
             if shapes.setdefault(record["name"], shape) != shape:
-                raise CheckpointError(f"{record['name']}: ranks disagree on its shape: {shapes[record['name']]}, {shape}")
+                raise CheckpointError(
+                    f"{record['name']}: ranks disagree on its shape: {shapes[record['name']]}, {shape}"
+                )
             fields = record["piece"]
             ranges = tuple((start, stop) for start, stop in fields["ranges"])
             pieces.setdefault(record["name"], []).append(Piece(**{**fields, "ranges": ranges}))

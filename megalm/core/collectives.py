@@ -80,9 +80,7 @@ class _Linear(torch.autograd.Function):
         return ctx.adjoint(grad), None, None  # type: ignore[attr-defined]
 
 
-def _apply(
-    x: Tensor, group: Group, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _apply(x: Tensor, group: Group, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
     if group.size == 1:
         return x
     result: Tensor = _Linear.apply(x, forward, adjoint)  # type: ignore[no-untyped-call]

@@ -81,8 +81,15 @@ class ParallelContext:
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
         """One process that holds the whole model."""
         return cls(
-            topology=Topology(), rank=0, device=torch.device(device), tp=ALONE, pp=ALONE, data=ALONE, model=ALONE,
-            world=ALONE, tied=ALONE,
+            topology=Topology(),
+            rank=0,
+            device=torch.device(device),
+            tp=ALONE,
+            pp=ALONE,
+            data=ALONE,
+            model=ALONE,
+            world=ALONE,
+            tied=ALONE,
         )
 
     @classmethod
@@ -102,8 +109,15 @@ class ParallelContext:
         tied = _make_group(holders[0] if holders else (rank,), rank)
         world = Group(tuple(range(topology.world_size)), rank, dist.group.WORLD)
         return cls(
-            topology=topology, rank=rank, device=torch.device(device), tp=tp, pp=pp, data=data, model=model,
-            world=world, tied=tied,
+            topology=topology,
+            rank=rank,
+            device=torch.device(device),
+            tp=tp,
+            pp=pp,
+            data=data,
+            model=model,
+            world=world,
+            tied=tied,
         )
 
     @property

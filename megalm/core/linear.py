@@ -28,7 +28,9 @@ class ColumnParallelLinear(ParallelModule):
         bias: whether there is a bias; it is split as the outputs are, and starts at zero.
     """
 
-    def __init__(self, in_features: int, out_features: tuple[int, ...], *, group: Group, std: float, bias: bool) -> None:
+    def __init__(
+        self, in_features: int, out_features: tuple[int, ...], *, group: Group, std: float, bias: bool
+    ) -> None:
         super().__init__()
         self.group = group
         ranges, offset = [], 0

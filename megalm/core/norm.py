@@ -1,4 +1,4 @@
-"""Normalisation over the hidden dim. Replicated over the tensor-parallel group: every rank sees whole hidden vectors."""
+"""Normalisation over the hidden dim. Replicated over the tensor-parallel group: ranks see whole hidden vectors."""
 
 from __future__ import annotations
 

@@ -47,9 +47,7 @@ def initial_values(name: str, shard: ShardSpec, init: Init, seed: int) -> Tensor
     return local
 
 
-def _rows(
-    name: str, full_shape: tuple[int, ...], dim: int, start: int, stop: int, std: float, seed: int
-) -> Tensor:
+def _rows(name: str, full_shape: tuple[int, ...], dim: int, start: int, stop: int, std: float, seed: int) -> Tensor:
     """Rows ``start:stop`` along ``dim`` of the full parameter."""
     size = full_shape[dim]
     blocks = []

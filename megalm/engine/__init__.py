@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO, the optimizer and its learning rate."""

@@ -4,8 +4,8 @@ DeepSpeed sees one optimizer step per call (``gradient_accumulation_steps=1``), 
 parameters, and an ``mpu`` that describes the mesh. Micro-batches, the pipeline and the loss are megalm's own.
 
 Which gradients DeepSpeed reduces, and when, differs with dtype and stage; :class:`_Reduction` has one subclass for each
-way, and ``_REDUCTIONS`` is the table of what is proven. Where the loss of a replica is scaled by the data-parallel size over
-the number of tokens in the *global* batch, DeepSpeed's mean over replicas yields the gradient of the global mean.
+way, and ``_REDUCTIONS`` is the table of what is proven. The loss of a replica is scaled by the data-parallel size over
+the number of tokens in the *global* batch, so that DeepSpeed's mean over replicas is the gradient of the global mean.
 """
 
 from __future__ import annotations
@@ -309,9 +309,7 @@ def _adamw_state(values: Tensor, steps: int) -> dict[str, Tensor]:
     return {"step": torch.tensor(float(steps), dtype=torch.float32, device=values.device), **moments}
 
 
-def _initialise(
-    stage: GPTStage, parameters: list[DeclaredParameter], context: ParallelContext, config: Config
-) -> Any:
+def _initialise(stage: GPTStage, parameters: list[DeclaredParameter], context: ParallelContext, config: Config) -> Any:
     """A DeepSpeed engine around this rank's parameters."""
     if context.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

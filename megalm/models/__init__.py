@@ -1,0 +1,1 @@
+"""Models composed from the parallel core, and what they cost."""

@@ -82,10 +82,7 @@ class GPTStage(nn.Module):
             if is_first and model.position == "learned":
                 self.position = LearnedPosition(model.sequence_length, model.hidden_size, std=model.init_std)
             self.blocks = nn.ModuleDict(
-                {
-                    str(layer): TransformerBlock(model, group=group, rotary=rotary)
-                    for layer in layers
-                }
+                {str(layer): TransformerBlock(model, group=group, rotary=rotary) for layer in layers}
             )
             self.final_norm = None
             if is_last:
@@ -126,7 +123,8 @@ class GPTStage(nn.Module):
     def unique_parameters(self) -> int:
         """Elements that this rank alone stands for: padding, replicas and the second tied copy left out."""
         return sum(
-            p.parameter.numel() // max(p.parameter.shape[p.shard.dim or 0], 1)
+            p.parameter.numel()
+            // max(p.parameter.shape[p.shard.dim or 0], 1)
             * (p.shard.local_size if p.shard.is_sharded else p.parameter.shape[0])
             for p in declared_parameters(self)
             if (p.shard.is_sharded or self.group.index == 0) and p.parameter is not self.second_tied_copy
@@ -151,9 +149,7 @@ def build_stage(model: Model, vocab_size: int, *, context: ParallelContext, seed
     """This rank's stage with its initial weights, in ``dtype`` on the context's device."""
     topology = context.topology
     stage = context.coordinates.pp
-    layers = partition_layers(
-        model.num_layers, topology.num_stages, head_cost=_head_cost(model, vocab_size)
-    )[stage]
+    layers = partition_layers(model.num_layers, topology.num_stages, head_cost=_head_cost(model, vocab_size))[stage]
     module = GPTStage(
         model,
         vocab_size,

@@ -1,4 +1,4 @@
-"""Builds a trainer on one rank, in the one order that works: layout, model, engine, data, what to start from, callbacks."""
+"""Builds a trainer on one rank, in the one order that works: layout, model, engine, data, start point, callbacks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
 from megalm.train.callbacks.report import ClosingReport
 from megalm.train.callbacks.tensorboard import TensorBoardLog
 from megalm.train.callbacks.wandb import WandbLog
-from megalm.train.progress import Progress
 from megalm.train.saving import Saver, restore
 from megalm.train.trainer import Trainer, Utilisation
 from megalm.train.validation import Validator

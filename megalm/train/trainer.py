@@ -1,4 +1,4 @@
-"""The training loop. Everything that is not a step hangs on callbacks; everything that is built is built in ``setup.py``.
+"""The training loop. What is not a step hangs on callbacks; what has to be built is built in ``setup.py``.
 
 All ranks run the same loop and make the same decisions: whatever a decision depends on (a signal that reached one rank,
 a loss that is not finite) is agreed on by all ranks in the one exchange that ends each step.

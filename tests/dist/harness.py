@@ -33,7 +33,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), old_path]))
         try:
             processes = [
-                context.Process(target=_rank_main, args=(r, world_size, folder, function, args)) for r in range(world_size)
+                context.Process(target=_rank_main, args=(r, world_size, folder, function, args))
+                for r in range(world_size)
             ]
             for process in processes:
                 process.start()

@@ -57,8 +57,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one rank saw: losses and gradient norms by step, hashes of the initial weights by block of the full parameter,
-    and the trained weights of the parameters that it holds whole."""
+    """What one rank saw: losses and gradient norms by step, and its slices of the weights before and after, at their
+    places in full tensors."""
 
     losses: list[float]
     grad_norms: list[float]

@@ -16,8 +16,15 @@ from harness import run_ranks
 from parity import CLIP, MODEL, Layout, Trace, assemble, digest, reference, train_on_ranks
 
 ROTARY = replace(
-    MODEL, position="rotary", norm="rmsnorm", activation="swiglu", bias=False, num_kv_heads=2, tie_embeddings=False,
-    ffn_hidden_size=48, num_layers=5,
+    MODEL,
+    position="rotary",
+    norm="rmsnorm",
+    activation="swiglu",
+    bias=False,
+    num_kv_heads=2,
+    tie_embeddings=False,
+    ffn_hidden_size=48,
+    num_layers=5,
 )
 """The Llama family's choices, on layers that two stages cannot share evenly."""
 

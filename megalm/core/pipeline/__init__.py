@@ -1,0 +1,1 @@
+"""Pipeline parallelism: split of layers, schedules as data, transfers, and the runner."""

@@ -21,8 +21,8 @@ Key = tuple[Kind, int, int]
 class Mailbox:
     """What a pipeline rank has sent and has been promised.
 
-    The transfers of one tick are issued together (``batch_isend_irecv``), which is what makes an order with sends in both
-    directions safe on NCCL. A receive is waited for only when its tensor is taken; a sent tensor is kept alive until
+    The transfers of one tick are issued together (``batch_isend_irecv``), which is what makes an order with sends in
+    both directions safe on NCCL. A receive is waited for only when its tensor is taken; a sent tensor is kept alive until
     its transfer has ended.
     """
 

@@ -6,6 +6,7 @@ import sys
 from typing import TextIO
 
 from megalm.data.dataset import TOKENIZER_FILE
+from megalm.models.counts import resolve_vocab_size
 from megalm.train.callbacks.base import Callback, Outcome, RunContext, describe_error, warn
 from megalm.train.callbacks.metrics_jsonl import FILE_NAME, read_metrics, step_rows, validation_rows
 from megalm.train.callbacks.words import format_number
@@ -58,7 +59,8 @@ class ClosingReport(Callback):
         from megalm.data.tokenizer import Tokenizer
 
         last = validations[-1]
-        vocab_size = Tokenizer.load(context.run_dir / TOKENIZER_FILE).vocab_size
+        words = Tokenizer.load(context.run_dir / TOKENIZER_FILE).vocab_size
+        vocab_size = resolve_vocab_size(context.config.model, words)
         self._print(
             f"result   validation perplexity {format_number(last['val_perplexity'], ',.1f')} "
             f"(untrained: about {vocab_size:,}, the size of the vocabulary)"
