@@ -153,7 +153,7 @@ def test_rows_without_words_are_never_sampled(run_dir, monkeypatch):
     monkeypatch.setattr(Tokenizer, "decode", lambda _, ids: decoded.extend(ids) or "")
     generate(run_dir, "one", temperature=1000.0, max_new_tokens=200)
     words = Tokenizer.load(run_dir / "tokenizer.json").vocab_size
-    assert len(decoded) > 100
+    assert len(decoded) > 50  # until an end-of-text
     assert max(decoded) < words < ROWS
 
 
