@@ -99,9 +99,7 @@ class Topology:
         degrees = {axis: self.degree(axis) for axis in axes}
         fixed = [axis for axis in AXES if axis not in degrees]
         moving = [axis for axis in AXES if axis in degrees]
-        return [
-            tuple(self.rank_at(**at, **along) for along in self._points(moving)) for at in self._points(fixed)
-        ]
+        return [tuple(self.rank_at(**at, **along) for along in self._points(moving)) for at in self._points(fixed)]
 
     def group_of(self, rank: int, *axes: str) -> tuple[int, ...]:
         """The one group along ``axes`` that ``rank`` belongs to."""

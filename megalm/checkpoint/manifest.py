@@ -9,8 +9,8 @@ A checkpoint is a folder:
         COMPLETE                 written last; holds the manifest's sha256
 
 A *piece* is a run of one rank's flattened local tensor. The local tensor is the slice of the full tensor that ``dim``,
-``ranges`` and ``padding`` describe (see ``core.sharding.ShardSpec``). Readers assemble any other slice from pieces, so a
-checkpoint has no layout of its own.
+``ranges`` and ``padding`` describe (see ``core.sharding.ShardSpec``). Readers assemble any other slice from pieces, so
+a checkpoint has no layout of its own.
 """
 
 from __future__ import annotations

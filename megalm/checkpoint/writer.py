@@ -110,6 +110,8 @@ def _write_rank(folder: Path, pieces: Iterable[StatePiece], rank: int) -> None:
         if values.dtype is not torch.float32:
             raise CheckpointError(f"{piece.name}: {piece.kind} is {values.dtype}, masters and moments are float32")
         key = f"{piece.kind}/{piece.name}"
+        if key in arrays:
+            raise CheckpointError(f"{piece.name}: rank {rank} has two runs of {piece.kind}; one key holds one")
         arrays[key] = array = values.numpy()
         record = Piece(
             kind=piece.kind,

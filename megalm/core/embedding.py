@@ -15,7 +15,7 @@ from megalm.core.sharding import Init, ParallelModule, ShardSpec, padded_range
 
 
 class VocabParallelEmbedding(ParallelModule):
-    """Rows of the vocabulary, split over the group: token ids ▶ hidden vectors, and back to logits with the same rows."""
+    """Rows of the vocabulary, split over the group: ids ▶ hidden vectors, and back to logits with the same rows."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, group: Group, std: float) -> None:
         super().__init__()

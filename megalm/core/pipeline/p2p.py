@@ -22,8 +22,8 @@ class Mailbox:
     """What a pipeline rank has sent and has been promised.
 
     The transfers of one tick are issued together (``batch_isend_irecv``), which is what makes an order with sends in
-    both directions safe on NCCL. A receive is waited for only when its tensor is taken; a sent tensor is kept alive until
-    its transfer has ended.
+    both directions safe on NCCL. A receive is waited for only when its tensor is taken; a sent tensor is kept alive
+    until its transfer has ended.
     """
 
     def __init__(self, group: Group, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

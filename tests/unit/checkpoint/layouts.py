@@ -1,0 +1,107 @@
+"""Simulated layouts: what ranks of a (tp, dp) world would hand to the writer, from known full tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Barrier, Thread
+
+import torch
+
+from megalm.checkpoint.writer import Header, save_checkpoint
+from megalm.core.sharding import ShardSpec, StatePiece, padded_range
+from megalm.errors import CheckpointError
+
+SHAPES = {
+    "embedding.weight": (13, 6),  # padded vocabulary
+    "norm.weight": (6,),  # replicated
+    "qkv.weight": (36, 6),  # three fused ranges
+    "projection.weight": (6, 12),  # sliced along dim 1
+}
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees, and where ZeRO cuts each flattened local tensor (fractions of its length)."""
+
+    tp: int = 1
+    dp: int = 1
+    cuts: tuple[float, ...] = ()
+
+
+def full_tensors() -> dict[tuple[str, str], torch.Tensor]:
+    """Every tensor of every kind, all elements different."""
+    generator = torch.Generator().manual_seed(0)
+    return {(name, kind): torch.randn(shape, generator=generator) for name, shape in SHAPES.items() for kind in KINDS}
+
+
+def shard_of(name: str, tp: int, rank: int) -> ShardSpec:
+    """The slice of a parameter that a tensor-parallel rank holds."""
+    shape = SHAPES[name]
+    if name == "embedding.weight":
+        valid, padding = padded_range(shape[0], rank, tp)
+        return ShardSpec(shape, 0, (valid,), padding)
+    if name == "norm.weight":
+        return ShardSpec.replicated(*shape)
+    if name == "projection.weight":
+        share = shape[1] // tp
+        return ShardSpec(shape, 1, ((rank * share, (rank + 1) * share),))
+    third, share = shape[0] // 3, shape[0] // 3 // tp
+    return ShardSpec(shape, 0, tuple((i * third + rank * share, i * third + (rank + 1) * share) for i in range(3)))
+
+
+def pieces_of(layout: Layout, tp_rank: int, dp_rank: int) -> list[StatePiece]:
+    """What one rank would write: its ZeRO range of each parameter that it owns."""
+    pieces = []
+    for (name, kind), full in full_tensors().items():
+        shard = shard_of(name, layout.tp, tp_rank)
+        if not shard.is_sharded and tp_rank:
+            continue
+        flat = shard.take(full).view(-1)
+        edges = [0, *sorted(round(c * flat.numel()) for c in layout.cuts[: layout.dp - 1]), flat.numel()]
+        edges += [flat.numel()] * (layout.dp + 1 - len(edges))
+        start, stop = edges[dp_rank], edges[dp_rank + 1]
+        if stop > start:
+            pieces.append(StatePiece(name, kind, shard, start, flat[start:stop]))
+    return pieces
+
+
+def header(step: int) -> Header:
+    """A header with something in every field."""
+    return Header(step, {"model": {}}, {"tp": 1}, {"consumed_samples": 8}, {"step": step})
+
+
+def save(
+    folder: Path, layout: Layout, step: int = 1, pieces: Callable[[Layout, int, int], list[StatePiece]] = pieces_of
+) -> list[Path | Exception]:
+    """Save from all simulated ranks, one thread each; returns what each rank got."""
+    world_size = layout.tp * layout.dp
+    errors: list[str | None] = [None] * world_size
+    barrier = Barrier(world_size)
+    results: list[Path | Exception] = [RuntimeError("did not run")] * world_size
+
+    def run(rank: int) -> None:
+        def agree(error: str | None) -> str | None:
+            errors[rank] = error
+            barrier.wait(timeout=30)
+            first = next((e for e in errors if e is not None), None)
+            barrier.wait(timeout=30)
+            return first
+
+        try:
+            mine = pieces(layout, rank % layout.tp, rank // layout.tp)
+            results[rank] = save_checkpoint(folder, header(step), mine, rank=rank, world_size=world_size, agree=agree)
+        except CheckpointError as error:
+            results[rank] = error
+        except Exception as error:
+            results[rank] = error
+            barrier.abort()
+
+    threads = [Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

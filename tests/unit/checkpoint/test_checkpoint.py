@@ -1,0 +1,215 @@
+"""Checkpoints: any layout reads what any layout wrote; what is damaged or torn never loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import KINDS, SHAPES, Layout, full_tensors, pieces_of, save, shard_of
+
+from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE
+from megalm.checkpoint.reader import CheckpointReader
+from megalm.checkpoint.store import complete_checkpoints, find_latest, locate, prune, torn_checkpoints
+from megalm.errors import CheckpointError
+
+layouts = st.builds(
+    Layout,
+    tp=st.sampled_from([1, 2, 3, 4]),
+    dp=st.integers(1, 3),
+    cuts=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(written=layouts, read=layouts)
+def test_any_layout_reads_what_any_layout_wrote(written: Layout, read: Layout, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    results = save(folder, written)
+    assert all(isinstance(path, Path) for path in results), results
+    reader = CheckpointReader(results[0])
+    for (name, kind), full in full_tensors().items():
+        for rank in range(read.tp):
+            shard = shard_of(name, read.tp, rank)
+            want = shard.take(full)
+            assert torch.equal(reader.read_local(name, kind, shard), want)
+            for dp_rank in range(read.dp):
+                for piece in pieces_of(read, rank, dp_rank):
+                    if (piece.name, piece.kind) == (name, kind):
+                        got = reader.read_flat(name, kind, shard, piece.flat_start, piece.values.numel())
+                        assert torch.equal(got, piece.values)
+    assert list(reader.find_corruption()) == []
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    result = save(tmp_path, Layout(tp=2, dp=2, cuts=(0.3,)), step=7)[0]
+    assert isinstance(result, Path)
+    return result
+
+
+def test_no_pickle_and_no_leftovers(checkpoint: Path) -> None:
+    names = sorted(path.name for path in checkpoint.iterdir())
+    assert names == [COMPLETE_FILE, MANIFEST_FILE, *(f"rank-{rank:05d}.safetensors" for rank in range(4))]
+    assert torn_checkpoints(checkpoint.parent) == []
+
+
+def test_padding_is_not_saved_as_values(checkpoint: Path) -> None:
+    record = json.loads((checkpoint / MANIFEST_FILE).read_text())["tensors"]["embedding.weight"]
+    assert record["shape"] == [13, 6]
+    assert sorted({tuple(map(tuple, p["ranges"])) for p in record["pieces"]}) == [((0, 7),), ((7, 13),)]
+
+
+def test_a_flipped_byte_is_found_and_never_loads(checkpoint: Path) -> None:
+    file = checkpoint / "rank-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    reader = CheckpointReader(checkpoint)
+    faults = list(reader.find_corruption())
+    assert len(faults) == 1
+    assert "rank-00001.safetensors" in faults[0]
+    assert "sha256" in faults[0]
+    name = faults[0].split("/")[-1].split(" is corrupt")[0].strip()
+    with pytest.raises(CheckpointError, match="corrupt"):
+        for kind in KINDS:
+            reader.read_local(name, kind, shard_of(name, 1, 0))
+
+
+def test_a_truncated_or_missing_file_is_named(checkpoint: Path) -> None:
+    file = checkpoint / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-20])
+    (checkpoint / "rank-00003.safetensors").unlink()
+    faults = "\n".join(CheckpointReader(checkpoint).find_corruption())
+    assert "rank-00000.safetensors" in faults
+    assert "rank-00003.safetensors" in faults
+
+
+def test_a_lying_header_is_refused(checkpoint: Path) -> None:
+    file = checkpoint / "rank-00000.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + size])
+    key = next(k for k in entries if k != "__metadata__")
+    entries[key]["data_offsets"][1] += 4096
+    text = json.dumps(entries).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(CheckpointError, match="rank-00000.safetensors"):
+        for name in SHAPES:
+            CheckpointReader(checkpoint).read_local(name, "weight", shard_of(name, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["tensors"]["norm.weight"]["pieces"][0].update(file="../other"), "leaves the checkpoint's folder"),
+        (lambda m: m["tensors"]["norm.weight"]["pieces"][0].update(length=99), "lie outside"),
+        (lambda m: m.update(version=2), "format version 2; this megalm reads version 1"),
+        (lambda m: m.pop("data"), "incomplete or damaged"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(checkpoint: Path, change, message: str) -> None:
+    import hashlib
+
+    path = checkpoint / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="changed since the checkpoint was completed"):
+        CheckpointReader(checkpoint)
+    (checkpoint / COMPLETE_FILE).write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader(checkpoint)
+
+
+def test_parameters_that_do_not_fit_are_all_named(checkpoint: Path) -> None:
+    reader = CheckpointReader(checkpoint)
+    with pytest.raises(CheckpointError) as error:
+        reader.check_parameters({"norm.weight": (7,), "new.weight": (2, 2)}, whole_model=True)
+    text = str(error.value)
+    assert "norm.weight: [6] in the checkpoint, [7] in the model" in text
+    assert "new.weight: not in the checkpoint" in text
+    assert "qkv.weight: in the checkpoint, not in the model" in text
+
+
+def test_a_hole_is_found_when_saving_and_nothing_is_left(tmp_path: Path) -> None:
+    def lossy(layout: Layout, tp_rank: int, dp_rank: int):
+        pieces = pieces_of(layout, tp_rank, dp_rank)
+        return [p for p in pieces if not (p.name == "qkv.weight" and dp_rank == 1 and p.kind == "exp_avg")]
+
+    results = save(tmp_path, Layout(tp=2, dp=2, cuts=(0.5,)), pieces=lossy)
+    for result in results:
+        assert isinstance(result, CheckpointError)
+        assert "qkv.weight: no rank wrote exp_avg elements" in str(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_fails_the_save_and_leaves_the_previous_one(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        assert isinstance(save(disk, Layout(), step=1)[0], Path)
+        (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 8192))
+        result = save(disk, Layout(), step=2)[0]
+        assert isinstance(result, CheckpointError)
+        assert "step 2 was not saved" in str(result)
+        assert [info.step for info in complete_checkpoints(disk)] == [1]
+        assert list(CheckpointReader(find_latest(disk).path).find_corruption()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, Layout(), step=step)
+    prune(tmp_path, 0)
+    assert [info.step for info in complete_checkpoints(tmp_path)] == [1, 2, 3]
+    prune(tmp_path, 2)
+    assert [info.step for info in complete_checkpoints(tmp_path)] == [2, 3]
+
+
+def test_an_incomplete_checkpoint_is_never_the_latest(tmp_path: Path) -> None:
+    save(tmp_path, Layout(), step=1)
+    newest = save(tmp_path, Layout(), step=2)[0]
+    (newest / COMPLETE_FILE).unlink()
+    assert find_latest(tmp_path).step == 1
+    assert torn_checkpoints(tmp_path) == [newest]
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        locate(newest)
+
+
+def test_a_path_that_does_not_exist_is_fatal(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        locate(tmp_path / "nothing")
+
+
+def test_sigkill_at_random_moments_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom layouts import Layout, save\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "for step in range(1, 10**6):\n"
+        "    assert isinstance(save(folder, Layout(), step)[0], Path)\n"
+        "    print(step, flush=True)\n"
+    )
+    chance = random.Random(4)
+    for _ in range(4):
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+            process.stdout.readline()  # the first one is complete
+            time.sleep(chance.uniform(0.0, 0.1))
+            process.send_signal(signal.SIGKILL)
+        latest = find_latest(tmp_path)
+        assert latest is not None
+        assert list(CheckpointReader(latest.path).find_corruption()) == []
