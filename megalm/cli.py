@@ -1,0 +1,181 @@
+"""The ``megalm`` command. torch is imported by the commands that compute, never by those that check.
+
+A run's folder and options are read here, before Hydra's grammar meets the overrides: a prompt may hold anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megalm import __version__
+from megalm.errors import ExitCode, MegalmError
+
+_WORKER_MODULE = "megalm.worker"
+
+_OVERRIDES_HELP = (
+    "GROUP=OPTION (experiment=quickstart, model=gpt3_125m, parallel=tp2) and FIELD=VALUE (train.steps=50, "
+    "run.name=try1); every field, its default and its meaning: megalm/config/schema.py"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: see :class:`megalm.errors.ExitCode`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except MegalmError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except SystemExit as end:  # argparse has printed help, or what is wrong with an option
+        return end.code if isinstance(end.code, int) else ExitCode.DONE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:  # `megalm check ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return ExitCode.DONE
+    except Exception:
+        traceback.print_exc()
+        return ExitCode.BUG
+
+
+@dataclass(frozen=True)
+class _Command:
+    """One subcommand: what it does, its options, its code."""
+
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _main_parser()
+    if not arguments:
+        parser.print_help()
+        return ExitCode.DONE
+    name, *rest = arguments
+    if name not in _COMMANDS:
+        parser.parse_args(arguments)  # --help, --version, or a command that does not exist
+        return ExitCode.DONE
+    command = _COMMANDS[name]
+    own = argparse.ArgumentParser(prog=f"megalm {name}", description=command.help, allow_abbrev=False)
+    command.add_options(own)
+    own.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=_OVERRIDES_HELP)
+    return command.run(own.parse_intermixed_args(rest))
+
+
+def _main_parser() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {name:9} {command.help}" for name, command in _COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="megalm",
+        description="Pretrain GPT-style language models in 3-D parallel, from a laptop to 1,024 GPUs.",
+        epilog=f"commands:\n{lines}\n\n`megalm COMMAND --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="megalm COMMAND ...",
+    )
+    parser.add_argument("--version", action="version", version=f"megalm {__version__}")
+    parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help="one of the commands below")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megalm.launch import discover
+
+    rank = discover(os.environ)
+    if rank is not None:
+        from megalm.worker import run_launched
+
+        run_launched(rank, options.overrides)
+    return _train_here(options.overrides)
+
+
+def _train_here(overrides: list[str]) -> int:
+    """No launcher has started ranks, so this process does."""
+    from megalm.launch.local import LocalJob, run_local
+    from megalm.preflight import completion_lines, make_plan
+
+    plan = make_plan(overrides)
+    if plan.complete:
+        print(*completion_lines(plan), sep="\n")
+        return ExitCode.DONE
+    job = LocalJob(
+        world_size=plan.world_size,
+        threads_per_rank=plan.config.launch.threads_per_rank,
+        run_dir=plan.run_dir,
+        plan=plan.to_json(),
+        module=_WORKER_MODULE,
+    )
+    return run_local(job, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from megalm.compose import compose
+    from megalm.config.rules import planned_world_size_of
+    from megalm.preflight import check_config
+    from megalm.summary import summary_lines
+
+    config = compose(options.overrides)
+    world_size = planned_world_size_of(config)
+    check_config(config, world_size)
+    print(*summary_lines(config, world_size), "ok", sep="\n")
+    return ExitCode.DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from megalm.evaluate.perplexity import run_evaluate
+
+    for name, value in run_evaluate(options.run, options.overrides).items():
+        print(f"{name:15} {value:,.6g}" if isinstance(value, float) else f"{name:15} {value}")
+    return ExitCode.DONE
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from megalm.generate.run import run_generate
+
+    text = run_generate(
+        options.run,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+        overrides=options.overrides,
+    )
+    print(text)
+    return ExitCode.DONE
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:  # noqa: ARG001 - one of several functions of this shape
+    return
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a run, such as runs/quickstart")
+
+
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    _run_options(parser)
+    parser.add_argument("--prompt", required=True, help="text to continue; any text, quoted for the shell alone")
+    parser.add_argument("--max-new-tokens", type=int, default=120, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="default: %(default)s; 0: greedy")
+    parser.add_argument("--top-k", type=int, default=40, metavar="K", help="default: %(default)s; 0: no limit")
+    parser.add_argument("--seed", type=int, default=1234, metavar="S", help="of the draws; default: %(default)s")
+
+
+_COMMANDS = {
+    "train": _Command(
+        "Train a run, or resume it; starts its own ranks unless torchrun, srun or mpirun has.", _no_options, _train
+    ),
+    "evaluate": _Command("Loss and perplexity of a run over its whole validation split.", _run_options, _evaluate),
+    "generate": _Command("Let a run continue a prompt.", _generate_options, _generate),
+    "check": _Command("Validate a configuration in a second, by itself, for cluster.gpus GPUs.", _no_options, _check),
+}

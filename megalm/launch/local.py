@@ -1,0 +1,196 @@
+"""Starts ranks on this machine when no launcher has, and stays with them until all have ended. No torch.
+
+Each rank leads a session of its own, so a Ctrl-C reaches the launcher alone, which passes it on exactly once. Signals
+are blocked while a rank starts and handled when it has its handlers: none is lost, none kills a half-started rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megalm.errors import ExitCode
+from megalm.launch.logs import log_path
+from megalm.launch.rendezvous import free_port_listener
+from megalm.signals import STOP_SIGNALS
+
+_ORDERLY = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
+"""Exit codes after which the other ranks are on their way out too, with things to finish."""
+
+_EXPLAINED = (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.DIVERGED)
+"""Exit codes of ranks that have told the user why in a line of their own."""
+
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 5.0
+"""What is left of a run has this long, after one rank failed, to write what it knows."""
+
+_INTERRUPTS_TO_KILL = 3
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """Ranks to start on this machine.
+
+    Attributes:
+        world_size: how many.
+        threads_per_rank: OMP threads of each.
+        run_dir: where their logs are.
+        plan: what rank 0 reads from its standard input and tells the others.
+        module: what each rank runs, as ``python -m``.
+    """
+
+    world_size: int
+    threads_per_rank: int
+    run_dir: Path
+    plan: str
+    module: str
+
+
+def run_local(job: LocalJob, say: Callable[[str], None]) -> int:
+    """Run a job to its end.
+
+    Args:
+        job: what to start.
+        say: shows a line to the user.
+
+    Returns:
+        0 when all ranks ended well, or else the exit code of the rank that failed first (128 + N where signal N did).
+    """
+    ranks = _Ranks(say)
+    with _forwarding(ranks.forward):
+        with _blocked_signals():
+            ranks.start(job)
+        return ranks.wait(job.run_dir)
+
+
+class _Ranks:
+    """The processes of a job."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._processes: list[subprocess.Popen[str]] = []
+        self._interrupts = 0
+
+    def start(self, job: LocalJob) -> None:
+        """Start every rank; rank 0 inherits a listening socket, so that no other process can take its port."""
+        listener = free_port_listener()
+        port = listener.getsockname()[1]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads_per_rank)}
+        if sys.platform == "linux":  # gloo would look for the machine's own name, which a laptop may not resolve
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for rank in range(job.world_size):
+            command = [sys.executable, "-m", job.module, f"{rank}", f"{job.world_size}", f"{port}", f"{os.getpid()}"]
+            is_first = rank == 0
+            process = subprocess.Popen(
+                [*command, str(listener.fileno())] if is_first else command,
+                stdin=subprocess.PIPE if is_first else subprocess.DEVNULL,
+                env=environment,
+                pass_fds=(listener.fileno(),) if is_first else (),
+                start_new_session=True,
+                text=True,
+            )
+            self._processes.append(process)
+        listener.close()
+        stdin = self._processes[0].stdin
+        assert stdin is not None
+        with contextlib.suppress(BrokenPipeError), stdin:  # a rank that died at once is noticed below
+            stdin.write(job.plan)
+
+    def forward(self, number: int) -> None:
+        """Pass a signal on; the third interrupt ends the ranks at once."""
+        if number == signal.SIGHUP:
+            number = signal.SIGTERM
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts >= _INTERRUPTS_TO_KILL:
+                self._say("ended without saving")
+                self._kill()
+                return
+            again = "once more" if self._interrupts == _INTERRUPTS_TO_KILL - 1 else "twice more"
+            self._say(f"stopping after this step, then saving; Ctrl-C {again} ends at once, without saving")
+        else:
+            self._say(f"SIG{signal.Signals(number).name.removeprefix('SIG')}: stopping after this step, then saving")
+        for process in self._running():
+            process.send_signal(number)
+
+    def wait(self, run_dir: Path) -> int:
+        """Wait until all ranks have ended; a rank that fails takes the others with it."""
+        try:
+            failed = self._wait_for_end_or_failure()
+            if failed is None:
+                return max((process.returncode for process in self._processes), default=0)
+            if self._interrupts >= _INTERRUPTS_TO_KILL:
+                return ExitCode.INTERRUPTED
+            code = self._processes[failed].returncode
+            if code not in _EXPLAINED:
+                self._say(f"rank {failed} {_in_words(code)}; its log: {log_path(run_dir, failed)}")
+            self._wait_until(time.monotonic() + _GRACE_SECONDS)
+            return code if code >= 0 else 128 - code
+        finally:
+            self._kill()
+
+    def _wait_for_end_or_failure(self) -> int | None:
+        """The first rank that fails; None when all have ended well."""
+        while True:
+            running = self._running()  # before looking for failures, so that none is missed
+            for rank, process in enumerate(self._processes):
+                if process.returncode is not None and process.returncode not in _ORDERLY:
+                    return rank
+            if not running:
+                return None
+            time.sleep(_POLL_SECONDS)
+
+    def _wait_until(self, deadline: float) -> None:
+        while self._running() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
+    def _running(self) -> list[subprocess.Popen[str]]:
+        return [process for process in self._processes if process.poll() is None]
+
+    def _kill(self) -> None:
+        """End what still runs, and what it has started."""
+        for process in self._running():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+
+
+def _in_words(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL): somebody's kill, or the machine ran out of memory"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+
+
+@contextlib.contextmanager
+def _forwarding(forward: Callable[[int], None]) -> Iterator[None]:
+    """Signals to this process go to ``forward``; one that was ignored (nohup) stays ignored."""
+
+    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's signature
+        forward(number)
+
+    numbers = [n for n in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Hold stop signals back; processes started meanwhile inherit that until they install their handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

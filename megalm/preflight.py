@@ -1,0 +1,90 @@
+"""Everything that can be wrong with a run is found here, before a process starts or a GPU is held. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.start import StartMode, resolve_start, run_folder
+from megalm.compose import compose
+from megalm.config.parse import config_from_dict, config_to_dict
+from megalm.config.rules import data_violations, violations, world_size_of
+from megalm.config.schema import Config
+from megalm.data.dataset import inspect_dataset
+from megalm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that may start.
+
+    Attributes:
+        config: composed once; every rank gets this one.
+        world_size: ranks of the run.
+        notes: what the user should know before the first step.
+        complete: whether all steps have been taken already, so that there is nothing to start.
+    """
+
+    config: Config
+    world_size: int
+    notes: tuple[str, ...] = ()
+    complete: bool = False
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return run_folder(self.config)
+
+    def to_json(self) -> str:
+        """Text that :meth:`from_json` reads on another rank."""
+        return json.dumps({**asdict(self), "config": config_to_dict(self.config)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that rank 0 sent."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**{**fields, "config": config_from_dict(fields["config"]), "notes": tuple(fields["notes"])})
+
+
+def make_plan(overrides: Sequence[str], world_size: int | None = None) -> Plan:
+    """Compose a config and check it against the rules, the data and the checkpoint that it would start from.
+
+    Args:
+        overrides: of the command line.
+        world_size: ranks that a launcher has started; None: as many as the config asks for.
+
+    Raises:
+        ConfigError: every violation there is.
+        DataError: the dataset is missing or broken.
+        CheckpointError: the checkpoint to start from does not load or does not fit.
+    """
+    config = compose(overrides)
+    ranks = world_size_of(config) if world_size is None else world_size
+    check_config(config, ranks)
+    dataset = inspect_dataset(config.data.path)
+    problems = data_violations(config, dataset.vocab_size, dataset.chunk_tokens)
+    if problems:
+        raise ConfigError(problems)
+    start = resolve_start(config, run_folder(config))
+    complete = start.mode is StartMode.RESUME and start.step >= config.train.steps
+    return Plan(config, ranks, start.notes, complete)
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Raise every violation that the config alone shows on ``world_size`` ranks."""
+    problems = violations(config, world_size)
+    if problems:
+        raise ConfigError(problems)
+
+
+def completion_lines(plan: Plan) -> list[str]:
+    """What to say of a run that has nothing left to do."""
+    config = plan.config
+    return [
+        f"run {config.run.name} is complete: all {config.train.steps:,} steps are done ({plan.run_dir})",
+        f"to continue it, ask for more: the same command with train.steps={2 * config.train.steps}; "
+        "to train anew, choose another run.name",
+    ]

@@ -1,0 +1,37 @@
+"""Signals that ask a run to stop. No torch: handlers are installed before torch, which takes seconds, is imported.
+
+A handler only sets a flag. The trainer agrees on it across ranks after each step, saves, and leaves: saving inside a
+handler would save a half-updated state.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""INT is a person; the others come from a scheduler and mean that the job will be queued again."""
+
+
+class StopRequest:
+    """Whether this process has been asked to stop."""
+
+    def __init__(self) -> None:
+        self._first: str | None = None
+
+    @classmethod
+    def install(cls) -> StopRequest:
+        """Handle :data:`STOP_SIGNALS` from now on, those included that were held back while the process started."""
+        request = cls()
+        for number in STOP_SIGNALS:
+            signal.signal(number, request._receive)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return request
+
+    def pending(self) -> str | None:
+        """``INT``, ``TERM``, ``USR1`` or ``USR2``, whichever came first; None if nothing has come."""
+        return self._first
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
+        if self._first is None:
+            self._first = signal.Signals(number).name.removeprefix("SIG")

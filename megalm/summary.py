@@ -1,0 +1,63 @@
+"""What ``megalm check`` prints: the sizes that follow from a valid config. No torch."""
+
+from __future__ import annotations
+
+from megalm.config.rules import topology_of
+from megalm.config.schema import Config
+from megalm.models.counts import parameter_count
+from megalm.topology import Topology
+
+_UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
+
+
+def summary_lines(config: Config, world_size: int) -> list[str]:
+    """A short table of a valid config on ``world_size`` ranks."""
+    topology = topology_of(config, world_size)
+    rows = {
+        "model": _model(config),
+        "parameters": _parameters(config),
+        "layout": f"tp {topology.tp} · pp {topology.pp} · cp {topology.cp} · dp {topology.dp} = {world_size:,} ranks",
+        "batch": _batch(config, topology),
+        "tokens": _tokens(config),
+        "engine": f"{config.engine.dtype}, ZeRO-{config.engine.zero_stage}",
+    }
+    return [f"{name:12}{text}" for name, text in rows.items()]
+
+
+def _model(config: Config) -> str:
+    model = config.model
+    return (
+        f"{model.num_layers} layers, hidden {model.hidden_size:,}, {model.num_heads} heads, "
+        f"sequence {model.sequence_length:,}"
+    )
+
+
+def _parameters(config: Config) -> str:
+    if config.model.vocab_size is not None:
+        total = parameter_count(config.model).total
+        return f"{total:,} ({rounded(total)})"
+    total = parameter_count(config.model, 0).total
+    return f"{total:,} ({rounded(total)}) and {config.model.hidden_size:,} per word of the data's vocabulary"
+
+
+def _batch(config: Config, topology: Topology) -> str:
+    train = config.train
+    micro_batches = train.global_batch_size // (train.micro_batch_size * topology.dp)
+    return (
+        f"{train.global_batch_size:,} sequences = {topology.dp} replicas · {micro_batches} micro-batches · "
+        f"{train.micro_batch_size}"
+    )
+
+
+def _tokens(config: Config) -> str:
+    per_step = config.train.global_batch_size * config.model.sequence_length
+    total = per_step * config.train.steps
+    return f"{per_step:,} per step, {rounded(total)} in {config.train.steps:,} steps"
+
+
+def rounded(number: int) -> str:
+    """``174.6B``."""
+    for size, unit in _UNITS:
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)

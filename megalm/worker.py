@@ -1,0 +1,224 @@
+"""What every rank runs, whoever started it: meet the others, learn the plan, train, leave together.
+
+Also the module that ``megalm train`` starts for each local rank:
+``python -m megalm.worker RANK WORLD_SIZE PORT PARENT_PID [LISTENING_DESCRIPTOR]``, the plan on rank 0's standard input.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NoReturn
+
+from megalm.errors import ExitCode, MegalmError
+from megalm.launch.discovery import LOCAL, MPIRUN, RankInfo
+from megalm.launch.rendezvous import LOOPBACK, Meeting, init_process_group, meet_over_mpi, open_store
+from megalm.preflight import Plan, completion_lines, make_plan
+from megalm.signals import StopRequest
+
+_PR_SET_PDEATHSIG = 1
+
+_NOTICE_SECONDS = 2.0
+"""How long a rank that failed because another one did waits to be ended, so that the launcher sees that one first."""
+
+_CALL_OFF_SECONDS = 60.0
+"""How long rank 0 stays to tell ranks that are still importing torch that there is nothing to do."""
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process")
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """One rank that ``megalm train`` has started on this machine."""
+    stop = StopRequest.install()
+    rank, world_size, port, parent = map(int, arguments[:4])
+    _die_with(parent)
+    info = RankInfo(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        launcher=LOCAL,
+        master_addr=LOOPBACK,
+        master_port=port,
+    )
+    listener = socket.socket(fileno=int(arguments[4])) if rank == 0 else None
+    run_rank(info, stop, lambda: Plan.from_json(sys.stdin.read()), listener)
+
+
+def run_launched(rank: RankInfo, overrides: list[str]) -> NoReturn:
+    """One rank that an external launcher has started; rank 0 alone composes and checks the config."""
+    stop = StopRequest.install()
+    run_rank(rank, stop, lambda: make_plan(overrides, rank.world_size))
+
+
+def run_rank(
+    rank: RankInfo, stop: StopRequest, prepare: Callable[[], Plan], listener: socket.socket | None = None
+) -> NoReturn:
+    """Run one rank to its end, and leave the process with the run's exit code.
+
+    Args:
+        rank: this rank.
+        stop: whether it has been asked to stop.
+        prepare: makes the plan; called on rank 0 alone, before torch is imported.
+        listener: a socket for rank 0's store that listens already.
+    """
+    # Ranks above 0 will write to their log alone; what ends a run must be seen on the terminal too.
+    console = os.dup(2)
+    reporter = _Reporter(console)
+    try:
+        plan: Plan | None = None
+        failure: Exception | None = None
+        if rank.rank == 0:
+            try:
+                plan = prepare()
+            except Exception as error:  # the other ranks wait to hear of it
+                failure = error
+        if rank.launcher == MPIRUN:
+            rank, listener = meet_over_mpi(rank)
+        meeting = Meeting(open_store(rank, listener), rank)
+        reporter.meeting = meeting
+        code = _call_off(meeting, reporter, failure) if failure is not None else _follow(meeting, plan, stop)
+    except Exception as error:
+        code = reporter.report(error)
+    _leave(code)
+
+
+def _call_off(meeting: Meeting, reporter: _Reporter, failure: Exception) -> int:
+    """Rank 0 has no plan: say why, and tell the others before the store goes with this process."""
+    code = reporter.report(failure)
+    meeting.publish("")
+    meeting.leave_together(_CALL_OFF_SECONDS)
+    return code
+
+
+def _follow(meeting: Meeting, plan: Plan | None, stop: StopRequest) -> int:
+    """Share the plan and carry it out; the exit code."""
+    rank = meeting.rank
+    if plan is not None:
+        meeting.publish(plan.to_json())
+    else:
+        text = meeting.receive()
+        if not text:  # rank 0 has said why
+            first = meeting.claim_failure(ExitCode.BUG)
+            meeting.leave_together(_CALL_OFF_SECONDS)
+            return first[1] if first else ExitCode.BUG
+        plan = Plan.from_json(text)
+    if plan.complete:
+        if rank.rank == 0:
+            print(*completion_lines(plan), sep="\n")
+        meeting.leave_together(60.0)
+        return ExitCode.DONE
+    code = _train(meeting, plan, stop)
+    meeting.leave_together(float(plan.config.launch.timeout_seconds))
+    return code
+
+
+def _train(meeting: Meeting, plan: Plan, stop: StopRequest) -> ExitCode:
+    """Everything that needs torch."""
+    from megalm.launch.device import choose_device
+    from megalm.launch.logs import start_log
+
+    config, rank = plan.config, meeting.rank
+    device, line = choose_device(config.launch.device, meeting)
+    rank = replace(rank, device=device)
+    start_log(plan.run_dir, rank)
+    if rank.rank == 0:
+        for note in (*plan.notes, *([line] if line else [])):
+            print(note, flush=True)
+    _tell_libraries(rank)
+    init_process_group(meeting.store, rank, config.launch.timeout_seconds)
+
+    from megalm.train.trainer import run_training
+
+    return run_training(config, rank, stop)
+
+
+def _tell_libraries(rank: RankInfo) -> None:
+    """DeepSpeed and others look for torchrun's variables."""
+    os.environ.update(
+        RANK=str(rank.rank),
+        WORLD_SIZE=str(rank.world_size),
+        LOCAL_RANK=str(rank.local_rank),
+        LOCAL_WORLD_SIZE=str(rank.local_world_size),
+        MASTER_ADDR=rank.master_addr,
+        MASTER_PORT=str(rank.master_port),
+    )
+
+
+class _Reporter:
+    """Shows an error once, however many ranks it brought down."""
+
+    def __init__(self, console: int) -> None:
+        self._console = console
+        self.meeting: Meeting | None = None
+
+    def report(self, error: Exception) -> int:
+        """Log an error, show it if this rank failed first, and return the exit code of the run."""
+        code = _exit_code(error)
+        is_users = isinstance(error, MegalmError)
+        text = f"{error}\n" if is_users else "".join(traceback.format_exception(error))
+        if self.meeting is None:
+            self._show(text)
+            return code
+        rank = self.meeting.rank.rank
+        is_consequence = not is_users and any(sign in str(error) for sign in _LOST_PEER)
+        first = None if is_consequence else self.meeting.claim_failure(code)
+        if first is not None and first[0] == rank:
+            self._show(text if is_users else f"rank {rank} failed:\n{text}")
+            return code
+        self._log(text)
+        time.sleep(_NOTICE_SECONDS)
+        return first[1] if first is not None else code
+
+    def _show(self, text: str) -> None:
+        """On the terminal, and in the log where there is one."""
+        from megalm.launch.logs import Tee
+
+        sys.stdout.flush()
+        if isinstance(sys.stderr, Tee):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            return
+        os.write(self._console, text.encode())
+        self._log(text)
+
+    def _log(self, text: str) -> None:
+        """In the log alone, once there is one."""
+        from megalm.launch.logs import Tee
+
+        if isinstance(sys.stderr, Tee):
+            sys.stderr.write_log(text)
+        elif not os.path.sameopenfile(2, self._console):
+            sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _exit_code(error: BaseException) -> int:
+    return int(error.exit_code if isinstance(error, MegalmError) else ExitCode.BUG)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: an interpreter that winds down could wait for threads of a collective that will never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when its launcher ends, even by SIGKILL (Linux)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was faster
+        os._exit(ExitCode.BUG)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
