@@ -168,8 +168,9 @@ def _collect(folder: Path, world_size: int) -> dict[str, TensorRecord]:
             ranges = tuple((start, stop) for start, stop in fields["ranges"])
             pieces.setdefault(record["name"], []).append(Piece(**{**fields, "ranges": ranges}))
     tensors = {name: TensorRecord(shapes[name], tuple(pieces[name])) for name in sorted(shapes)}
+    kinds = sorted({piece.kind for tensor in tensors.values() for piece in tensor.pieces})
     for name, tensor in tensors.items():
-        for kind in sorted({piece.kind for piece in tensor.pieces}):
+        for kind in kinds:
             if hole := tensor.holes(kind):
                 raise CheckpointError(f"{name}: no rank wrote {kind} {hole}")
     return tensors

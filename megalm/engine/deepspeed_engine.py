@@ -191,9 +191,14 @@ class _Reduction(ABC):
             return  # ZeRO gave all of this parameter to other replicas
         start = mapping.lp_fragment_address.start
         yield "weight", start, mapping.get_hp_fragment().detach().view(-1)
+        # The moments are looked up in the optimizer itself: DeepSpeed links them to parameters after the step of the
+        # first parameter group, when the others have none yet, and never again.
+        optimizer = self._engine.optimizer.optimizer
+        (flat,) = optimizer.param_groups[mapping.param_group_index]["params"]
+        place = mapping.get_hp_fragment_address()
         for moment in MOMENTS:
-            if mapping.optim_fragment and moment in mapping.optim_fragment:
-                yield moment, start, mapping.get_optim_state_fragment(moment).view(-1)
+            if moment in optimizer.state[flat]:
+                yield moment, start, optimizer.state[flat][moment].view(-1).narrow(0, place.start, place.numel)
 
     def create_moments(self, optimizer_steps: int) -> None:
         """Make AdamW's state, which torch would make at the first step, so that it can be loaded into."""
@@ -201,7 +206,6 @@ class _Reduction(ABC):
         for group in zero.optimizer.param_groups:
             for flat in group["params"]:
                 zero.optimizer.state[flat] = _adamw_state(flat, optimizer_steps)
-        zero._lazy_init_hp_params_optimizer_state()
 
     def _reduce_tied(self, gradient: Tensor | None) -> None:
         """Add the copies' gradients of a tied embedding over stages *and* replicas, and leave the replicas' mean.
