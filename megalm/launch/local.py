@@ -172,12 +172,13 @@ def _in_words(code: int) -> str:
 
 @contextlib.contextmanager
 def _forwarding(forward: Callable[[int], None]) -> Iterator[None]:
-    """Signals to this process go to ``forward``; one that was ignored (nohup) stays ignored."""
+    """Signals to this process go to ``forward``; a hang-up that nohup had ignored stays ignored."""
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's signature
         forward(number)
 
-    numbers = [n for n in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    hang_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    numbers = (*STOP_SIGNALS, *hang_up)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from megalm.launch.discovery import RankInfo
+from megalm.launch.discovery import MPIRUN, RankInfo
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """ANSI control sequences: colours and cursor movements."""
@@ -33,8 +33,10 @@ def start_log(run_dir: Path, rank: RankInfo) -> None:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     log.write(f"--- {now} rank {rank.rank} of {rank.world_size} ({rank.launcher}), {rank.device}, pid {os.getpid()}\n")
     if rank.rank == 0:
-        sys.stdout = Tee(sys.stdout, log)
-        sys.stderr = Tee(sys.stderr, log)
+        # mpirun gives ranks a terminal of its own making, and passes on what they draw to wherever it writes itself.
+        is_terminal = rank.launcher != MPIRUN
+        sys.stdout = Tee(sys.stdout, log, may_draw=is_terminal)
+        sys.stderr = Tee(sys.stderr, log, may_draw=is_terminal)
         return
     sys.stdout.flush()
     sys.stderr.flush()
@@ -50,8 +52,9 @@ class Tee(io.TextIOBase):
     looked and without colours.
     """
 
-    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+    def __init__(self, terminal: TextIO, log: TextIO, *, may_draw: bool = True) -> None:
         self._terminal = terminal
+        self._may_draw = may_draw
         self._log = log
         self._line = ""
 
@@ -80,8 +83,8 @@ class Tee(io.TextIOBase):
         self._log.flush()
 
     def isatty(self) -> bool:
-        """Whether the terminal is one."""
-        return self._terminal.isatty()
+        """Whether the terminal is one, and a person sees it."""
+        return self._may_draw and self._terminal.isatty()
 
     def fileno(self) -> int:
         """The terminal's descriptor."""

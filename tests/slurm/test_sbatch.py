@@ -1,0 +1,101 @@
+"""``slurm/train.sbatch`` on a real SLURM: two nodes, two ranks on each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.slurm.cluster import SlurmCluster, missing_requirement
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "slurm/train.sbatch"
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement())),
+]
+
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    root = Path("/tmp") / f"megalm-slurm-{tmp_path_factory.getbasetemp().name}-{time.time_ns()}"
+    root.mkdir(mode=0o755)
+    cluster = SlurmCluster(root, nodes=2)
+    yield cluster
+    cluster.stop()
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def submit(cluster: SlurmCluster, folder: Path, *overrides: str) -> str:
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=2", f"--output={folder}/job-%j.out"]
+    return cluster.run("sbatch", *options, str(SCRIPT), *overrides, cwd=folder, MEGALM_PYTHON=sys.executable).strip()
+
+
+def tiny(dataset: Path, folder: Path, name: str, steps: int) -> list[str]:
+    return [
+        "model=quickstart",
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.num_heads=2",
+        "model.sequence_length=32",
+        "parallel=tp2_pp2",
+        "engine=fp32_zero1",
+        f"data.path={dataset}",
+        "optim.lr=1e-3",
+        f"train.steps={steps}",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        "train.validation_samples=4",
+        "logging=plain",
+        "report.plot=false",
+        f"run.dir={folder}/runs",
+        f"run.name={name}",
+    ]
+
+
+def steps_of(run: Path) -> list[int]:
+    if not (run / "metrics.jsonl").exists():
+        return []
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [row["step"] for row in rows if "loss" in row]
+
+
+def test_signal_saves_requeues_and_resumes(cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, *tiny(tiny_dataset, tmp_path, "requeued", steps=300))
+    run = tmp_path / "runs/requeued"
+    cluster.wait_for_job(job, lambda _: len(steps_of(run)) >= 5, timeout_seconds=120)
+
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for_job(job, lambda state: state["Restarts"] == "1", timeout_seconds=60)
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert len(saved) == 1, saved
+    step = int(saved[0].removeprefix("step-"))
+    assert 5 <= step < 300
+
+    state = cluster.wait_for_job(job, lambda state: state["JobState"] in ENDED, timeout_seconds=200)
+    output = (tmp_path / f"job-{job}.out").read_text()
+    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), output
+    # Every step was taken once, in two attempts that wrote to the same files.
+    assert steps_of(run) == list(range(1, 301))
+    assert "SIGUSR1" in output and "saved; requeued" in output
+    assert f"{saved[0]}" in output.partition("requeued")[2], "the second attempt names the checkpoint it resumes"
+    for rank in range(4):
+        assert (run / f"logs/rank-{rank}.log").read_text().count(f"rank {rank} of 4 (srun)") == 2
+
+
+def test_bad_config_is_said_once_and_not_requeued(cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, *tiny(tiny_dataset, tmp_path, "bad", steps=3), "parallel.tp=3")
+    state = cluster.wait_for_job(job, lambda state: state["JobState"] in ENDED, timeout_seconds=120)
+    output = (tmp_path / f"job-{job}.out").read_text()
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), output
+    assert output.count("parallel.tp=3:") == 1
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists()
