@@ -65,7 +65,9 @@ def missing_requirement() -> str | None:
     missing = [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
     if missing:
         return f"{', '.join(missing)} not installed (Debian: slurm-wlm munge iproute2)"
-    probe = subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True, check=False)
+    probe = subprocess.run(
+        ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True, check=False
+    )
     return None if probe.returncode == 0 else "this machine does not allow namespaces"
 
 
@@ -179,7 +181,7 @@ class SlurmCluster:
         files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid", "seed-file": "seed"}
         options = [f"--{option}={munge / name}" for option, name in files.items()]
         self._spawn("munged", *self._on_head, "munged", "--foreground", *options)
-        self._wait_until(lambda: (munge / "munge.sock").exists())
+        self._wait_until((munge / "munge.sock").exists)
         self._spawn("slurmctld", *self._on_head, "slurmctld", "-D", "-c")
 
     def _start_node(self, number: int, name: str) -> None:

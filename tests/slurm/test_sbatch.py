@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.slurm.cluster import SlurmCluster, missing_requirement
 
 REPOSITORY = Path(__file__).resolve().parents[2]
