@@ -1,0 +1,133 @@
+"""The loader: the same samples at any number of replicas, resumed anywhere; errors arrive, nothing hangs."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalm.config.schema import Data
+from megalm.data.loader import TrainLoader, validation_batches
+from megalm.data.objectives import CausalLM
+from megalm.data.shards import ShardWriter, TokenShards
+from megalm.errors import DataError
+
+SETTINGS = Data(path="unused", block_sequences=2, lanes=3, window_blocks=2)
+GLOBAL_BATCH = 12
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> TokenShards:
+    folder = tmp_path_factory.mktemp("data")
+    writer = ShardWriter(folder, tokenizer_sha256="x", vocab_size=1000, eos_id=0, chunk_tokens=16, chunks_per_shard=4)
+    writer.add(np.random.default_rng(0).integers(0, 1000, 301), documents=3)
+    writer.close()
+    return TokenShards(folder, 8)
+
+
+def loader(dataset: TokenShards, dp_rank: int = 0, dp_size: int = 1, **changes) -> TrainLoader:
+    settings = replace(SETTINGS, **{k: v for k, v in changes.items() if k != "seed"})
+    return TrainLoader(
+        dataset,
+        settings,
+        objective=CausalLM(),
+        global_batch_size=GLOBAL_BATCH,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        seed=changes.get("seed", 1),
+    )
+
+
+def step(loaders: list[TrainLoader]) -> dict[int, tuple[list[int], list[int], list[float]]]:
+    """One global batch by sample number."""
+    rows = {}
+    for replica in loaders:
+        batch = replica.next()
+        for i, sample in enumerate(batch.samples.tolist()):
+            assert sample not in rows
+            rows[sample] = batch.tokens[i].tolist(), batch.labels[i].tolist(), batch.loss_mask[i].tolist()
+    return rows
+
+
+@settings(max_examples=15, deadline=None)
+@given(path=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=4))
+def test_any_path_of_replicas_reads_the_stream_of_one(dataset: TokenShards, path: list[int]) -> None:
+    alone = loader(dataset)
+    state = None
+    for dp_size in path:
+        replicas = [loader(dataset, rank, dp_size) for rank in range(dp_size)]
+        for replica in replicas:
+            if state is not None:
+                replica.load_state_dict(state)
+        for _ in range(2):
+            assert step(replicas) == step([alone])
+        state = replicas[0].state_dict()
+        for replica in replicas:
+            replica.close()
+    alone.close()
+
+
+def test_a_label_is_the_next_token(dataset: TokenShards) -> None:
+    batch = next(iter(validation_batches(dataset, None, 4, dp_rank=0, dp_size=1)))
+    assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+    assert batch.tokens.dtype is torch.int64
+
+
+def test_what_was_prefetched_but_not_taken_is_not_counted(dataset: TokenShards) -> None:
+    replica = loader(dataset, prefetch_batches=4)
+    replica.next()
+    assert replica.state_dict()["consumed_samples"] == GLOBAL_BATCH
+    replica.close()
+
+
+def test_changed_data_is_refused_and_every_difference_named(dataset: TokenShards) -> None:
+    state = loader(dataset).state_dict()
+    with pytest.raises(DataError) as error:
+        loader(dataset, seed=2, lanes=1).load_state_dict(state)
+    lines = str(error.value).splitlines()
+    assert [line.split("=")[0] for line in lines] == ["run.seed", "data.lanes"]
+    assert "run.seed=2: the checkpoint was trained with 1" in lines[0]
+
+
+def test_a_corrupt_chunk_reaches_the_trainer_every_time_and_the_thread_ends(
+    dataset: TokenShards, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in dataset.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for shard in folder.glob("*.tar"):
+        data = bytearray(shard.read_bytes())
+        for offset in range(645, len(data) - 1024, 1024):
+            data[offset] ^= 1
+        shard.write_bytes(data)
+    replica = loader(TokenShards(folder, 8))
+    for _ in range(2):
+        with pytest.raises(DataError, match="checksum differs"):
+            replica.next()
+    replica.close()
+    assert not any(thread.name == "megalm-data" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+@pytest.mark.parametrize("samples", [None, 1, 7])
+def test_validation_counts_every_sequence_once(dataset: TokenShards, dp_size: int, samples: int | None) -> None:
+    replicas = [list(validation_batches(dataset, samples, 4, dp_rank=r, dp_size=dp_size)) for r in range(dp_size)]
+    assert len({len(batches) for batches in replicas}) == 1
+    counted = {}
+    for batches in replicas:
+        for batch in batches:
+            assert batch.tokens.shape == (4, 8)
+            for i, sample in enumerate(batch.samples.tolist()):
+                if batch.loss_mask[i].any():
+                    assert sample not in counted
+                    counted[sample] = float(batch.loss_mask[i].sum())
+    total = len(dataset) if samples is None else samples
+    assert sorted(counted) == list(range(total))
+    assert sum(counted.values()) == (dataset.index.labels if samples is None else 8 * samples)

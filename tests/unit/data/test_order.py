@@ -1,0 +1,92 @@
+"""The order of samples: a pure function that visits every sequence once per epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalm.data.order import SampleOrder, permute
+
+orders = st.builds(
+    SampleOrder,
+    num_sequences=st.integers(1, 400),
+    seed=st.integers(0, 2**31),
+    block_sequences=st.integers(1, 9),
+    lanes=st.integers(1, 5),
+    window_blocks=st.integers(1, 5),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(order=orders, epoch=st.integers(0, 3))
+def test_every_epoch_visits_every_sequence_once(order: SampleOrder, epoch: int) -> None:
+    samples = np.arange(epoch * order.num_sequences, (epoch + 1) * order.num_sequences)
+    epochs, sequences = order(samples)
+    assert set(epochs.tolist()) == {epoch}
+    assert sorted(sequences.tolist()) == list(range(order.num_sequences))
+
+
+@settings(max_examples=50, deadline=None)
+@given(order=orders, start=st.integers(0, 2000), cut=st.integers(0, 60))
+def test_it_is_pure_however_it_is_asked(order: SampleOrder, start: int, cut: int) -> None:
+    samples = np.arange(start, start + 60)
+    whole = order(samples)[1]
+    parts = np.concatenate([order(samples[:cut])[1], order(samples[cut:])[1]]) if 0 < cut < 60 else whole
+    assert np.array_equal(whole, parts)
+    assert [int(order(int(s))[1][0]) for s in samples[:5]] == whole[:5].tolist()
+
+
+@given(order=orders, data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_the_sample_of_a_sequence_is_the_inverse(order: SampleOrder, data) -> None:
+    sequence = data.draw(st.integers(0, order.num_sequences - 1))
+    sample = order.samples_of(sequence, epoch=2)
+    assert [int(part[0]) for part in order(sample)] == [2, sequence]
+
+
+def test_golden_values_never_change() -> None:
+    """A run that began with one megalm is resumed with the next: these numbers are a promise."""
+    plain = SampleOrder(1000, seed=7)
+    levels = SampleOrder(1003, seed=7, block_sequences=4, lanes=8, window_blocks=2)
+    assert plain(np.arange(8))[1].tolist() == GOLDEN_PLAIN
+    assert levels(np.arange(1003, 1011))[1].tolist() == GOLDEN_LEVELS
+
+
+GOLDEN_PLAIN = [501, 883, 682, 60, 820, 991, 266, 200]
+GOLDEN_LEVELS = [56, 964, 764, 669, 70, 199, 978, 935]
+
+
+def test_epochs_and_seeds_give_different_orders() -> None:
+    first = SampleOrder(500, seed=1)
+    assert not np.array_equal(first(np.arange(500))[1], first(np.arange(500, 1000))[1])
+    assert not np.array_equal(first(np.arange(500))[1], SampleOrder(500, seed=2)(np.arange(500))[1])
+
+
+def test_the_order_looks_random() -> None:
+    sequences = SampleOrder(4096, seed=3)(np.arange(4096))[1]
+    assert abs(np.corrcoef(sequences[:-1], sequences[1:])[0, 1]) < 0.06
+    halves = np.bincount(sequences[:1024] * 16 // 4096, minlength=16)
+    assert halves.min() > 30, "the first quarter is spread over the whole dataset"
+
+
+def test_a_huge_dataset_needs_no_table() -> None:
+    order = SampleOrder(10**13, seed=0, block_sequences=64, lanes=1024, window_blocks=8)
+    epochs, sequences = order(np.arange(10**12, 10**12 + 64))
+    assert set(epochs.tolist()) == {0}
+    assert len(set(sequences.tolist())) == 64
+    assert sequences.max() < 10**13
+
+
+def test_blocks_stay_together_within_a_window() -> None:
+    order = SampleOrder(640, seed=5, block_sequences=16, lanes=1, window_blocks=1)
+    for start in range(0, 640, 16):
+        block = order(np.arange(start, start + 16))[1]
+        assert block.max() - block.min() == 15
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 256, 257])
+def test_permute_is_a_bijection(n: int) -> None:
+    values = permute(np.arange(n), n, np.array([99], dtype=np.uint64))
+    assert sorted(values.tolist()) == list(range(n))
