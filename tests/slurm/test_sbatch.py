@@ -100,3 +100,27 @@ def test_bad_config_is_said_once_and_not_requeued(cluster: SlurmCluster, tiny_da
     assert output.count("parallel.tp=3:") == 1
     assert "Traceback" not in output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_crash_is_tried_again_and_a_cancelled_job_is_not(
+    cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    overrides = [*tiny(tiny_dataset, tmp_path, "crashed", steps=5000), "checkpoint.every=10"]
+    job = submit(cluster, tmp_path, *overrides)
+    run = tmp_path / "runs/crashed"
+    cluster.wait_for_job(job, lambda _: len(steps_of(run)) >= 12, timeout_seconds=120)
+
+    cluster.run("scancel", "--signal=KILL", f"{job}.0")
+    state = cluster.wait_for_job(job, lambda state: state["Restarts"] == "1", timeout_seconds=60)
+    assert state["Comment"] == "megalm-crashes:1"
+    log = run / "logs/rank-0.log"
+    cluster.wait_for_job(job, lambda _: log.read_text().count("rank 0 of 4 (srun)") == 2, timeout_seconds=120)
+    before = max(steps_of(run))
+    cluster.wait_for_job(job, lambda _: max(steps_of(run)) > before, timeout_seconds=120)
+    assert steps_of(run) == list(range(1, max(steps_of(run)) + 1)), "continued from a checkpoint, not begun again"
+
+    cluster.run("scancel", job)
+    state = cluster.wait_for_job(job, lambda state: state["JobState"] in ENDED, timeout_seconds=60)
+    time.sleep(10)  # the job script has ended by now, and would have asked for a requeue
+    state = cluster.job(job)
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "1"), (tmp_path / f"job-{job}.out").read_text()
