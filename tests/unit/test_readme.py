@@ -45,6 +45,10 @@ def test_links_lead_somewhere(path: str) -> None:
 def test_the_folders_it_names_exist() -> None:
     block = README.split("## Layout of the folders")[1].split("```")[1]
     for name in re.findall(r"\b([a-z_]+)/", block):
-        found = [*REPOSITORY.glob(name), *(REPOSITORY / "megalm").glob(f"**/{name}"), *(REPOSITORY / "tests").glob(name)]
+        found = [
+            *REPOSITORY.glob(name),
+            *(REPOSITORY / "megalm").glob(f"**/{name}"),
+            *(REPOSITORY / "tests").glob(name),
+        ]
         found += list((REPOSITORY / "conf").glob(name))
         assert found, name
