@@ -140,7 +140,7 @@ def test_a_prompt_reaches_generation_untouched(megalm, monkeypatch, prompt, orde
     seen = {}
 
     def run_generate(run, prompt, *, overrides, max_new_tokens, **sampling):
-        seen.update(run=run, prompt=prompt, overrides=overrides, max_new_tokens=max_new_tokens)
+        seen.update(run=str(run), prompt=prompt, overrides=overrides, max_new_tokens=max_new_tokens)
         return "text"
 
     monkeypatch.setattr("megalm.generate.run.run_generate", run_generate)

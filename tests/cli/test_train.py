@@ -131,15 +131,16 @@ def test_interrupted_then_continued_then_complete(run):
     assert run.steps == list(range(1, last + 1))
 
 
-def test_a_killed_rank_ends_the_run(run):
+@pytest.mark.parametrize("rank", [0, 2])  # rank 0 hosts the store that the others ask who failed
+def test_a_killed_rank_ends_the_run(run, rank):
     process = run.start()
     run.wait_for_step(2)
     pids = run.pids()
-    os.kill(pids[2], signal.SIGKILL)
+    os.kill(pids[rank], signal.SIGKILL)
     killed = time.monotonic()
     assert process.wait(timeout=60) == 128 + signal.SIGKILL, run.output
     assert time.monotonic() - killed < 20
-    assert "rank 2 was killed (SIGKILL)" in run.output and "logs/rank-2.log" in run.output
+    assert f"rank {rank} was killed (SIGKILL)" in run.output and f"logs/rank-{rank}.log" in run.output
     assert "Traceback" not in run.output, "what other ranks suffer in consequence is in their logs"
     assert not are_running(pids)
 
