@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,8 @@ class Index:
 
     def to_json(self) -> str:
         """Text of ``index.json``."""
-        fields = {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
-        return json.dumps({"format": FORMAT, "version": VERSION, "stride": self.stride, **fields}, indent=1) + "\n"
+        contents = {**asdict(self), "shards": [asdict(shard) for shard in self.shards]}
+        return json.dumps({"format": FORMAT, "version": VERSION, "stride": self.stride, **contents}, indent=1) + "\n"
 
     @property
     def fingerprint(self) -> str:
@@ -123,12 +123,12 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX_FILE
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(_why_no_index(folder)) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); prepare the dataset again") from None
-    return _parse(fields, path)
+    return _parse(contents, path)
 
 
 def check_files(index: Index, folder: Path) -> None:
@@ -149,16 +149,17 @@ def check_files(index: Index, folder: Path) -> None:
         raise DataError("\n".join(problems) + f"\ncopy the files again, or prepare {folder.parent} again")
 
 
-def _parse(fields: Any, path: Path) -> Index:
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+def _parse(contents: Any, path: Path) -> Index:
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise DataError(f"{path}: not the index of a {FORMAT} dataset")
-    if fields.get("version") != VERSION:
-        raise DataError(f"{path}: format version {fields.get('version')}; this megalm reads version {VERSION}")
+    if contents.get("version") != VERSION:
+        raise DataError(f"{path}: format version {contents.get('version')}; this megalm reads version {VERSION}")
     try:
-        shards = tuple(Shard(**shard) for shard in fields["shards"])
+        shards = tuple(Shard(**shard) for shard in contents["shards"])
         names = [name for name in Index.__dataclass_fields__ if name != "shards"]
-        index = Index(shards=shards, **{name: fields[name] for name in names})
-        stride = fields["stride"]
+        index = Index(shards=shards, **{name: contents[name] for name in names})
+        stride = contents["stride"]
+        _check_types(index)
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: incomplete or damaged ({error}); prepare the dataset again") from None
     outside = [shard.name for shard in shards if Path(shard.name).name != shard.name]
@@ -166,9 +167,26 @@ def _parse(fields: Any, path: Path) -> Index:
         raise DataError(f"{path}: shard name {outside[0]!r} leaves the dataset's folder")
     if index.dtype not in ("uint16", "uint32") or stride != index.stride:
         raise DataError(f"{path}: dtype {index.dtype!r} and stride {stride} do not fit together")
+    for shard in shards:
+        if shard.bytes != shard.chunks * stride + 2 * BLOCK_BYTES:
+            raise DataError(f"{path}: {shard.name}: {shard.chunks} chunks do not take {shard.bytes} bytes")
     if index.tokens < 2 or not 0 < index.labels <= index.num_chunks * index.chunk_tokens:
         raise DataError(f"{path}: {index.tokens} tokens in {index.num_chunks} chunks of {index.chunk_tokens}")
     return index
+
+
+def _check_types(index: Index) -> None:
+    """JSON carries no types; a string where a number belongs must not surface later as a traceback."""
+    records: tuple[Index | Shard, ...] = (index, *index.shards)
+    for record in records:
+        for field in fields(record):
+            value = getattr(record, field.name)
+            if field.type == "str" and not isinstance(value, str):
+                raise TypeError(f"{field.name} is {value!r}, not text")
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise TypeError(f"{field.name} is {value!r}, not a count")
+    if index.chunk_tokens < 1:
+        raise TypeError("chunk_tokens is 0")
 
 
 def _why_no_index(folder: Path) -> str:

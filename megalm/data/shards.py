@@ -14,7 +14,6 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._dtype = dtype_for(vocab_size)
-        self._meta = {"tokenizer_sha256": tokenizer_sha256, "vocab_size": vocab_size, "eos_id": eos_id}
+        self._meta: dict[str, Any] = {"tokenizer_sha256": tokenizer_sha256, "vocab_size": vocab_size, "eos_id": eos_id}
         self._chunk_tokens = chunk_tokens
         self._chunks_per_shard = chunks_per_shard
         self._pending: list[Tokens] = []
@@ -73,8 +72,10 @@ class ShardWriter:
 
     def add(self, tokens: NDArray[np.integer[Any]], documents: int) -> None:
         """Append the tokens of ``documents`` whole documents, each ending with end-of-text."""
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._meta["vocab_size"]:
-            raise DataError(f"token id {int(tokens.max())} is outside the vocabulary of {self._meta['vocab_size']}")
+        lowest, highest = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
+        if lowest < 0 or highest >= self._meta["vocab_size"]:
+            wrong = lowest if lowest < 0 else highest
+            raise DataError(f"token id {wrong} is outside the vocabulary of {self._meta['vocab_size']}")
         self._pending.append(tokens.astype(self._dtype))
         self._pending_tokens += tokens.size
         self._tokens += tokens.size
@@ -101,7 +102,7 @@ class ShardWriter:
             documents=self._documents,
             tokens=self._tokens,
             shards=tuple(self._shards),
-            **self._meta,  # type: ignore[arg-type]
+            **self._meta,
         )
         _write_durably(self._folder / INDEX_FILE, index.to_json().encode())
         return index
@@ -185,8 +186,9 @@ class ChunkReader:
         self.folder = folder
         self.index = index
         self._maps: dict[int, Any] = {}
-        self._checks: dict[int, list[int]] = {}
-        self._verified: set[int] = set()
+        # Arrays, not sets and lists of Python integers: a long run touches tens of millions of chunks in every rank.
+        self._checks: dict[int, NDArray[np.uint32]] = {}
+        self._verified = np.zeros(index.num_chunks, dtype=bool)
 
     def chunk(self, chunk: int) -> Tokens:
         """All ``chunk_tokens + 1`` tokens of a chunk: a view of the file, checked when it is read for the first time.
@@ -198,9 +200,9 @@ class ChunkReader:
         offset = within * self.index.stride + MEMBER_HEADER_BYTES
         mapped = self._map(shard)
         tokens: Tokens = np.frombuffer(mapped, self.index.dtype, self.index.chunk_tokens + 1, offset)
-        if chunk not in self._verified:
+        if not self._verified[chunk]:
             self._verify(tokens, shard, within, offset)
-            self._verified.add(chunk)
+            self._verified[chunk] = True
         return tokens
 
     def _locate(self, chunk: int) -> tuple[int, int]:
@@ -221,7 +223,7 @@ class ChunkReader:
             self._maps[number] = mapped
         return self._maps[number]
 
-    def _read_checks(self, shard: Shard) -> list[int]:
+    def _read_checks(self, shard: Shard) -> NDArray[np.uint32]:
         path = self.folder / shard.checks_name
         try:
             data = path.read_bytes()
@@ -229,16 +231,17 @@ class ChunkReader:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         if hashlib.sha256(data).hexdigest() != shard.checks_sha256:
             raise DataError(f"{path}: does not belong to {self.folder / INDEX_FILE}; copy the dataset again")
-        checks: list[int] = json.loads(data)["crc32"]
-        return checks
+        return np.array(json.loads(data)["crc32"], dtype=np.uint32)
 
     def _verify(self, tokens: Tokens, shard: int, within: int, offset: int) -> None:
         path = self.folder / self.index.shards[shard].name
         where = f"{path} chunk {within} (bytes {offset} to {offset + tokens.nbytes})"
-        if zlib.crc32(tokens.view(np.uint8)) != self._checks[shard][within]:
+        if zlib.crc32(tokens.data) != self._checks[shard][within]:
             raise DataError(f"{where}: corrupt, the checksum differs; copy the shard again or prepare the data again")
         if int(tokens.max()) >= self.index.vocab_size:
-            raise DataError(f"{where}: token id {int(tokens.max())} is outside the vocabulary of {self.index.vocab_size}")
+            raise DataError(
+                f"{where}: token id {int(tokens.max())} is outside the vocabulary of {self.index.vocab_size}"
+            )
 
 
 class TokenShards:
@@ -272,7 +275,7 @@ class TokenShards:
         return self.index.num_sequences(self.sequence_length)
 
     def sequence(self, i: int) -> tuple[Tokens, int]:
-        """Sequence ``i``: its ``sequence_length + 1`` tokens, and how many of its labels are valid; the rest is padding."""
+        """Sequence ``i``: its ``sequence_length + 1`` tokens, and how many of its labels are valid, not padding."""
         if not 0 <= i < len(self):
             raise IndexError(f"sequence {i} of {len(self)}")
         chunk, within = divmod(i, self._per_chunk)
@@ -299,7 +302,9 @@ def find_corruption(folder: Path) -> Iterator[str]:
                 if str(error) not in faults:  # a missing file is one fault, not one per chunk
                     faults.append(str(error))
         if not faults and _sha256_of(folder / shard.name) != shard.sha256:
-            faults.append(f"{folder / shard.name}: sha256 differs from the index, outside the tokens: headers were changed")
+            faults.append(
+                f"{folder / shard.name}: sha256 differs, though no token does: tar or array headers were changed"
+            )
         yield from faults
         first += shard.chunks
 
