@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers (Sennrich et al. 2016; Radford et al. 2019), stored as a Hugging Face ``tokenizer.json``."""
+"""Byte-level BPE tokenizers (Sennrich et al. 2016; Radford et al. 2019), stored as Hugging Face ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 """Ends every document; has the lowest id that training gives out, 0."""
+SMALLEST_VOCABULARY = 257
+"""Every byte and the end-of-text token."""
 
 
 class Tokenizer:
@@ -35,10 +37,14 @@ class Tokenizer:
         self.definition = definition
         self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(definition)
         self._tokenizer.encode_special_tokens = True
+        # Many a published tokenizer.json cuts or pads texts at its model's length; no token may be lost.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         eos = self._tokenizer.token_to_id(END_OF_TEXT)
         if eos is None:
             raise DataError(f"the tokenizer has no {END_OF_TEXT} token; train one with tools/train_tokenizer.py")
         self.eos_id = int(eos)
+        self._vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -58,8 +64,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, special tokens included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        """Token ids are below this, special tokens included; unused ids between them count."""
+        return self._vocab_size
 
     @property
     def sha256(self) -> str:
@@ -93,8 +99,10 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         DataError: the vocabulary has no room for the 256 bytes and the end-of-text token.
     """
-    if vocab_size < 257:
-        raise DataError(f"vocab_size={vocab_size}: too small for 256 bytes and {END_OF_TEXT}; at least 257")
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(
+            f"vocab_size={vocab_size}: too small for 256 bytes and {END_OF_TEXT}; at least {SMALLEST_VOCABULARY}"
+        )
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
