@@ -14,12 +14,14 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megalm.data.corpora import CORPORA
 from megalm.data.dataset import SPLITS, inspect_dataset
 from megalm.data.prepare import Recipe, prepare
 from megalm.data.progress import PrepareProgress, summary
 from megalm.data.shards import find_corruption
+from megalm.data.tokenizer import SMALLEST_VOCABULARY
 from megalm.errors import ExitCode, MegalmError
 
 
@@ -35,11 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return ExitCode.INTERRUPTED
+    except OSError as error:  # no permission, disk full
+        print(f"{error.filename or options.out}: {error.strerror}", file=sys.stderr)
+        return ExitCode.BAD_DATA
 
 
 def _prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    for problem in _problems(options):
-        parser.error(problem)
+    if problems := _problems(options):
+        parser.error("\n".join(problems))
     recipe = Recipe(
         corpus=options.corpus,
         inputs=tuple(options.input),
@@ -50,9 +55,7 @@ def _prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> in
     )
     out = Path(options.out)
     with PrepareProgress() as progress:
-        counts = prepare(
-            recipe, out, workers=options.workers, overwrite=options.overwrite, progress=progress.update
-        )
+        counts = prepare(recipe, out, workers=options.workers, overwrite=options.overwrite, progress=progress.update)
     info = inspect_dataset(out)
     print(summary(info, counts))
     return ExitCode.DONE
@@ -74,6 +77,8 @@ def _problems(options: argparse.Namespace) -> list[str]:
         problems.append("--corpus and --out are needed (or --verify DIR)")
     if (options.tokenizer is None) == (options.tokenizer_vocab is None):
         problems.append("give either --tokenizer with a tokenizer.json, or --tokenizer-vocab to train one")
+    if options.tokenizer_vocab is not None and options.tokenizer_vocab < SMALLEST_VOCABULARY:
+        problems.append(f"--tokenizer-vocab {options.tokenizer_vocab}: must be at least {SMALLEST_VOCABULARY}")
     if not 0.0 < options.val_fraction < 1.0:
         problems.append(f"--val-fraction {options.val_fraction}: must lie between 0 and 1")
     if options.chunk_tokens < 1:
@@ -83,10 +88,15 @@ def _problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as lines that say what would be right, without the usage of every option above them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ExitCode.BAD_CONFIG, f"{message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--corpus", choices=sorted(CORPORA), help="kind of corpus")
     parser.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files or folders (corpus text)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to use")
@@ -96,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chunk-tokens", type=int, default=Recipe.chunk_tokens, help="tokens per chunk; sequence lengths divide it"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; does not change the output")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes; does not change the output"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it was prepared differently")
     parser.add_argument("--verify", metavar="DIR", help="read all of a dataset and name each corrupt chunk")
     return parser

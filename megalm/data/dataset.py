@@ -1,4 +1,4 @@
-"""A prepared dataset as a whole: ``DIR/{train,val}`` and ``DIR/tokenizer.json``. No torch: launchers ask before ranks start."""
+"""A prepared dataset as a whole: ``DIR/{train,val}`` and ``DIR/tokenizer.json``. No torch: asked before ranks start."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ class DatasetInfo:
         return self.path / TOKENIZER_FILE
 
 
+def partial_folder(path: Path) -> Path:
+    """Where a dataset is put together before it is renamed to ``path``."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def inspect_dataset(path: str | Path) -> DatasetInfo:
     """Read both indexes and check that every file is there and has its size.
 
@@ -47,11 +52,14 @@ def inspect_dataset(path: str | Path) -> DatasetInfo:
     """
     folder = Path(path)
     if not folder.exists():
-        raise DataError(f"data.path={path}: no such folder; prepare one with tools/prepare_data.py --out {path}")
-    unfinished = folder.with_name(f".{folder.name}.partial")
+        unfinished = partial_folder(folder)
+        hint = f" ({unfinished} was left by a preparation that was cut off)" if unfinished.exists() else ""
+        raise DataError(f"data.path={path}: no such folder{hint}; prepare one with tools/prepare_data.py --out {path}")
     if not any((folder / split).exists() for split in SPLITS):
-        hint = f"; {unfinished} was left by a preparation that was cut off" if unfinished.exists() else ""
-        raise DataError(f"data.path={path}: has no train/ and val/, so it is no prepared dataset{hint}")
+        raise DataError(
+            f"data.path={path}: has no train/ and val/, so it is no prepared dataset; "
+            "tools/prepare_data.py --out prepares one"
+        )
     indexes = {}
     for split in SPLITS:
         indexes[split] = read_index(folder / split)

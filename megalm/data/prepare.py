@@ -11,17 +11,20 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megalm.data.corpora import CORPORA, Corpus
-from megalm.data.dataset import SPLITS, TOKENIZER_FILE
+from megalm.data.dataset import SPLITS, TOKENIZER_FILE, partial_folder
 from megalm.data.index import Index
 from megalm.data.shards import ShardWriter
 from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe
@@ -32,6 +35,8 @@ TOKENIZER_TRAINING_BYTES = 64 * 2**20
 """A byte-level BPE hardly changes with more text than this, but its training takes memory in proportion."""
 _BATCH_BYTES = 2**20
 """Text handed to a worker at once."""
+_Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""Tokens of a batch end to end, and the length of each document."""
 
 
 @dataclass(frozen=True)
@@ -88,29 +93,52 @@ def prepare(recipe: Recipe, out: Path, *, workers: int, overwrite: bool, progres
             f"{out}: exists and was made from other files or with other settings; --overwrite replaces it, "
             "another --out keeps it"
         )
-    partial = out.with_name(f".{out.name}.partial")
+    if out.exists() and not (out / RECIPE_FILE).is_file():
+        raise DataError(f"{out}: exists and is no prepared dataset, so --overwrite leaves it alone; remove it yourself")
+    partial = partial_folder(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    started = time.perf_counter()
-    tokenizer = _tokenizer(recipe, corpus, progress)
-    (partial / TOKENIZER_FILE).write_text(tokenizer.definition, encoding="utf-8")
-    counts, indexes = _write_splits(recipe, corpus, tokenizer, partial, workers, progress)
-    counts.seconds = time.perf_counter() - started
-    splits = {split: {"documents": i.documents, "tokens": i.tokens} for split, i in indexes.items()}
-    record = {"signature": signature, "source": corpus.source, **asdict(recipe), "counts": asdict(counts), **splits}
-    (partial / RECIPE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    try:
+        counts = _write_dataset(recipe, corpus, signature, partial, workers, progress)
+    except BaseException:  # an interrupt too: only a kill leaves something behind, and the next run removes that
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _put_in_place(partial, out)
     return counts
 
 
+def _write_dataset(
+    recipe: Recipe, corpus: Corpus, signature: str, folder: Path, workers: int, progress: Progress
+) -> Counts:
+    started = time.perf_counter()
+    tokenizer = _tokenizer(recipe, corpus, progress)
+    (folder / TOKENIZER_FILE).write_text(tokenizer.definition, encoding="utf-8")
+    counts, indexes = _write_splits(recipe, corpus, tokenizer, folder, workers, progress)
+    counts.seconds = time.perf_counter() - started
+    splits = {split: {"documents": i.documents, "tokens": i.tokens} for split, i in indexes.items()}
+    record = {"signature": signature, "source": corpus.source, **asdict(recipe), "counts": asdict(counts), **splits}
+    (folder / RECIPE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return counts
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Two renames: ``out`` never holds half a dataset, and the old one goes only when the new one is whole."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():
+        out.rename(replaced)
+    partial.rename(out)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def documents_of(corpus: Corpus, counts: Counts) -> Iterator[str]:
-    """The corpus's documents as text, in order; what is left out is counted, and bytes that are no UTF-8 are replaced."""
+    """The documents as text, in order; counts those left out and those whose bytes are no UTF-8, which are replaced."""
     for data in corpus.documents():
         counts.bytes += len(data)
-        text = data.decode("utf-8", errors="replace")
-        if "\ufffd" in text and "\ufffd".encode() not in data:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            text = data.decode("utf-8", errors="replace")
             counts.undecodable += 1
         if not text.strip():
             counts.empty += 1
@@ -165,6 +193,8 @@ def _write_splits(
             writers[split_of(text, recipe.val_fraction)].add(tokens[start:end], documents=1)
         counts.tokens += int(tokens.size)
         progress("tokenising", min(counts.bytes, total), total, counts)
+    if counts.documents == 0:
+        raise DataError(f"{corpus.source}: no document with any text in it; give other --input")
     for split, writer in writers.items():
         if writer.documents == 0:
             other = "smaller" if split == "train" else "larger"
@@ -186,16 +216,25 @@ def _tokenised(
         return
     # Spawned, not forked: forked children inherit the library's threads. A few batches are in flight, so that memory is
     # bounded however large the corpus is.
+    # An executor, not a multiprocessing.Pool: when a worker is killed (out of memory), a Pool waits for ever.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=_start_worker, initargs=(tokenizer.definition,)) as pool:
-        in_flight: list[tuple[list[str], Any]] = []
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer.definition,))
+    in_flight: deque[tuple[list[str], Future[_Encoded]]] = deque()
+    try:
         for batch in batches:
-            in_flight.append((batch, pool.apply_async(_encode, (batch,))))
+            in_flight.append((batch, pool.submit(_encode, batch)))
             if len(in_flight) > 2 * workers:
-                done, result = in_flight.pop(0)
-                yield done, *result.get()
-        for done, result in in_flight:
-            yield done, *result.get()
+                done, result = in_flight.popleft()
+                yield done, *result.result()
+        while in_flight:
+            done, result = in_flight.popleft()
+            yield done, *result.result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"--workers {workers}: a worker process was killed, most likely for memory; use fewer workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -216,11 +255,12 @@ _worker_tokenizer: dict[str, Tokenizer] = {}
 
 
 def _start_worker(definition: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone reports it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer["current"] = Tokenizer(definition)
 
 
-def _encode(batch: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+def _encode(batch: list[str]) -> _Encoded:
     return _worker_tokenizer["current"].encode_documents(batch)
 
 

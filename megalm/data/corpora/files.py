@@ -43,7 +43,14 @@ class Corpus:
     def documents(self) -> Iterator[bytes]:
         """The documents' bytes, in order."""
         for path in self.files:
-            yield path.read_bytes()
+            try:
+                yield path.read_bytes()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def stdlib_corpus(inputs: Sequence[str]) -> Corpus:
@@ -62,7 +69,7 @@ def stdlib_corpus(inputs: Sequence[str]) -> Corpus:
 
 
 def text_corpus(inputs: Sequence[str]) -> Corpus:
-    """Files, and all files below folders, in the order given and then by name; hidden files are left out.
+    """Files, and all files below folders, in the order given and then by name; hidden files and folders are left out.
 
     Raises:
         DataError: no input, or one that does not exist or holds no file.
@@ -77,7 +84,7 @@ def text_corpus(inputs: Sequence[str]) -> Corpus:
             continue
         if not path.is_dir():
             raise DataError(f"--input {name}: no such file or folder")
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
         if not found:
             raise DataError(f"--input {name}: the folder holds no files")
         files += found
