@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(tokenizer.definition, encoding="utf-8")
     print(
-        f"{out}: {tokenizer.vocab_size:,} tokens, trained on {counts.documents:,} documents ({counts.bytes / 1e6:.1f} MB)"
+        f"{out}: {tokenizer.vocab_size:,} tokens, "
+        f"trained on {counts.documents:,} documents ({counts.bytes / 1e6:.1f} MB)"
     )
     return ExitCode.DONE
 

@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, token shards, the order of samples, and the loader."""

@@ -1,7 +1,7 @@
 """Batches of one data-parallel replica. The whole state is the number of samples that the trainer has taken.
 
-Shapes: B rows of this replica, S sequence length. Replica ``r`` of ``n`` takes the samples ``g`` with ``g mod n = r``, so the
-union over replicas does not depend on ``n``.
+Shapes: B rows of this replica, S sequence length. Replica ``r`` of ``n`` takes the samples ``g`` with ``g mod n = r``,
+so the union over replicas does not depend on ``n``.
 """
 
 from __future__ import annotations
@@ -73,10 +73,8 @@ class TrainLoader:
         self._objective = objective
         self._global_batch_size = global_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._prefetch = settings.prefetch_batches
-        self._order = SampleOrder(
-            len(dataset), seed, settings.block_sequences, settings.lanes, settings.window_blocks
-        )
+        self._prefetch = max(1, settings.prefetch_batches)  # to a queue, 0 means without bound
+        self._order = SampleOrder(len(dataset), seed, settings.block_sequences, settings.lanes, settings.window_blocks)
         self._fingerprint: dict[str, Any] = {
             "data.path": dataset.index.fingerprint,
             "model.sequence_length": dataset.sequence_length,

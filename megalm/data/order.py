@@ -4,9 +4,9 @@ Whatever reads samples (any number of ranks, any batch size, a run resumed at an
 Integer arithmetic only, since NumPy and torch do not promise stable random streams; a test freezes golden values.
 
 An epoch is a permutation of all sequences in two levels, so that shuffling need not mean a disk seek per sequence:
-*blocks* of neighbouring sequences are permuted over the whole dataset; then, within each *window* of blocks of a *lane*,
-single sequences are permuted. Sample ``g`` belongs to lane ``g mod lanes``. With one lane, one block per window and one
-sequence per block, the whole order is one permutation of single sequences.
+*blocks* of neighbouring sequences are permuted over the whole dataset; then, within each *window* of blocks of a
+*lane*, single sequences are permuted. Sample ``g`` belongs to lane ``g mod lanes``. With one lane, one block per window
+and one sequence per block, the whole order is one permutation of single sequences.
 
 The permutations are Feistel networks with cycle walking (Black & Rogaway 2002): each is a bijection of ``range(n)`` for
 every ``n``, evaluated at single points.

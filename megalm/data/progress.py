@@ -76,6 +76,7 @@ def summary(info: DatasetInfo, counts: Counts | None) -> str:
     ]
     if counts.empty or counts.undecodable:
         lines.append(
-            f"{counts.empty} empty documents left out, {counts.undecodable} with bytes that are no UTF-8 (replaced by U+FFFD)"
+            f"{counts.empty} empty documents left out, "
+            f"{counts.undecodable} with bytes that are no UTF-8 (replaced by U+FFFD)"
         )
     return "\n".join(lines)
