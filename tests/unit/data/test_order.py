@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,3 +92,25 @@ def test_blocks_stay_together_within_a_window() -> None:
 def test_permute_is_a_bijection(n: int) -> None:
     values = permute(np.arange(n), n, np.array([99], dtype=np.uint64))
     assert sorted(values.tolist()) == list(range(n))
+
+
+GOLDEN_BILLIONS = [537879888519, 16302258902, 679271207298, 106632941139, 887940890795]
+
+
+def test_golden_values_of_a_million_million_sequences_in_little_memory() -> None:
+    order = SampleOrder(10**12, seed=7)
+    tracemalloc.start()
+    sequences = order(np.array([0, 1, 10**12 - 1, 10**12, 5 * 10**13]))[1]
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sequences.tolist() == GOLDEN_BILLIONS
+    assert peak_bytes < 2**20
+
+
+def test_a_lane_reads_its_own_blocks_in_whole_windows() -> None:
+    sequences = SampleOrder(240, seed=9, block_sequences=5, lanes=2, window_blocks=4)(np.arange(240))[1]
+    for lane in (0, 1):
+        own = sequences[lane::2]
+        for start in range(0, 120, 20):
+            blocks = own[start : start + 20] // 5
+            assert len(set(blocks.tolist())) == 4, "twenty sequences of a lane come from four blocks of five"

@@ -121,7 +121,7 @@ def test_killed_half_way_it_leaves_no_dataset_and_can_be_run_again(tmp_path: Pat
         time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
-    with pytest.raises(DataError, match="no such folder; prepare one"):
+    with pytest.raises(DataError, match=r"no such folder \(.*was left by .* cut off\); prepare one"):
         inspect_dataset(out)
     assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
     assert not (tmp_path / ".d.partial").exists()
@@ -134,7 +134,7 @@ def test_killed_half_way_it_leaves_no_dataset_and_can_be_run_again(tmp_path: Pat
         (["--corpus", "text", "--out", "x"], 2, "either --tokenizer"),
         (["--corpus", "text", "--input", "/nowhere", "--tokenizer-vocab", "300", "--out", "x"], 3, "no such file"),
         (["--corpus", "text", "--tokenizer-vocab", "300", "--out", "x"], 3, "needs --input"),
-        (["--corpus", "stdlib", "--tokenizer-vocab", "10", "--out", "x"], 3, "too small for 256 bytes"),
+        (["--corpus", "stdlib", "--tokenizer-vocab", "10", "--out", "x"], 2, "must be at least 257"),
         (["--corpus", "stdlib", "--tokenizer", "/nowhere.json", "--out", "x"], 3, "cannot be read"),
         (["--corpus", "stdlib", "--tokenizer-vocab", "300", "--out", "x", "--val-fraction", "2"], 2, "between 0 and 1"),
         (["--verify", "/nowhere"], 3, "no dataset here"),
@@ -147,6 +147,7 @@ def test_mistakes_get_one_line_and_an_exit_code(arguments, code, message, tmp_pa
     assert result.returncode == code, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == (2 if arguments[0] == "--verify" else 1), "one line, or one per split"
     assert list(tmp_path.iterdir()) == [] or code == 3
 
 
