@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megalm import __version__
 from megalm.errors import ExitCode, MegalmError
@@ -133,7 +134,7 @@ def _check(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from megalm.evaluate.perplexity import run_evaluate
 
-    for name, value in run_evaluate(options.run, options.overrides).items():
+    for name, value in run_evaluate(_run_dir(options.run), options.overrides).items():
         print(f"{name:15} {value:,.6g}" if isinstance(value, float) else f"{name:15} {value}")
     return ExitCode.DONE
 
@@ -142,7 +143,7 @@ def _generate(options: argparse.Namespace) -> int:
     from megalm.generate.run import run_generate
 
     text = run_generate(
-        options.run,
+        _run_dir(options.run),
         options.prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -154,12 +155,18 @@ def _generate(options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def _run_dir(run: str) -> Path:
+    """The folder of a run that is given as one, or by its name where that is no folder but ``runs/NAME`` is."""
+    folder, by_name = Path(run), Path("runs") / run
+    return by_name if not folder.exists() and by_name.is_dir() else folder
+
+
 def _no_options(parser: argparse.ArgumentParser) -> None:  # noqa: ARG001 - one of several functions of this shape
     return
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run, such as runs/quickstart")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, such as runs/quickstart, or its name in runs/")
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:

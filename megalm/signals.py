@@ -12,12 +12,16 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """INT is a person; the others come from a scheduler and mean that the job will be queued again."""
 
+INTERRUPTS_TO_KILL = 3
+"""The first Ctrl-C stops a run in order; a person who presses it this often wants it gone."""
+
 
 class StopRequest:
     """Whether this process has been asked to stop."""
 
     def __init__(self) -> None:
         self._first: str | None = None
+        self._interrupts = 0
 
     @classmethod
     def install(cls) -> StopRequest:
@@ -35,3 +39,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
         if self._first is None:
             self._first = signal.Signals(number).name.removeprefix("SIG")
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts == INTERRUPTS_TO_KILL - 1:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # a rank that hangs in a collective runs no handler

@@ -20,7 +20,7 @@ from types import FrameType
 from megalm.errors import ExitCode
 from megalm.launch.logs import log_path
 from megalm.launch.rendezvous import free_port_listener
-from megalm.signals import STOP_SIGNALS
+from megalm.signals import INTERRUPTS_TO_KILL, STOP_SIGNALS
 
 _ORDERLY = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
 """Exit codes after which the other ranks are on their way out too, with things to finish."""
@@ -31,8 +31,6 @@ _EXPLAINED = (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.DIVERGED)
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 """What is left of a run has this long, after one rank failed, to write what it knows."""
-
-_INTERRUPTS_TO_KILL = 3
 
 
 @dataclass(frozen=True)
@@ -110,11 +108,11 @@ class _Ranks:
             number = signal.SIGTERM
         if number == signal.SIGINT:
             self._interrupts += 1
-            if self._interrupts >= _INTERRUPTS_TO_KILL:
+            if self._interrupts >= INTERRUPTS_TO_KILL:
                 self._say("ended without saving")
                 self._kill()
                 return
-            again = "once more" if self._interrupts == _INTERRUPTS_TO_KILL - 1 else "twice more"
+            again = "once more" if self._interrupts == INTERRUPTS_TO_KILL - 1 else "twice more"
             self._say(f"stopping after this step, then saving; Ctrl-C {again} ends at once, without saving")
         else:
             self._say(f"SIG{signal.Signals(number).name.removeprefix('SIG')}: stopping after this step, then saving")
@@ -127,7 +125,7 @@ class _Ranks:
             failed = self._wait_for_end_or_failure()
             if failed is None:
                 return max((process.returncode for process in self._processes), default=0)
-            if self._interrupts >= _INTERRUPTS_TO_KILL:
+            if self._interrupts >= INTERRUPTS_TO_KILL:
                 return ExitCode.INTERRUPTED
             code = self._processes[failed].returncode
             if code not in _EXPLAINED:

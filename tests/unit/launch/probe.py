@@ -27,7 +27,6 @@ def main() -> NoReturn:
     if mode == "exit":  # one code per rank; negative: ends by that signal
         code = int(argument.split(",")[rank])
         if code < 0:
-            signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         sys.exit(code)
     if mode == "one-fails":  # rank 1 fails, the others are in a collective that never ends

@@ -1,11 +1,13 @@
 """What reaches a rank's log, and what a progress bar sees."""
 
 import io
+import subprocess
+import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
-from megalm.launch.logs import Tee
+from megalm.launch.logs import Tee, log_path
 
 
 class Terminal(io.StringIO):
@@ -45,3 +47,41 @@ def test_a_launchers_terminal_is_not_drawn_on():
     assert Tee(Terminal(), io.StringIO()).isatty()
     assert not Tee(Terminal(), io.StringIO(), may_draw=False).isatty()
     assert not Tee(io.StringIO(), io.StringIO()).isatty()
+
+
+WRITE = """
+import os, sys
+from pathlib import Path
+from megalm.launch import RankInfo
+from megalm.launch.logs import start_log
+rank = int(sys.argv[2])
+start_log(Path(sys.argv[1]), RankInfo(rank=rank, world_size=2, local_rank=rank, local_world_size=2, launcher="local",
+                                      master_addr="", master_port=0))
+print("from Python")
+print("an error", file=sys.stderr)
+sys.stdout.flush()
+os.system("echo from a library")
+"""
+
+
+def write(run_dir, rank):
+    command = [sys.executable, "-c", WRITE, str(run_dir), str(rank)]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
+
+def test_ranks_above_0_write_to_their_log_alone_libraries_included(tmp_path):
+    assert write(tmp_path, 1) == ""
+    first, *rest = log_path(tmp_path, 1).read_text().splitlines()
+    assert "rank 1 of 2 (local), cpu, pid" in first
+    assert rest == ["from Python", "an error", "from a library"]
+
+
+def test_rank_0_writes_to_terminal_and_log(tmp_path):
+    assert sorted(write(tmp_path, 0).splitlines()) == ["an error", "from Python", "from a library"]
+    assert log_path(tmp_path, 0).read_text().splitlines()[1:] == ["from Python", "an error"]
+
+
+def test_a_resumed_run_adds_to_its_logs(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 1)
+    assert log_path(tmp_path, 1).read_text().count("from Python") == 2

@@ -1,0 +1,103 @@
+"""What the command line refuses before a rank starts: damaged datasets, wrong options, runs that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_runs import TINY
+
+from megalm.cli import _run_dir, main
+from tests.unit.config.random_invalid import SOUND
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("OMPI_", "SLURM_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+
+
+def megalm(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(code: int, *arguments: str) -> str:
+    """Standard error of a command that must fail with ``code``, in words rather than a traceback."""
+    found, out, err = megalm(*arguments)
+    assert found == code, err
+    assert out == ""
+    assert err.strip()
+    assert "Traceback" not in err
+    return err
+
+
+def test_a_sound_config_passes_the_check() -> None:
+    code, out, err = megalm("check", *(f"{path}={value}" for path, value in SOUND.items()))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "ok"
+
+
+def test_several_mistakes_are_several_lines() -> None:
+    err = refused(2, "check", "experiment=quickstart", "train.stps=3", "modle=x", "nonsense")
+    assert len(err.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "lost", ["train/index.json", "val/index.json", "train/shard-000000.tar", "val", "tokenizer.json"]
+)
+def test_a_half_written_dataset(tiny_dataset: Path, tmp_path: Path, lost: str) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_dataset, data)
+    shutil.rmtree(data / lost) if (data / lost).is_dir() else (data / lost).unlink()
+    err = refused(3, "train", *TINY, f"data.path={data}", f"run.dir={tmp_path}", "run.name=a")
+    assert lost.partition("/")[0] in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_cut_off_shard(tiny_dataset: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_dataset, data)
+    shard = data / "train" / "shard-000000.tar"
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert shard.name in refused(3, "train", *TINY, f"data.path={data}", f"run.dir={tmp_path}")
+
+
+def test_a_run_that_is_not_there() -> None:
+    assert "no-such-run" in refused(2, "evaluate", "no-such-run")
+    assert "no-such-run" in refused(2, "generate", "no-such-run", "--prompt", "a")
+
+
+def test_a_run_is_a_folder_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "try1").mkdir(parents=True)
+    assert _run_dir("try1") == Path("runs/try1")
+    assert _run_dir("runs/try1") == Path("runs/try1")
+    (tmp_path / "try1").mkdir()
+    assert _run_dir("try1") == Path("try1"), "a folder that is there comes first"
+    assert _run_dir("other") == Path("other"), "an error names what was asked for"
+
+
+@pytest.mark.parametrize("arguments", [["train", "--steps", "3"], ["generate", "r"], ["evaluate"]])
+def test_wrong_options_are_refused(arguments: list[str]) -> None:
+    refused(2, *arguments)
+
+
+@pytest.mark.parametrize("arguments", [["train", "experiment=nothing"], ["--help"]])
+def test_what_only_checks_imports_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from megalm.cli import main; main(sys.argv[1:]);"
+        "sys.exit(' '.join({'torch', 'deepspeed', 'wandb'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
