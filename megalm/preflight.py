@@ -15,6 +15,7 @@ from megalm.config.rules import data_violations, violations, world_size_of
 from megalm.config.schema import Config
 from megalm.data.dataset import inspect_dataset
 from megalm.errors import ConfigError
+from megalm.hardware import device_violations
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def make_plan(overrides: Sequence[str], world_size: int | None = None) -> Plan:
 
 def check_config(config: Config, world_size: int) -> None:
     """Raise every violation that the config alone shows on ``world_size`` ranks."""
-    problems = violations(config, world_size)
+    problems = [*violations(config, world_size), *device_violations(config)]
     if problems:
         raise ConfigError(problems)
 

@@ -19,9 +19,10 @@ def summary_lines(config: Config, world_size: int) -> list[str]:
         "layout": f"tp {topology.tp} · pp {topology.pp} · cp {topology.cp} · dp {topology.dp} = {world_size:,} ranks",
         "batch": _batch(config, topology),
         "tokens": _tokens(config),
+        "learning rate": _learning_rate(config),
         "engine": f"{config.engine.dtype}, ZeRO-{config.engine.zero_stage}",
     }
-    return [f"{name:12}{text}" for name, text in rows.items()]
+    return [f"{name:15}{text}" for name, text in rows.items()]
 
 
 def _model(config: Config) -> str:
@@ -53,6 +54,14 @@ def _tokens(config: Config) -> str:
     per_step = config.train.global_batch_size * config.model.sequence_length
     total = per_step * config.train.steps
     return f"{per_step:,} per step, {rounded(total)} in {config.train.steps:,} steps"
+
+
+def _learning_rate(config: Config) -> str:
+    optim = config.optim
+    warmup = f", warm-up over {rounded(optim.warmup_tokens)} tokens" if optim.warmup_tokens else ""
+    decay = "" if optim.decay_tokens is None else f" over {rounded(optim.decay_tokens)} tokens"
+    shape = "constant" if optim.schedule == "constant" else f"{optim.schedule} to {optim.min_lr_ratio:g} of it{decay}"
+    return f"{optim.lr:g}{warmup}, {shape}"
 
 
 def rounded(number: int) -> str:

@@ -86,6 +86,9 @@ class TensorRecord:
     def holes(self, kind: str) -> str | None:
         """Which part of the full tensor no piece of a kind covers, in words; None where all is covered."""
         slices = self.of_kind(kind)
+        dims = {dim for dim, _, _ in slices if dim is not None}
+        if len(dims) > 1:  # no layout writes this, and rows and columns could not be counted together
+            return f"slices along different dims {sorted(dims)}"
         covered: list[tuple[int, int]] = []
         for (dim, ranges, padding), pieces in slices.items():
             local_numel = self._local_numel(dim, ranges, padding)
@@ -154,7 +157,7 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
         fields = json.loads(text)
         expected = (folder / COMPLETE_FILE).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if hashlib.sha256(text.encode()).hexdigest() != expected:
         raise CheckpointError(f"{path}: changed since the checkpoint was completed; use another checkpoint")
@@ -175,7 +178,7 @@ def parse_manifest(fields: Any, path: Path) -> Manifest:
         tensors = {name: _parse_tensor(record) for name, record in fields["tensors"].items()}
         plain = {name: fields[name] for name in Manifest.__dataclass_fields__ if name != "tensors"}
         manifest = Manifest(tensors=tensors, **plain)
-        valid = isinstance(manifest.step, int) and all(
+        valid = _is_count(manifest.step) and all(
             isinstance(part, dict) for part in (manifest.config, manifest.topology, manifest.data, manifest.training)
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -188,18 +191,34 @@ def parse_manifest(fields: Any, path: Path) -> Manifest:
     return manifest
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _parse_tensor(record: dict[str, Any]) -> TensorRecord:
     pieces = tuple(
-        Piece(**{**piece, "ranges": tuple((int(start), int(stop)) for start, stop in piece["ranges"])})
+        Piece(**{**piece, "ranges": tuple((start, stop) for start, stop in piece["ranges"])})
         for piece in record["pieces"]
     )
-    return TensorRecord(tuple(int(size) for size in record["shape"]), pieces)
+    shape = tuple(record["shape"])
+    for piece in pieces:
+        counts = [piece.padding, piece.flat_start, piece.length, *(end for pair in piece.ranges for end in pair)]
+        texts = (piece.kind, piece.file, piece.key, piece.dtype, piece.sha256)
+        if not all(map(_is_count, counts)) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"a field of a piece has the wrong type: {piece}")
+        if piece.dim is not None and not _is_count(piece.dim):
+            raise ValueError(f"dim {piece.dim!r}")
+    if not all(map(_is_count, shape)):
+        raise ValueError(f"shape {list(shape)}")
+    return TensorRecord(shape, pieces)
 
 
 def _check_piece(path: Path, name: str, record: TensorRecord, piece: Piece) -> None:
     where = f"{path}: tensor {name}"
     if Path(piece.file).name != piece.file or piece.file in ("", ".", ".."):
         raise CheckpointError(f"{where}: file name {piece.file!r} leaves the checkpoint's folder")
+    if piece.dim is None and (piece.ranges or piece.padding):
+        raise CheckpointError(f"{where}: ranges or padding of a slice that is the whole tensor")
     if piece.dim is not None:
         if not 0 <= piece.dim < len(record.shape):
             raise CheckpointError(f"{where}: sliced along dim {piece.dim} of a shape {record.shape}")

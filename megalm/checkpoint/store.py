@@ -79,10 +79,11 @@ def locate(path: str | Path) -> CheckpointInfo:
 def prune(folder: Path, keep_last: int) -> None:
     """Delete all but the newest ``keep_last`` complete checkpoints (0 keeps all).
 
-    The completeness marker goes first, so that what a kill leaves behind is not taken for a checkpoint.
+    A folder is renamed before it is deleted, so that what a kill leaves behind is not taken for a checkpoint, and the
+    next save removes it.
     """
     if keep_last < 1:
         return
     for info in complete_checkpoints(folder)[:-keep_last]:
-        (info.path / COMPLETE_FILE).unlink()
-        shutil.rmtree(info.path)
+        doomed = info.path.rename(folder / f"{TEMPORARY_PREFIX}pruned-{info.path.name}")
+        shutil.rmtree(doomed)

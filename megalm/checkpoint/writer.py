@@ -4,10 +4,10 @@ Nothing is sent between ranks but a word on whether all is well. The steps are
 
 1. rank 0 makes a temporary folder, and removes what an interrupted save left;
 2. every rank writes its pieces and an index of them there, and flushes both to the disk;
-3. rank 0 reads all indexes, proves that every element of every tensor is covered, writes the manifest, renames the
-   folder, and writes the completeness marker.
+3. rank 0 reads all indexes, proves that every element of every tensor is covered, writes the manifest and the
+   completeness marker last, and renames the folder: the one operation by which the checkpoint comes into being.
 
-A kill at any moment leaves the previous checkpoint untouched and the new one unmarked.
+A kill at any moment leaves the previous checkpoint untouched and the new one under its temporary name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from megalm.errors import CheckpointError
 
 Agree = Callable[[str | None], str | None]
 """Collective: takes this rank's error, returns the first error of any rank (None: all is well)."""
+
+INDEX_WAIT_SECONDS = 60.0
+"""Longest wait for other ranks' indexes: NFS shows another node's new files only when its attribute cache expires."""
 
 
 @dataclass(frozen=True)
@@ -141,23 +145,29 @@ def _complete(temporary: Path, final: Path, header: Header, world_size: int) -> 
     for rank in range(world_size):
         (temporary / f"rank-{rank:05d}.json").unlink()  # the manifest has it all
     _flush(temporary)
-    if final.exists():  # the same step, saved by a life of the run that went another way
-        (final / COMPLETE_FILE).unlink(missing_ok=True)
-        shutil.rmtree(final)
-    temporary.rename(final)
+    _write_text(temporary / COMPLETE_FILE, hashlib.sha256(text.encode()).hexdigest() + "\n")
+    _flush(temporary)
+    # The same step may be there, saved by a life of the run that went another way. Moving it aside takes an instant;
+    # deleting it first would leave the run without a checkpoint for as long as that takes.
+    replaced = final.parent / f"{TEMPORARY_PREFIX}replaced-{final.name}"
+    if final.exists():
+        final.rename(replaced)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
     _flush(final.parent)
-    _write_text(final / COMPLETE_FILE, hashlib.sha256(text.encode()).hexdigest() + "\n")
-    _flush(final)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _collect(folder: Path, world_size: int) -> dict[str, TensorRecord]:
     """Tensors from every rank's index; a hole anywhere is an error, not something to find out at load time."""
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[str, list[Piece]] = {}
-    for rank in range(world_size):
-        path = folder / f"rank-{rank:05d}.json"
-        if not path.is_file():
-            raise CheckpointError(f"rank {rank} wrote no index {path}; do all ranks share this file system?")
+    for path in _await_indexes(folder, world_size):
         for record in json.loads(path.read_text(encoding="utf-8")):
             shape = tuple(record["shape"])
             if shapes.setdefault(record["name"], shape) != shape:
@@ -174,6 +184,22 @@ def _collect(folder: Path, world_size: int) -> dict[str, TensorRecord]:
             if hole := tensor.holes(kind):
                 raise CheckpointError(f"{name}: no rank wrote {kind} {hole}")
     return tensors
+
+
+def _await_indexes(folder: Path, world_size: int) -> list[Path]:
+    """Every rank's index, once this host sees them all."""
+    paths = [folder / f"rank-{rank:05d}.json" for rank in range(world_size)]
+    deadline = time.monotonic() + INDEX_WAIT_SECONDS
+    while missing := [rank for rank, path in enumerate(paths) if not path.is_file()]:
+        if time.monotonic() > deadline:
+            listed = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
+            raise CheckpointError(
+                f"{folder}: no index of {len(missing)} of {world_size} ranks ({listed}) after {INDEX_WAIT_SECONDS:.0f} "
+                "s; run.dir must be on a file system that all ranks share"
+            )
+        list(folder.iterdir())  # makes an NFS client ask the server again
+        time.sleep(0.05)
+    return paths
 
 
 def _shallow_dict(header: Header) -> dict[str, Any]:
