@@ -29,6 +29,9 @@ TINY = (
 )
 """A few milliseconds a step; clipping is active."""
 
+TWENTY_STEPS = ("parallel.tp=2", "parallel.pp=2", "train.steps=20", "checkpoint.every=0")
+"""What every launcher is compared on."""
+
 MEGALM = (sys.executable, "-m", "megalm")
 
 

@@ -67,7 +67,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(common, uninter
 def test_a_complete_run_says_so_and_trains_no_further(common, uninterrupted) -> None:
     code, output = run([*common, "run.name=straight"])
     assert code == 0
-    assert "complete" in output
+    assert "complete" in output and "train.steps=" in output
     assert steps_of(_run_dir(common, "straight")) == list(range(1, STEPS + 1))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cli_runs import TINY, TWENTY_STEPS, losses_of
 
 from tests.slurm.cluster import SlurmCluster, missing_requirement
 
@@ -70,7 +71,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def test_signal_saves_requeues_and_resumes(cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, *tiny(tiny_dataset, tmp_path, "requeued", steps=300))
+    job = submit(cluster, tmp_path, *tiny(tiny_dataset, tmp_path, "requeued", steps=120))
     run = tmp_path / "runs/requeued"
     cluster.wait_for_job(job, lambda _: len(steps_of(run)) >= 5, timeout_seconds=120)
 
@@ -79,17 +80,28 @@ def test_signal_saves_requeues_and_resumes(cluster: SlurmCluster, tiny_dataset: 
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert len(saved) == 1, saved
     step = int(saved[0].removeprefix("step-"))
-    assert 5 <= step < 300
+    assert 5 <= step < 120
 
     state = cluster.wait_for_job(job, lambda state: state["JobState"] in ENDED, timeout_seconds=200)
     output = (tmp_path / f"job-{job}.out").read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), output
     # Every step was taken once, in two attempts that wrote to the same files.
-    assert steps_of(run) == list(range(1, 301))
+    assert steps_of(run) == list(range(1, 121))
     assert "SIGUSR1" in output and "saved; requeued" in output
     assert f"{saved[0]}" in output.partition("requeued")[2], "the second attempt names the checkpoint it resumes"
     for rank in range(4):
         assert (run / f"logs/rank-{rank}.log").read_text().count(f"rank {rank} of 4 (srun)") == 2
+
+
+def test_twenty_steps_equal_those_of_local_ranks_to_the_last_bit(
+    cluster: SlurmCluster, twenty_local_steps: list[tuple[float, float]], tiny_dataset: Path, tmp_path: Path
+) -> None:
+    overrides = [*TINY, *TWENTY_STEPS, f"data.path={tiny_dataset}", f"run.dir={tmp_path}", "run.name=slurm"]
+    job = submit(cluster, tmp_path, *overrides)
+    state = cluster.wait_for_job(job, lambda state: state["JobState"] in ENDED, timeout_seconds=120)
+    assert state["ExitCode"] == "0:0", (tmp_path / f"job-{job}.out").read_text()
+    assert len(twenty_local_steps) == 20
+    assert losses_of(tmp_path / "slurm") == twenty_local_steps
 
 
 def test_bad_config_is_said_once_and_not_requeued(cluster: SlurmCluster, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -121,6 +133,6 @@ def test_a_crash_is_tried_again_and_a_cancelled_job_is_not(
 
     cluster.run("scancel", job)
     state = cluster.wait_for_job(job, lambda state: state["JobState"] in ENDED, timeout_seconds=60)
-    time.sleep(10)  # the job script has ended by now, and would have asked for a requeue
+    time.sleep(3)  # the job script has ended by now, and would have asked for a requeue
     state = cluster.job(job)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "1"), (tmp_path / f"job-{job}.out").read_text()
