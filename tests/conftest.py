@@ -28,9 +28,9 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "tiny"
     recipe = Recipe(
         corpus="text",
-        inputs=(str(REPOSITORY / "megalm" / "core"), str(REPOSITORY / "megalm" / "data")),
+        inputs=(str(REPOSITORY / "megalm" / "core"),),
         tokenizer_vocab=300,
-        val_fraction=0.2,
+        val_fraction=0.3,
         chunk_tokens=256,
     )
     prepare(recipe, out, workers=1, overwrite=False, progress=lambda *_: None)
