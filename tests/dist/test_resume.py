@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from cli_runs import losses_of, run, start, steps_of, wait_for_step
 
-STEPS = 30
-LAYOUT = ("parallel.tp=2", "parallel.pp=2", f"train.steps={STEPS}", "checkpoint.every=10")
+STEPS = 16
+LAYOUT = ("parallel.tp=2", "parallel.pp=2", f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep_last=0")
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +37,11 @@ def killed(common: list[str], uninterrupted) -> Path:
     """A run of which every process was killed without warning, some steps after its first checkpoint."""
     run_dir = _run_dir(common, "killed")
     with start([*common, "run.name=killed"]) as process:
-        wait_for_step(run_dir, 14, process)
+        wait_for_step(run_dir, 7, process)
         os.killpg(process.pid, signal.SIGKILL)
         _kill_ranks_of(run_dir)
         process.communicate()
-    assert 14 <= steps_of(run_dir)[-1] < STEPS
+    assert 7 <= steps_of(run_dir)[-1] < STEPS
     return run_dir
 
 
@@ -59,7 +59,7 @@ def _kill_ranks_of(run_dir: Path) -> None:
 def test_killed_and_resumed_equals_uninterrupted_to_the_last_bit(common, uninterrupted, killed: Path) -> None:
     code, output = run([*common, "run.name=killed"])
     assert code == 0, output
-    assert "step-00000010" in output, "it says what it resumed from"
+    assert "step-000000" in output, "it says what it resumed from"
     assert steps_of(killed) == list(range(1, STEPS + 1)), "each step once: the record was cut back to the checkpoint"
     assert losses_of(killed) == uninterrupted
 
@@ -74,12 +74,12 @@ def test_a_complete_run_says_so_and_trains_no_further(common, uninterrupted) -> 
 def test_an_interrupt_saves_and_resumes(common, uninterrupted) -> None:
     run_dir = _run_dir(common, "interrupted")
     with start([*common, "run.name=interrupted", "checkpoint.every=0"]) as process:
-        wait_for_step(run_dir, 5, process)
+        wait_for_step(run_dir, 3, process)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    assert 5 <= steps_of(run_dir)[-1] < STEPS
+    assert 3 <= steps_of(run_dir)[-1] < STEPS
     code, output = run([*common, "run.name=interrupted", "checkpoint.every=0"])
     assert code == 0, output
     assert losses_of(run_dir) == uninterrupted
@@ -90,17 +90,17 @@ def test_an_interrupt_saves_and_resumes(common, uninterrupted) -> None:
     [
         ["parallel.tp=1", "parallel.pp=1", "launch.ranks=2"],
         ["parallel.tp=1", "parallel.pp=3"],
-        ["parallel.tp=4", "parallel.pp=1", "engine.zero_stage=0"],
+        ["parallel.tp=2", "parallel.pp=1", "engine.zero_stage=0"],
     ],
-    ids=["dp2", "pp3", "tp4-zero0"],
+    ids=["dp2", "pp3", "tp2-zero0"],
 )
 def test_another_layout_continues_the_same_curve(common, uninterrupted, killed: Path, layout, tmp_path) -> None:
-    checkpoint = _run_dir(common, "straight") / "checkpoints" / "step-00000020"
+    checkpoint = _run_dir(common, "straight") / "checkpoints" / "step-00000010"
     overrides = [*common, f"run.dir={tmp_path}", "run.name=moved", f"checkpoint.resume={checkpoint}", *layout]
     code, output = run(overrides)
     assert code == 0, output
-    assert steps_of(tmp_path / "moved") == list(range(21, STEPS + 1))
-    for (loss, norm), (want_loss, want_norm) in zip(losses_of(tmp_path / "moved"), uninterrupted[20:], strict=True):
+    assert steps_of(tmp_path / "moved") == list(range(11, STEPS + 1))
+    for (loss, norm), (want_loss, want_norm) in zip(losses_of(tmp_path / "moved"), uninterrupted[10:], strict=True):
         assert loss == pytest.approx(want_loss, abs=1e-5)
         assert norm == pytest.approx(want_norm, abs=1e-4)
 
@@ -111,7 +111,7 @@ def test_init_from_takes_weights_alone(common, uninterrupted, tmp_path) -> None:
     assert code == 0, output
     rows = losses_of(tmp_path / "fresh")
     assert steps_of(tmp_path / "fresh") == list(range(1, STEPS + 1)), "its own steps, from one"
-    assert rows[0][0] < uninterrupted[0][0] - 0.5, "it starts from what the source had learnt"
+    assert rows[0][0] < uninterrupted[0][0] - 0.1, "it starts from what the source had learnt"
 
 
 def test_a_changed_model_or_seed_is_refused(common, uninterrupted) -> None:
