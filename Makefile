@@ -10,8 +10,9 @@ setup: $(STAMP)
 
 # constraints.txt pins torch to a release whose CPU wheel a machine may have on disk; nothing is compiled.
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@echo "installing megalm and what it needs into $(VENV): a minute or two"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 train: $(STAMP)

@@ -17,6 +17,7 @@ from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
 from megalm.data.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
+from megalm.train.callbacks.base import warn
 from megalm.train.progress import Progress
 
 
@@ -57,7 +58,10 @@ class Saver:
             agree=self._agree,
         )
         if self._context.rank == 0:
-            prune(self._folder, self._config.checkpoint.keep_last)
+            try:
+                prune(self._folder, self._config.checkpoint.keep_last)
+            except OSError as error:  # the new one is safe; the next save tries again
+                warn(f"an old checkpoint could not be deleted: {error}")
         return path
 
     def _agree(self, error: str | None) -> str | None:
