@@ -24,7 +24,7 @@ def twenty_local_steps(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFact
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared dataset of real text that is always at hand: megalm's own functions, 300 tokens of vocabulary.
 
-    Many small documents, so that a twentieth of them is a validation split that is never empty and quick to run through.
+    Many small documents, so that a twentieth of them is a validation split that is never empty and quickly run through.
     """
     from megalm.data.prepare import Recipe, prepare
 
