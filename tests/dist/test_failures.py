@@ -12,11 +12,11 @@ from megalm.checkpoint.store import complete_checkpoints
 
 pytestmark = pytest.mark.slow
 
-FOUR_RANKS = ("parallel.tp=2", "parallel.pp=2", "train.steps=20", "checkpoint.every=2")
+TWO_RANKS = ("parallel.tp=1", "parallel.pp=2", "train.steps=20", "checkpoint.every=2")
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_dataset: Path, tmp_path: Path) -> None:
-    common = [*FOUR_RANKS, f"data.path={tiny_dataset}", f"run.dir={tmp_path}", "run.name=hot"]
+    common = [*TWO_RANKS, f"data.path={tiny_dataset}", f"run.dir={tmp_path}", "run.name=hot"]
     code, output = run([*common, "optim.lr=1e18", "optim.schedule=constant", "optim.clip_grad_norm=0"])
     assert code == 4, output
     assert "training diverged" in output
@@ -34,7 +34,7 @@ def test_a_corrupt_chunk_ends_the_run_and_is_named(tiny_dataset: Path, tmp_path:
     for offset in range(700, len(content) - 2048, 1536):  # somewhere in every chunk
         content[offset] ^= 1
     shard.write_bytes(content)
-    code, output = run([*FOUR_RANKS, f"data.path={data}", f"run.dir={tmp_path}", "run.name=corrupt"])
+    code, output = run([*TWO_RANKS, f"data.path={data}", f"run.dir={tmp_path}", "run.name=corrupt"])
     assert code == 3, output
     assert "shard-000000.tar chunk" in output
     assert "checksum differs" in output

@@ -12,6 +12,8 @@ from cli_runs import losses_of, run, start, steps_of, wait_for_step
 
 STEPS = 16
 LAYOUT = ("parallel.tp=2", "parallel.pp=2", f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep_last=0")
+ONE_RANK = ("parallel.tp=1", "parallel.pp=1")
+"""Enough where the layout is not what is tested; a checkpoint has none."""
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +109,7 @@ def test_another_layout_continues_the_same_curve(common, uninterrupted, killed: 
 
 def test_init_from_takes_weights_alone(common, uninterrupted, tmp_path) -> None:
     source = _run_dir(common, "straight")
-    code, output = run([*common, f"run.dir={tmp_path}", "run.name=fresh", f"checkpoint.init_from={source}"])
+    code, output = run([*common, *ONE_RANK, f"run.dir={tmp_path}", "run.name=fresh", f"checkpoint.init_from={source}"])
     assert code == 0, output
     rows = losses_of(tmp_path / "fresh")
     assert steps_of(tmp_path / "fresh") == list(range(1, STEPS + 1)), "its own steps, from one"
@@ -119,7 +121,7 @@ def test_a_changed_model_or_seed_is_refused(common, uninterrupted) -> None:
     assert code == 3, output
     assert "model.num_layers=4" in output
     assert "was trained with 3" in output
-    code, output = run([*common, "run.name=straight", "run.seed=5", "train.steps=99"])
+    code, output = run([*common, *ONE_RANK, "run.name=straight", "run.seed=5", "train.steps=99"])
     assert code == 3, output
     assert output.count("run.seed=5: the checkpoint was trained with 1234") == 1
     assert "Traceback" not in output
