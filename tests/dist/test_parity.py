@@ -42,7 +42,7 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(tp=2, pp=2, dtype="bf16"),
         Layout(pp=2, dp=2, dtype="bf16"),
     ],
-    8: [Layout(tp=2, pp=2, dp=2), Layout(tp=2, pp=2, dp=2, zero_stage=0), Layout(pp=2, dp=4, dtype="bf16")],
+    8: [Layout(tp=2, pp=2, dp=2), Layout(pp=2, dp=4, dtype="bf16")],
 }
 CASES = [(world, index) for world, layouts in WORLDS.items() for index in range(len(layouts))]
 
