@@ -38,7 +38,8 @@ def with_value(config: Config, path: str, value: Any) -> Config:
 def is_in_bounds(config: Config, path: str) -> bool:
     """Whether a number is within its range, so that other rules can calculate with it."""
     value = value_of(config, path)
-    return value is None or BOUNDS[path].contain(value)
+    numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+    return all(BOUNDS[path].contain(number) for number in numbers)
 
 
 def numbers_are_in_range(job: Job) -> Iterator[Violation]:
@@ -59,39 +60,6 @@ def choices_are_known(job: Job) -> Iterator[Violation]:
         planned = NOT_IN_THIS_VERSION.get((path, value.lower()))
         wrong = f"{planned} is not in this version" if planned else "there is no such choice"
         yield Violation(path, value, wrong, f"{path}={spoken_list(choices)}")
-
-
-def context_parallelism_is_off(job: Job) -> Iterator[Violation]:
-    """Context parallelism is not in this version."""
-    if job.config.parallel.cp > 1:
-        yield Violation(
-            "parallel.cp",
-            job.config.parallel.cp,
-            "context parallelism is not in this version",
-            "parallel.cp=1; parallel.tp splits the activations of a layer too",
-        )
-
-
-def virtual_stages_are_off(job: Job) -> Iterator[Violation]:
-    """Interleaved pipeline schedules are not in this version."""
-    if job.config.parallel.virtual_stages > 1:
-        yield Violation(
-            "parallel.virtual_stages",
-            job.config.parallel.virtual_stages,
-            "interleaved schedules are not in this version",
-            "parallel.virtual_stages=1; more micro-batches per step shrink the bubble as well",
-        )
-
-
-def sequence_parallelism_is_off(job: Job) -> Iterator[Violation]:
-    """Sequence parallelism (Korthikanti et al. 2022) is not in this version."""
-    if job.config.parallel.sequence_parallel:
-        yield Violation(
-            "parallel.sequence_parallel",
-            True,
-            "sequence parallelism is not in this version",
-            "parallel.sequence_parallel=false; train.micro_batch_size lowers activation memory",
-        )
 
 
 def run_has_a_folder_name(job: Job) -> Iterator[Violation]:

@@ -15,11 +15,12 @@ from megalm.errors import ConfigError
 MISSING_VALUE = "???"
 """How a field without a value is spelt in YAML."""
 
-_WORDS: dict[type, str] = {
+_WORDS: dict[Any, str] = {
     int: "an integer",
     float: "a finite number",
     bool: "true or false",
     str: "text",
+    tuple[int, ...]: "a list of integers",
     type(None): "null",
 }
 
@@ -41,8 +42,11 @@ def config_from_dict(mapping: Mapping[str, Any]) -> Config:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain dictionaries; ``config_from_dict`` of them is ``config`` again."""
-    return asdict(config)
+    """Nested plain dictionaries and lists; ``config_from_dict`` of them is ``config`` again."""
+    return {
+        section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        for section, values in asdict(config).items()
+    }
 
 
 def default_dict(schema: type = Config) -> dict[str, Any]:
@@ -154,16 +158,24 @@ def _float(value: Any) -> tuple[bool, Any]:
         return False, value
 
 
-_CONVERTERS: dict[type, Callable[[Any], tuple[bool, Any]]] = {
+def _ints(value: Any) -> tuple[bool, Any]:
+    if not isinstance(value, list | tuple):
+        return False, value
+    parsed = [_int(item) for item in value]
+    return bool(parsed) and all(accepted for accepted, _ in parsed), tuple(item for _, item in parsed)
+
+
+_CONVERTERS: dict[Any, Callable[[Any], tuple[bool, Any]]] = {
     int: _int,
     float: _float,
     bool: lambda value: (isinstance(value, bool), value),
     str: lambda value: (isinstance(value, str), value),
+    tuple[int, ...]: _ints,
     type(None): lambda value: (value is None, value),
 }
 
 
-def _members(kind: Any) -> tuple[type, ...]:
+def _members(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
@@ -182,7 +194,10 @@ def _is_required(schema: type, name: str) -> bool:
 
 
 def _default_of(schema: type, name: str) -> Any:
-    return MISSING_VALUE if _is_required(schema, name) else _field(schema, name).default
+    default = _field(schema, name).default
+    if _is_required(schema, name):
+        return MISSING_VALUE
+    return list(default) if isinstance(default, tuple) else default
 
 
 def _join(*parts: str) -> str:

@@ -43,9 +43,17 @@ class Parallel:
     pp: int = 1
     cp: int = 1
     virtual_stages: int = 1
+    """Stages per pipeline rank (Narayanan et al. 2021, interleaved schedule)."""
     schedule: str = "1f1b"
-    """Pipeline schedule: ``gpipe`` or ``1f1b``."""
+    """Pipeline schedule: ``gpipe``, ``1f1b``, ``interleaved_1f1b`` (with virtual_stages above 1) or ``zb_h1`` (zero
+    bubble, Qi et al. 2024)."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each stage, in order; None: balanced by cost, embedding and head counted."""
     sequence_parallel: bool = False
+    """Split activations along the sequence between tensor-parallel regions (Korthikanti et al. 2022)."""
+    cp_attention: str = "ulysses"
+    """How attention sees the whole sequence where cp splits it: ``ulysses`` (all-to-all over heads, Jacobs et al.
+    2023) or ``ring`` (keys and values travel round, Liu et al. 2023)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +73,47 @@ class Model:
     position: str = "learned"
     """``learned`` absolute positions (GPT-2) or ``rotary`` (Su et al. 2021)."""
     rotary_base: float = 10000.0
+    rotary_fraction: float = 1.0
+    """Share of each head's elements that is rotated (GPT-NeoX: 0.25)."""
+    rotary_scaling: str = "none"
+    """How a trained context is stretched: ``none``, ``linear`` (Chen et al. 2023), ``llama3`` or ``yarn`` (Peng et al.
+    2023)."""
+    rotary_factor: float = 1.0
+    """How many times longer than the original context the scaled one is."""
+    rotary_original_length: int | None = None
+    """Context that the unscaled model was trained with; None: sequence_length / rotary_factor."""
+    rotary_low_frequency_factor: float = 1.0
+    """``llama3``: wavelengths above original_length / this are stretched in full."""
+    rotary_high_frequency_factor: float = 4.0
+    """``llama3``: wavelengths below original_length / this stay as they are."""
+    rotary_beta_fast: float = 32.0
+    """``yarn``: elements that turn more often than this within the original length stay as they are."""
+    rotary_beta_slow: float = 1.0
+    """``yarn``: elements that turn less often than this are stretched in full."""
+    attention_windows: tuple[int, ...] = (0,)
+    """Tokens that a query sees, itself included, by layer in rotation; 0: all before it. GPT-3's alternating dense and
+    locally banded layers are ``[0, 128]`` (Child et al. 2019; Brown et al. 2020 do not state the band's width)."""
+    qk_norm: bool = False
+    """Normalise each query and key head before their product (Henry et al. 2020)."""
+    residual: str = "pre_norm"
+    """Wiring of a block: ``pre_norm`` (GPT-2), ``post_norm`` (BERT) or ``parallel`` (GPT-NeoX)."""
+    token_types: int = 0
+    """Rows of a token-type embedding that is added to the word embedding (BERT: 2); 0: none."""
+    embedding_norm: bool = False
+    """Normalise the sum of embeddings (BERT)."""
+    dropout: float = 0.0
+    """Dropout on the embedding and on what each sublayer adds to the residual stream."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities."""
     norm: str = "layernorm"
     """``layernorm`` or ``rmsnorm`` (Zhang & Sennrich 2019)."""
     norm_epsilon: float = 1e-5
     activation: str = "gelu"
-    """``gelu`` (tanh approximation, as GPT-2) or ``swiglu`` (Shazeer 2020)."""
+    """``gelu`` (tanh approximation, as GPT-2), ``gelu_erf`` (exact, as BERT) or ``swiglu`` (Shazeer 2020)."""
     bias: bool = True
     """Biases on linear layers and on LayerNorm."""
+    qkv_bias: bool | None = None
+    """Bias on query, key and value alone (Qwen2: true where bias is false); None: as ``bias``."""
     tie_embeddings: bool = True
     """The output projection is the word embedding."""
     init_std: float = 0.02
@@ -81,6 +123,20 @@ class Model:
     def kv_heads(self) -> int:
         """Key/value heads, derived where the config leaves them open."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether query, key and value have a bias."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    def attention_window(self, layer: int) -> int:
+        """Tokens that a query of this layer sees, itself included; 0: all before it."""
+        return self.attention_windows[layer % len(self.attention_windows)]
 
     @property
     def ffn_size(self) -> int:
@@ -98,6 +154,9 @@ class Objective:
 
     name: str = "clm"
     """``clm``: next-token prediction."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition of the logits, which keeps them from drifting (Chowdhery et al. 2022: 1e-4).
+    Reported losses leave it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +189,15 @@ class Optim:
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     schedule: str = "cosine"
-    """``cosine``, ``linear`` or ``constant``, after a linear warm-up."""
+    """``cosine``, ``linear``, ``constant`` or ``wsd`` (warm-up, stable, decay: Hu et al. 2024), after a linear
+    warm-up."""
     warmup_tokens: int = 0
     decay_tokens: int | None = None
     """Tokens after which the decay ends, counted from the start; None: all tokens of the run."""
+    cooldown_tokens: int | None = None
+    """``wsd``: length of the decay phase, which ends at ``decay_tokens``; None: a tenth of the run."""
+    cooldown: str = "linear"
+    """``wsd``: shape of the decay, ``linear`` or ``sqrt`` (1 − √progress, Hägele et al. 2024)."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end of the decay, relative to the peak."""
 
@@ -143,8 +207,25 @@ class Engine:
     """Numeric format and ZeRO stage (Rajbhandari et al. 2020)."""
 
     dtype: str = "bf16"
-    """``fp32``, or ``bf16`` with fp32 masters and fp32 gradient accumulation."""
+    """``fp32``, or ``bf16`` or ``fp16`` with fp32 masters and fp32 gradient accumulation."""
     zero_stage: int = 1
+    offload_optimizer: bool = False
+    """Keep masters and moments in host memory and update them there."""
+    initial_loss_scale: float = 65536.0
+    """``fp16``: first value of the dynamic loss scale (Micikevicius et al. 2018)."""
+    loss_scale_window: int = 1000
+    """``fp16``: steps without an overflow after which the loss scale doubles."""
+    bucket_mib: float = 32.0
+    """Gradients of at least this many MiB are reduced over replicas at once, while backward goes on."""
+    recompute: str = "none"
+    """Activations that backward computes again instead of keeping them: ``none``, ``selective`` (the attention core)
+    or ``full`` (whole blocks; Chen et al. 2016, Korthikanti et al. 2022)."""
+    recompute_every: int = 1
+    """Recompute every k-th block of a stage; 1: all."""
+    compile: bool = False
+    """``torch.compile`` each block."""
+    loss_chunk_tokens: int = 2048
+    """Tokens whose fp32 logits exist at one time in the cross entropy; 0: all of a micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +275,13 @@ class Train:
     micro_batch_size: int
     """Sequences per forward pass of one replica."""
     global_batch_size: int
-    """Sequences per optimizer step over all replicas."""
+    """Sequences per optimizer step over all replicas; the last value of a ramp."""
+    batch_ramp_start: int | None = None
+    """First global batch size of a linear ramp (Brown et al. 2020); None: no ramp."""
+    batch_ramp_increment: int | None = None
+    """Sequences by which the batch grows at each stage of the ramp; None: batch_ramp_start."""
+    batch_ramp_tokens: int = 0
+    """Tokens over which the ramp rises from its start to global_batch_size."""
     validate_every: int = 0
     """Steps between validations; 0: only at the end."""
     validation_samples: int = 256

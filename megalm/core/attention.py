@@ -8,9 +8,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalm.core.groups import Group
+from megalm.config.schema import Model
+from megalm.core.context_parallel import ContextParallel
 from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
+from megalm.core.place import Place
 from megalm.core.position import RotaryPosition
+from megalm.core.tensor_parallel import TensorParallel
 
 
 class CausalSelfAttention(nn.Module):
@@ -22,32 +25,34 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
+        model: Model,
+        layer: int,
         *,
-        group: Group,
-        std: float,
-        projection_std: float,
-        bias: bool,
+        tp: TensorParallel,
+        cp: ContextParallel,
         rotary: RotaryPosition | None,
+        projection_std: float,
+        seed: int,
+        recompute_core: bool,
     ) -> None:
         super().__init__()
-        self.head_dim = hidden_size // num_heads
-        self.grouped = num_kv_heads != num_heads
+        self.head_dim = model.head_dim
+        self.grouped = model.kv_heads != model.num_heads
         self.rotary = rotary
-        kv_size = num_kv_heads * self.head_dim
-        self.qkv = ColumnParallelLinear(hidden_size, (hidden_size, kv_size, kv_size), group=group, std=std, bias=bias)
-        self.projection = RowParallelLinear(hidden_size, hidden_size, group=group, std=projection_std, bias=bias)
+        hidden, kv_size = model.hidden_size, model.kv_heads * self.head_dim
+        self.qkv = ColumnParallelLinear(
+            hidden, (hidden, kv_size, kv_size), tp=tp, std=model.init_std, bias=model.has_qkv_bias
+        )
+        self.projection = RowParallelLinear(hidden, hidden, tp=tp, std=projection_std, bias=model.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, place: Place) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
         query, key, value = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, S, N/T·D] ▶ [B, N/T, S, D]
             for part in self.qkv(x).split(self.qkv.local_out_features, dim=-1)
         )
         if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
+            query, key = self.rotary(query, place.positions), self.rotary(key, place.positions)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
         y: Tensor = self.projection(mixed.transpose(1, 2).flatten(2))  # [B, N/T, S, D] ▶ [B, S, H/T] ▶ [B, S, H]
         return y

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from megalm.config.schema import Model
 from megalm.core.attention import CausalSelfAttention
-from megalm.core.groups import Group
+from megalm.core.context_parallel import ContextParallel
 from megalm.core.mlp import make_mlp
 from megalm.core.norm import make_norm
+from megalm.core.place import Place
 from megalm.core.position import RotaryPosition
+from megalm.core.tensor_parallel import TensorParallel
 
 
 class TransformerBlock(nn.Module):
@@ -22,35 +24,54 @@ class TransformerBlock(nn.Module):
 
     Weights start at ``init_std``, the two projections into the residual stream at ``init_std / sqrt(2·num_layers)``, so
     that its variance does not grow with depth (GPT-2).
+
+    Args:
+        model: architecture.
+        layer: number of this block in the whole model.
+        tp: how weights and activations are split over tensor-parallel ranks.
+        cp: how the sequence is split over context-parallel ranks.
+        rotary: rotary positions, shared by all blocks; None where positions are learned.
+        seed: of dropout masks.
+        recompute: ``none``, ``selective`` or ``full``.
     """
 
-    def __init__(self, model: Model, *, group: Group, rotary: RotaryPosition | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        layer: int,
+        *,
+        tp: TensorParallel,
+        cp: ContextParallel,
+        rotary: RotaryPosition | None,
+        seed: int,
+        recompute: str,
+    ) -> None:
         super().__init__()
         projection_std = model.init_std / math.sqrt(2 * model.num_layers)
-        self.attention_norm = make_norm(model.norm, model.hidden_size, epsilon=model.norm_epsilon, bias=model.bias)
+        self.attention_norm = make_norm(model, tp)
         self.attention = CausalSelfAttention(
-            model.hidden_size,
-            model.num_heads,
-            model.kv_heads,
-            group=group,
-            std=model.init_std,
-            projection_std=projection_std,
-            bias=model.bias,
+            model,
+            layer,
+            tp=tp,
+            cp=cp,
             rotary=rotary,
+            projection_std=projection_std,
+            seed=seed,
+            recompute_core=recompute == "selective",
         )
-        self.mlp_norm = make_norm(model.norm, model.hidden_size, epsilon=model.norm_epsilon, bias=model.bias)
+        self.mlp_norm = make_norm(model, tp)
         self.mlp = make_mlp(
             model.activation,
             model.hidden_size,
             model.ffn_size,
-            group=group,
+            tp=tp,
             std=model.init_std,
             projection_std=projection_std,
             bias=model.bias,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, place: Place) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), place)
         y: Tensor = x + self.mlp(self.mlp_norm(x))
         return y

@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalm.core.collectives import copy_to_group, reduce_from_group
-from megalm.core.groups import Group
 from megalm.core.sharding import Init, ParallelModule, ShardSpec, padded_range
+from megalm.core.tensor_parallel import TensorParallel
 
 
 class VocabParallelEmbedding(ParallelModule):
     """Rows of the vocabulary, split over the group: ids ▶ hidden vectors, and back to logits with the same rows."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, group: Group, std: float) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, *, tp: TensorParallel, std: float) -> None:
         super().__init__()
-        self.group = group
+        self.tp = tp
+        group = tp.group
         (self.first_token, self.stop_token), padding = padded_range(vocab_size, group.index, group.size)
         shard = ShardSpec((vocab_size, hidden_size), 0, ((self.first_token, self.stop_token),), padding)
         self.weight = self.declare("weight", shard, Init.normal(std))
@@ -31,16 +32,16 @@ class VocabParallelEmbedding(ParallelModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up token ids: [B, S] ▶ [B, S, H]; ids outside this rank's rows add zero."""
-        if self.group.size == 1:
+        if self.tp.group.size == 1:
             return F.embedding(tokens, self.weight)
         elsewhere = (tokens < self.first_token) | (tokens >= self.stop_token)
         local = (tokens - self.first_token).masked_fill(elsewhere, 0)
         x = F.embedding(local, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return reduce_from_group(x, self.group)
+        return reduce_from_group(x, self.tp.group)
 
     def logits(self, x: Tensor) -> Tensor:
         """This rank's columns of the logits: [B, S, H] ▶ [B, S, ceil(V/T)], padding columns at minus infinity."""
-        logits = F.linear(copy_to_group(x, self.group), self.weight)
+        logits = F.linear(copy_to_group(x, self.tp.group), self.weight)
         padding = self.weight.shape[0] - self.local_vocab_size
         if padding:
             # Out of place, so that padding rows get no gradient either.

@@ -60,6 +60,7 @@ class ParallelContext:
         device: where parameters and activations live.
         tp: tensor-parallel group.
         pp: pipeline group; its index is the pipeline rank.
+        cp: context-parallel group; its index says which part of each sequence this rank holds.
         data: data-parallel group (dp × cp): ranks that hold the same weights and see different tokens.
         model: tp × pp: ranks that together hold one copy of the weights.
         world: all ranks.
@@ -72,6 +73,7 @@ class ParallelContext:
     device: torch.device
     tp: Group
     pp: Group
+    cp: Group
     data: Group
     model: Group
     world: Group
@@ -86,6 +88,7 @@ class ParallelContext:
             device=torch.device(device),
             tp=ALONE,
             pp=ALONE,
+            cp=ALONE,
             data=ALONE,
             model=ALONE,
             world=ALONE,
@@ -104,7 +107,8 @@ class ParallelContext:
 
         # Every rank makes the same number of groups in the same order: torch names a locally synchronised group by the
         # number that its members made before. A rank without a tied copy is therefore alone in a group of its own.
-        tp, pp, data, model = along("tp"), along("pp"), along("dp", "cp"), along("pp", "tp")
+        tp, pp, cp = along("tp"), along("pp"), along("cp")
+        data, model = along("dp", "cp"), along("pp", "tp")
         holders = [ranks for ranks in topology.tied_groups() if rank in ranks and topology.pp > 1]
         tied = _make_group(holders[0] if holders else (rank,), rank)
         world = Group(tuple(range(topology.world_size)), rank, dist.group.WORLD)
@@ -114,6 +118,7 @@ class ParallelContext:
             device=torch.device(device),
             tp=tp,
             pp=pp,
+            cp=cp,
             data=data,
             model=model,
             world=world,

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalm.core.collectives import copy_to_group, reduce_from_group
-from megalm.core.groups import Group
 from megalm.core.sharding import Init, ParallelModule, ShardSpec, even_range
+from megalm.core.tensor_parallel import TensorParallel
 
 
 class ColumnParallelLinear(ParallelModule):
@@ -23,16 +23,17 @@ class ColumnParallelLinear(ParallelModule):
         in_features: I.
         out_features: sizes of the outputs that are fused into one matrix product, such as (query, key, value); each is
             split over the group on its own, so that a rank's slice of one does not reach into another.
-        group: tensor-parallel group.
+        tp: tensor-parallel group, and how activations are split outside it.
         std: standard deviation of initial weights.
         bias: whether there is a bias; it is split as the outputs are, and starts at zero.
     """
 
     def __init__(
-        self, in_features: int, out_features: tuple[int, ...], *, group: Group, std: float, bias: bool
+        self, in_features: int, out_features: tuple[int, ...], *, tp: TensorParallel, std: float, bias: bool
     ) -> None:
         super().__init__()
-        self.group = group
+        self.tp = tp
+        group = tp.group
         ranges, offset = [], 0
         for size in out_features:
             start, stop = even_range(size, group.index, group.size)
@@ -44,12 +45,12 @@ class ColumnParallelLinear(ParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, I] ▶ [B, S, O/T]."""
-        return F.linear(copy_to_group(x, self.group), self.weight, self.bias)
+        return F.linear(copy_to_group(x, self.tp.group), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Unsharded sizes and the degree."""
         out_features, in_features = self.declarations["weight"].shard.full_shape
-        return f"{in_features} ▶ {out_features}, rows over {self.group.size}"
+        return f"{in_features} ▶ {out_features}, rows over {self.tp.group.size}"
 
 
 class RowParallelLinear(ParallelModule):
@@ -58,19 +59,20 @@ class RowParallelLinear(ParallelModule):
     The bias is added once, after the all-reduce, and is replicated.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, group: Group, std: float, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, *, tp: TensorParallel, std: float, bias: bool) -> None:
         super().__init__()
-        self.group = group
+        self.tp = tp
+        group = tp.group
         ranges = (even_range(in_features, group.index, group.size),)
         self.weight = self.declare("weight", ShardSpec((out_features, in_features), 1, ranges), Init.normal(std))
         self.bias = self.declare("bias", ShardSpec.replicated(out_features), Init.constant(0.0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, I/T] ▶ [B, S, O]."""
-        y = reduce_from_group(F.linear(x, self.weight), self.group)
+        y = reduce_from_group(F.linear(x, self.weight), self.tp.group)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Unsharded sizes and the degree."""
         out_features, in_features = self.declarations["weight"].shard.full_shape
-        return f"{in_features} ▶ {out_features}, columns over {self.group.size}"
+        return f"{in_features} ▶ {out_features}, columns over {self.tp.group.size}"

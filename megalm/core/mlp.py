@@ -8,19 +8,26 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalm.core.groups import Group
 from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
+from megalm.core.tensor_parallel import TensorParallel
 
 
 class GeluMLP(nn.Module):
     """Two linear layers around GELU (tanh approximation, as GPT-2): [B, S, H] ▶ [B, S, F/T] ▶ [B, S, H]."""
 
     def __init__(
-        self, hidden_size: int, ffn_hidden_size: int, *, group: Group, std: float, projection_std: float, bias: bool
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        *,
+        tp: TensorParallel,
+        std: float,
+        projection_std: float,
+        bias: bool,
     ) -> None:
         super().__init__()
-        self.up = ColumnParallelLinear(hidden_size, (ffn_hidden_size,), group=group, std=std, bias=bias)
-        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, group=group, std=projection_std, bias=bias)
+        self.up = ColumnParallelLinear(hidden_size, (ffn_hidden_size,), tp=tp, std=std, bias=bias)
+        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, tp=tp, std=projection_std, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
@@ -32,13 +39,18 @@ class SwigluMLP(nn.Module):
     """``down(silu(gate x) · up x)`` (Shazeer 2020); gate and up are one column-parallel product."""
 
     def __init__(
-        self, hidden_size: int, ffn_hidden_size: int, *, group: Group, std: float, projection_std: float, bias: bool
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        *,
+        tp: TensorParallel,
+        std: float,
+        projection_std: float,
+        bias: bool,
     ) -> None:
         super().__init__()
-        self.gate_up = ColumnParallelLinear(
-            hidden_size, (ffn_hidden_size, ffn_hidden_size), group=group, std=std, bias=bias
-        )
-        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, group=group, std=projection_std, bias=bias)
+        self.gate_up = ColumnParallelLinear(hidden_size, (ffn_hidden_size, ffn_hidden_size), tp=tp, std=std, bias=bias)
+        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, tp=tp, std=projection_std, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
@@ -52,7 +64,7 @@ def make_mlp(
     hidden_size: int,
     ffn_hidden_size: int,
     *,
-    group: Group,
+    tp: TensorParallel,
     std: float,
     projection_std: float,
     bias: bool,
@@ -61,6 +73,4 @@ def make_mlp(
     kinds: dict[str, type[GeluMLP] | type[SwigluMLP]] = {"gelu": GeluMLP, "swiglu": SwigluMLP}
     if activation not in kinds:
         raise ValueError(f"activation={activation!r}: {' or '.join(kinds)}")
-    return kinds[activation](
-        hidden_size, ffn_hidden_size, group=group, std=std, projection_std=projection_std, bias=bias
-    )
+    return kinds[activation](hidden_size, ffn_hidden_size, tp=tp, std=std, projection_std=projection_std, bias=bias)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megalm.core.sharding import Init, ParallelModule, ShardSpec
 
@@ -14,13 +15,15 @@ from megalm.core.sharding import Init, ParallelModule, ShardSpec
 class LearnedPosition(ParallelModule):
     """One trained vector per position, added to the word embedding; replicated over the tensor-parallel group."""
 
-    def __init__(self, sequence_length: int, hidden_size: int, *, std: float) -> None:
+    def __init__(self, sequence_length: int, hidden_size: int, *, std: float, partial: bool = False) -> None:
         super().__init__()
-        self.weight = self.declare("weight", ShardSpec.replicated(sequence_length, hidden_size), Init.normal(std))
+        self.weight = self.declare(
+            "weight", ShardSpec.replicated(sequence_length, hidden_size), Init.normal(std), partial=partial
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, H] ▶ [B, S, H]; S may be shorter than the trained length."""
-        return x + self.weight[: x.shape[1]]
+    def forward(self, positions: Tensor) -> Tensor:
+        """Positions [S] ▶ [S, H]; S may be shorter than the trained length."""
+        return F.embedding(positions, self.weight)
 
 
 class RotaryPosition(nn.Module):
@@ -39,8 +42,8 @@ class RotaryPosition(nn.Module):
         self.cos = angle.cos().float().to(device)
         self.sin = angle.sin().float().to(device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, S, D] ▶ [B, N, S, D], in x's dtype."""
-        cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """[B, N, S, D] and the positions [S] of its rows ▶ [B, N, S, D], in x's dtype."""
+        cos, sin = self.cos[positions], self.sin[positions]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -138,10 +138,18 @@ class Init:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a module says about one of its parameters."""
+    """What a module says about one of its parameters.
+
+    Attributes:
+        shard: the slice that this rank holds.
+        init: how it starts.
+        partial: every tensor-parallel rank holds the same values, but sees only a part of their gradient (its share of
+            the sequence, or of the heads): the engine adds the parts.
+    """
 
     shard: ShardSpec
     init: Init
+    partial: bool = False
 
     @property
     def decays(self) -> bool:
@@ -158,11 +166,11 @@ class ParallelModule(nn.Module):
         super().__init__()
         self.declarations = {}
 
-    def declare(self, name: str, shard: ShardSpec, init: Init) -> nn.Parameter:
+    def declare(self, name: str, shard: ShardSpec, init: Init, *, partial: bool = False) -> nn.Parameter:
         """Create and register the local tensor of a parameter; its values come later, from ``random.initialise``."""
         parameter = nn.Parameter(torch.zeros(shard.local_shape))
         self.register_parameter(name, parameter)
-        self.declarations[name] = Declaration(shard, init)
+        self.declarations[name] = Declaration(shard, init, partial)
         return parameter
 
 

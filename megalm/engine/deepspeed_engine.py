@@ -16,7 +16,7 @@ import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
-from megalm.core.pipeline.runner import PipelineResult, PipelineRunner
+from megalm.core.pipeline.runner import PipelineResult, PipelineRunner, PlainGradients
 from megalm.core.sharding import DeclaredParameter, ShardSpec, StatePiece, declared_parameters
 from megalm.engine.optimizer import make_adamw
-from megalm.models.gpt import GPTStage, MicroBatch
+from megalm.models.gpt import GPT, MicroBatch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of AdamW per element, as torch names it."""
@@ -61,7 +61,7 @@ class DeepSpeedEngine:
         config: the run; dtype, ZeRO stage, optimizer, schedule and micro-batch size are read.
     """
 
-    def __init__(self, stage: GPTStage, context: ParallelContext, config: Config) -> None:
+    def __init__(self, stage: GPT, context: ParallelContext, config: Config) -> None:
         key = (config.engine.dtype, config.engine.zero_stage)
         if key not in _REDUCTIONS:
             raise ValueError(f"dtype {key[0]} with ZeRO-{key[1]} is not supported")
@@ -76,8 +76,9 @@ class DeepSpeedEngine:
             stage.run,
             context,
             schedule=config.parallel.schedule,
-            activation_shape=(config.train.micro_batch_size, config.model.sequence_length, config.model.hidden_size),
+            activation_shape=_activation_shape(config, context),
             dtype=next(stage.parameters()).dtype,
+            weight_gradients=stage.tp.weight_gradients,
         )
 
     def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
@@ -234,7 +235,7 @@ class _Bf16Zero1(_Reduction):
     """bf16 with ZeRO-1: after each backward the gradients are added to fp32 buffers, which are reduced at the end."""
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> PipelineResult:
-        result = self._owner.runner.train(micro_batches, after_backward=self._accumulate)
+        result = self._owner.runner.train(micro_batches, _AfterBackward(self._accumulate))
         tied = self._owner.stage.tied_weight
         self._reduce_tied(None if tied is None else tied._hp_grad)  # type: ignore[attr-defined]
         self._engine.buffered_allreduce_fallback()
@@ -244,6 +245,16 @@ class _Bf16Zero1(_Reduction):
         self._engine.optimizer.update_hp_grads()
         for p in self._owner.parameters:
             p.parameter.grad = None
+
+
+class _AfterBackward(PlainGradients):
+    """Calls a function after each backward."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def after(self, stage: int, *, last: bool) -> None:
+        self._function()
 
 
 class _Fp32Zero0(_Reduction):
@@ -308,12 +319,18 @@ _REDUCTIONS: dict[tuple[str, int], type[_Reduction]] = {
 """Proven combinations of (dtype, ZeRO stage); ``config.rules`` refuses every other before a rank starts."""
 
 
+def _activation_shape(config: Config, context: ParallelContext) -> tuple[int, int, int]:
+    """[B, S, H] of what passes between stages: this rank's share of each sequence."""
+    shares = context.cp.size * (context.tp.size if config.parallel.sequence_parallel else 1)
+    return config.train.micro_batch_size, config.model.sequence_length // shares, config.model.hidden_size
+
+
 def _adamw_state(values: Tensor, steps: int) -> dict[str, Tensor]:
     moments = {moment: torch.zeros_like(values, dtype=torch.float32) for moment in MOMENTS}
     return {"step": torch.tensor(float(steps), dtype=torch.float32, device=values.device), **moments}
 
 
-def _initialise(stage: GPTStage, parameters: list[DeclaredParameter], context: ParallelContext, config: Config) -> Any:
+def _initialise(stage: GPT, parameters: list[DeclaredParameter], context: ParallelContext, config: Config) -> Any:
     """A DeepSpeed engine around this rank's parameters."""
     if context.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

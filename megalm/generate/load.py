@@ -17,7 +17,7 @@ from megalm.data.dataset import TOKENIZER_FILE
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import ConfigError
 from megalm.models.counts import resolve_vocab_size
-from megalm.models.gpt import GPTStage, build_full_model
+from megalm.models.gpt import GPT, build_full_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,7 +34,7 @@ class TrainedModel:
         checkpoint: the folder that the weights are from.
     """
 
-    model: GPTStage
+    model: GPT
     tokenizer: Tokenizer
     config: Config
     device: torch.device
@@ -66,7 +66,7 @@ def load_full_model(run_dir: str | Path, overrides: Sequence[str] = ()) -> Train
     return TrainedModel(model.eval(), tokenizer, config, device, checkpoint)
 
 
-def load_weights(model: GPTStage, checkpoint: Path) -> None:
+def load_weights(model: GPT, checkpoint: Path) -> None:
     """Fill every parameter of a whole model from a checkpoint, in place, one tensor at a time."""
     reader = CheckpointReader(checkpoint)
     parameters = declared_parameters(model)

@@ -1,9 +1,10 @@
-"""GPT: a decoder-only Transformer (Radford et al. 2019), whole or one pipeline stage of it.
+"""GPT: a decoder-only Transformer (Radford et al. 2019), whole or the stages of it that one pipeline rank runs.
 
-Shapes: B batch, S sequence, H hidden, V vocabulary, T tensor-parallel degree.
+Shapes: B batch, S sequence (this rank's share under context parallelism), H hidden, V vocabulary, T tensor-parallel
+degree. Between stages an activation is [B, S, H], or [B, S/T, H] under sequence parallelism.
 
-A stage is the same class with parts left out, so a parameter has the same name on every layout. A tied embedding is
-present, under its one name, on the first and on the last stage.
+Every layout uses this one class with parts left out, so a parameter has the same name on all of them. A tied embedding
+is present, under its one name, on the ranks of the first and of the last stage.
 """
 
 from __future__ import annotations
@@ -13,43 +14,87 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megalm.config.schema import Model
+from megalm.config.schema import Config, Engine, Model, Objective
 from megalm.core.block import TransformerBlock
+from megalm.core.context_parallel import ContextParallel
 from megalm.core.embedding import VocabParallelEmbedding
-from megalm.core.groups import Group, ParallelContext
+from megalm.core.groups import ParallelContext
 from megalm.core.loss import vocab_parallel_cross_entropy
 from megalm.core.norm import make_norm
 from megalm.core.pipeline.partition import partition_layers
+from megalm.core.place import Place
 from megalm.core.position import LearnedPosition, RotaryPosition
 from megalm.core.random import initialise
 from megalm.core.sharding import declared_parameters
+from megalm.core.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What the stages of one micro-batch read.
+    """What the stages of one micro-batch read: one context-parallel rank's share of each sequence.
 
     Attributes:
         tokens: input ids, [B, S] int64.
         labels: target ids, [B, S] int64.
         loss_weight: factor of each token's loss, [B, S] fp32: the mask times the run's normalisation.
+        place: where the tokens lie in their sequences; None: whole sequences from their start, without dropout.
+        token_types: rows of the token-type embedding, [B, S] int64; None: all of type 0.
     """
 
     tokens: Tensor
     labels: Tensor
     loss_weight: Tensor
+    place: Place | None = None
+    token_types: Tensor | None = None
+
+    def share_of(self, cp: ContextParallel) -> MicroBatch:
+        """The part of whole sequences that a context-parallel rank holds."""
+        positions = cp.positions(self.tokens.shape[1], self.tokens.device)
+        samples = None if self.place is None else self.place.samples
+        return MicroBatch(
+            self.tokens[:, positions],
+            self.labels[:, positions],
+            self.loss_weight[:, positions],
+            Place(positions, samples),
+            None if self.token_types is None else self.token_types[:, positions],
+        )
 
 
-class GPTStage(nn.Module):
-    """The embedding, a range of blocks, and the head, as far as a stage has them.
+@dataclass(frozen=True)
+class Part:
+    """The stages that one pipeline rank runs.
+
+    Attributes:
+        stages: number of a stage ▶ its blocks, by their numbers in the whole model.
+        num_stages: stages of the whole pipeline.
+    """
+
+    stages: dict[int, range]
+    num_stages: int
+
+    @property
+    def has_first(self) -> bool:
+        """Whether tokens are embedded here."""
+        return 0 in self.stages
+
+    @property
+    def has_last(self) -> bool:
+        """Whether logits and loss are computed here."""
+        return self.num_stages - 1 in self.stages
+
+
+class GPT(nn.Module):
+    """The embedding, blocks and head of the stages that a rank runs.
 
     Args:
         model: architecture.
         vocab_size: true vocabulary, without padding.
-        layers: blocks of this stage, by their number in the whole model.
-        is_first: whether the stage embeds tokens.
-        is_last: whether the stage computes logits and loss.
-        group: tensor-parallel group.
+        part: which stages these are.
+        tp: how weights and activations are split over tensor-parallel ranks.
+        cp: how sequences are split over context-parallel ranks.
+        engine: recomputation, compilation and chunking of the loss.
+        objective: weight of the z-loss.
+        seed: of dropout masks.
         device: where parameters are made.
     """
 
@@ -58,60 +103,91 @@ class GPTStage(nn.Module):
         model: Model,
         vocab_size: int,
         *,
-        layers: range,
-        is_first: bool,
-        is_last: bool,
-        group: Group,
+        part: Part,
+        tp: TensorParallel,
+        cp: ContextParallel,
+        engine: Engine,
+        objective: Objective,
+        seed: int,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.group = group
-        self.is_first, self.is_last = is_first, is_last
+        self.part, self.tp, self.cp = part, tp, cp
         self.tied = model.tie_embeddings
 
         def embedding() -> VocabParallelEmbedding:
-            return VocabParallelEmbedding(vocab_size, model.hidden_size, group=group, std=model.init_std)
+            return VocabParallelEmbedding(vocab_size, model.hidden_size, tp=tp, std=model.init_std)
 
         rotary = None
         if model.position == "rotary":
-            head_dim = model.hidden_size // model.num_heads
-            rotary = RotaryPosition(model.sequence_length, head_dim, base=model.rotary_base, device=device)
+            rotary = RotaryPosition(model.sequence_length, model.head_dim, base=model.rotary_base, device=device)
         with device:
-            self.embedding = embedding() if is_first or (is_last and self.tied) else None
+            self.embedding = embedding() if part.has_first or (part.has_last and self.tied) else None
             self.position = None
-            if is_first and model.position == "learned":
-                self.position = LearnedPosition(model.sequence_length, model.hidden_size, std=model.init_std)
+            if part.has_first and model.position == "learned":
+                self.position = LearnedPosition(
+                    model.sequence_length, model.hidden_size, std=model.init_std, partial=tp.splits_sequence
+                )
             self.blocks = nn.ModuleDict(
-                {str(layer): TransformerBlock(model, group=group, rotary=rotary) for layer in layers}
+                {
+                    str(layer): TransformerBlock(
+                        model, layer, tp=tp, cp=cp, rotary=rotary, seed=seed, recompute=engine.recompute
+                    )
+                    for layers in part.stages.values()
+                    for layer in layers
+                }
             )
-            self.final_norm = None
-            if is_last:
-                self.final_norm = make_norm(model.norm, model.hidden_size, epsilon=model.norm_epsilon, bias=model.bias)
-            self.head = embedding() if is_last and not self.tied else None
+            self.final_norm = make_norm(model, tp) if part.has_last else None
+            self.head = embedding() if part.has_last and not self.tied else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Token ids [B, S] on the first stage, else [B, S, H] ▶ this rank's logits on the last stage, else [B, S, H].
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, S] ▶ logits [B, S, V]; for a part that is the whole model on one rank."""
+        hidden: Tensor | None = None
+        micro_batch = MicroBatch(tokens, tokens, tokens, Place.from_start(tokens.shape[1], tokens.device))
+        for stage in self.part.stages:
+            hidden = self._blocks(stage, hidden, micro_batch)
+        assert hidden is not None and self.final_norm is not None
+        return self.output_embedding.logits(self.final_norm(hidden))
 
-        Logits are [B, S, ceil(V/T)], padding columns at minus infinity.
+    def run(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        """One stage as the pipeline runner calls it.
+
+        Args:
+            stage: number of the stage in the whole pipeline.
+            hidden: what the stage before gave, [B, S/T, H] under sequence parallelism, else [B, S, H]; None on the
+                first stage.
+            micro_batch: this micro-batch's tokens, labels and places.
+
+        Returns:
+            The same shape for the next stage; on the last stage the terms of the objective, [1]: the weighted sum of
+            token losses, in nats.
         """
-        if self.is_first:
-            assert self.embedding is not None
-            x = self.embedding(x)
-            if self.position is not None:
-                x = self.position(x)
-        for block in self.blocks.values():
-            x = block(x)
-        if self.final_norm is not None:
-            x = self.output_embedding.logits(self.final_norm(x))
+        x = self._blocks(stage, hidden, micro_batch)
+        if stage != self.part.num_stages - 1:
+            return x
+        assert self.final_norm is not None
+        logits = self.output_embedding.logits(self.final_norm(x))
+        losses = vocab_parallel_cross_entropy(
+            logits, micro_batch.labels, self.tp.group, self.output_embedding.first_token
+        )
+        return (losses * micro_batch.loss_weight).sum().unsqueeze(0)
+
+    def _blocks(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        place = micro_batch.place
+        if place is None:
+            place = Place.from_start(micro_batch.tokens.shape[1], micro_batch.tokens.device)
+        x = self._embed(micro_batch, place) if hidden is None else hidden
+        for layer in self.part.stages[stage]:
+            x = self.blocks[str(layer)](x, place)
         return x
 
-    def run(self, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
-        """The stage as the pipeline runner calls it; on the last stage the weighted sum of token losses, in nats."""
-        x = self(micro_batch.tokens if hidden is None else hidden)
-        if not self.is_last:
-            return x
-        losses = vocab_parallel_cross_entropy(x, micro_batch.labels, self.group, self.output_embedding.first_token)
-        return (losses * micro_batch.loss_weight).sum()
+    def _embed(self, micro_batch: MicroBatch, place: Place) -> Tensor:
+        """[B, S] ▶ [B, S, H], or [B, S/T, H] under sequence parallelism."""
+        assert self.embedding is not None
+        x: Tensor = self.embedding(micro_batch.tokens)
+        if self.position is not None:
+            x = x + self.position(self.tp.own_tokens(place.positions))
+        return x
 
     @property
     def output_embedding(self) -> VocabParallelEmbedding:
@@ -127,52 +203,69 @@ class GPTStage(nn.Module):
             // max(p.parameter.shape[p.shard.dim or 0], 1)
             * (p.shard.local_size if p.shard.is_sharded else p.parameter.shape[0])
             for p in declared_parameters(self)
-            if (p.shard.is_sharded or self.group.index == 0) and p.parameter is not self.second_tied_copy
+            if (p.shard.is_sharded or self.tp.group.index == 0) and p.parameter is not self.second_tied_copy
         )
 
     @property
     def second_tied_copy(self) -> nn.Parameter | None:
-        """The last stage's copy of a tied embedding that the first stage owns; None where there is none."""
-        if self.is_last and not self.is_first and self.tied and self.embedding is not None:
+        """The last stage's copy of a tied embedding that another rank's first stage owns; None where there is none."""
+        if self.tied and self.embedding is not None and not self.part.has_first:
             return self.embedding.weight
         return None
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
-        """A weight of which another stage holds a copy; None where there is none."""
-        if self.tied and self.is_first != self.is_last and self.embedding is not None:
+        """A weight of which another pipeline rank holds a copy; None where there is none."""
+        if self.tied and self.embedding is not None and self.part.has_first != self.part.has_last:
             return self.embedding.weight
         return None
 
 
-def build_stage(model: Model, vocab_size: int, *, context: ParallelContext, seed: int, dtype: torch.dtype) -> GPTStage:
-    """This rank's stage with its initial weights, in ``dtype`` on the context's device."""
-    topology = context.topology
-    stage = context.coordinates.pp
-    layers = partition_layers(model.num_layers, topology.num_stages, head_cost=_head_cost(model, vocab_size))[stage]
-    module = GPTStage(
-        model,
+def build_gpt(config: Config, vocab_size: int, *, context: ParallelContext, dtype: torch.dtype) -> GPT:
+    """This rank's part of the model with its initial weights, in ``dtype`` on the context's device."""
+    layers = partition_layers(
+        config.model.num_layers,
+        context.topology.num_stages,
+        head_cost=_head_cost(config.model, vocab_size),
+        sizes=config.parallel.stage_layers,
+    )
+    model = GPT(
+        config.model,
         vocab_size,
-        layers=layers,
-        is_first=stage == 0,
-        is_last=stage == topology.num_stages - 1,
-        group=context.tp,
+        part=Part({stage: layers[stage] for stage in context.stages}, context.topology.num_stages),
+        tp=TensorParallel(context.tp, config.parallel.sequence_parallel),
+        cp=ContextParallel(context.cp, config.parallel.cp_attention),
+        engine=config.engine,
+        objective=config.objective,
+        seed=config.run.seed,
         device=context.device,
     ).to(dtype)
-    initialise(module, seed)
-    return module
+    initialise(model, config.run.seed)
+    return model
 
 
 def build_full_model(
     model: Model, vocab_size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> GPTStage:
+) -> GPT:
     """The whole model in one process: ``model(tokens)`` gives logits [B, S, V]."""
-    return build_stage(model, vocab_size, context=ParallelContext.single(device), seed=seed, dtype=dtype)
+    whole = GPT(
+        model,
+        vocab_size,
+        part=Part({0: range(model.num_layers)}, 1),
+        tp=TensorParallel(),
+        cp=ContextParallel(),
+        engine=Engine(),
+        objective=Objective(),
+        seed=seed,
+        device=torch.device(device),
+    ).to(dtype)
+    initialise(whole, seed)
+    return whole
 
 
 def _head_cost(model: Model, vocab_size: int) -> float:
     """Matrix work of the logits relative to that of one block, for balancing stages."""
-    hidden, head_dim = model.hidden_size, model.hidden_size // model.num_heads
-    attention = 2 * hidden * hidden + 2 * hidden * model.kv_heads * head_dim
+    hidden = model.hidden_size
+    attention = 2 * hidden * hidden + 2 * hidden * model.kv_heads * model.head_dim
     mlp = (3 if model.activation == "swiglu" else 2) * hidden * model.ffn_size
     return vocab_size * hidden / (attention + mlp)

@@ -22,7 +22,7 @@ from megalm.engine.lr_schedule import LearningRate
 from megalm.hardware import match_device, peak_flops
 from megalm.launch import RankInfo
 from megalm.models.counts import flops_per_token, parameter_count
-from megalm.models.gpt import build_stage
+from megalm.models.gpt import build_gpt
 from megalm.signals import StopRequest
 from megalm.train.callbacks.base import Callback, CallbackList, RunContext
 from megalm.train.callbacks.console import ConsoleLog
@@ -51,9 +51,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
     vocab_size = config.model.vocab_size or train_data.index.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
 
-    stage = build_stage(
-        config.model, vocab_size, context=context, seed=config.run.seed, dtype=_DTYPES[config.engine.dtype]
-    )
+    stage = build_gpt(config, vocab_size, context=context, dtype=_DTYPES[config.engine.dtype])
     _assert_nothing_lost(context, stage.unique_parameters(), config)
     engine = DeepSpeedEngine(stage, context, config)
     loader = TrainLoader(

@@ -116,13 +116,13 @@ def _train(layout: Layout) -> Trace:
 
     from megalm.core.groups import ParallelContext
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
-    from megalm.models.gpt import MicroBatch, build_stage
+    from megalm.models.gpt import MicroBatch, build_gpt
     from megalm.topology import Topology
 
     config = layout.config()
     context = ParallelContext.create(Topology(tp=layout.tp, pp=layout.pp, dp=layout.dp))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[layout.dtype]
-    stage = build_stage(config.model, config.model.vocab_size, context=context, seed=config.run.seed, dtype=dtype)
+    stage = build_gpt(config, config.model.vocab_size, context=context, dtype=dtype)
     engine = DeepSpeedEngine(stage, context, config)
     initial = _put_in_full(engine)
     losses, norms = [], []

@@ -1,6 +1,7 @@
 """Transfers between pipeline ranks: grouped, non-blocking, waited for where the tensor is used.
 
-Shapes: B micro-batch, S sequence, H hidden; every activation and every gradient between stages is [B, S, H].
+Shapes: B micro-batch, S sequence, H hidden; every activation and every gradient between stages is [B, S, H], with the
+share of S that a rank holds under context and sequence parallelism.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalm.core.groups import Group
-from megalm.core.pipeline.schedule import Kind, Transfer
+from megalm.core.pipeline.schedule import Transfer
 
-Key = tuple[Kind, int, int]
-"""(kind, stage, micro-batch) of the action that consumes a tensor."""
+Key = tuple[bool, int, int]
+"""(is it a gradient, stage that consumes it, micro-batch) of a tensor on its way."""
 
 
 class Mailbox:
@@ -23,7 +24,7 @@ class Mailbox:
 
     The transfers of one tick are issued together (``batch_isend_irecv``), which is what makes an order with sends in
     both directions safe on NCCL. A receive is waited for only when its tensor is taken; a sent tensor is kept alive
-    until its transfer has ended.
+    until its transfer has ended, and no longer. A tensor for a stage of the same rank is handed over as it is.
     """
 
     def __init__(self, group: Group, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -42,13 +43,18 @@ class Mailbox:
         kept: list[Tensor] = []
         for transfer in sends:
             assert result is not None, "a tick that sends has an action that produced something"
+            if transfer.source == transfer.target:
+                self._arriving[_key(transfer)] = result, []
+                continue
             tensor = result.contiguous()
             kept.append(tensor)
             operations.append(dist.P2POp(dist.isend, tensor, self._group.ranks[transfer.target], self._group.handle))
         buffers: dict[Key, Tensor] = {}
         for transfer in receives:
+            if transfer.source == transfer.target:
+                continue
             buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            buffers[transfer.kind, transfer.stage, transfer.micro_batch] = buffer
+            buffers[_key(transfer)] = buffer
             operations.append(dist.P2POp(dist.irecv, buffer, self._group.ranks[transfer.source], self._group.handle))
         if not operations:
             return
@@ -60,9 +66,9 @@ class Mailbox:
         for offset, (key, buffer) in enumerate(buffers.items()):
             self._arriving[key] = buffer, works if grouped else [works[len(kept) + offset]]
 
-    def take(self, kind: Kind, stage: int, micro_batch: int) -> Tensor:
+    def take(self, *, is_gradient: bool, stage: int, micro_batch: int) -> Tensor:
         """The tensor that an action consumes, waiting for it if need be; the mailbox forgets it."""
-        buffer, works = self._arriving.pop((kind, stage, micro_batch))
+        buffer, works = self._arriving.pop((is_gradient, stage, micro_batch))
         self._wait(works)
         return buffer
 
@@ -80,3 +86,7 @@ class Mailbox:
         for work in works:
             work.wait()
         self.wait_seconds += time.perf_counter() - start
+
+
+def _key(transfer: Transfer) -> Key:
+    return transfer.is_gradient, transfer.stage, transfer.micro_batch

@@ -1,0 +1,27 @@
+"""Where the tokens of an activation come from: what rotary angles, attention masks and dropout masks depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Positions and samples of a micro-batch on one context-parallel rank; the same for all of its layers.
+
+    Attributes:
+        positions: [S] int64, the place of each of this rank's tokens in the whole sequence. S is the rank's share under
+            context parallelism; sequence parallelism splits activations further, not this.
+        samples: [B] int64, global number of each sample, the key of its dropout masks; None: no dropout (evaluation).
+    """
+
+    positions: Tensor
+    samples: Tensor | None = None
+
+    @classmethod
+    def from_start(cls, length: int, device: torch.device | str = "cpu") -> Place:
+        """A whole sequence of ``length`` tokens, without dropout."""
+        return cls(torch.arange(length, device=device))

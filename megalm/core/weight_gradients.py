@@ -1,0 +1,48 @@
+"""Weight-gradient products that a zero-bubble schedule postpones (Qi et al. 2024, "B" and "W").
+
+The backward of a linear layer is two independent products: the gradient of its input, which the stage before waits
+for, and the gradient of its weight, which nobody waits for. A layer that is given a :class:`WeightGradients` leaves the
+second one there while a schedule records, and computes it at once otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+class WeightGradients:
+    """The postponed products of one rank, by the (stage, micro-batch) whose backward recorded them."""
+
+    def __init__(self) -> None:
+        self._recording: list[tuple[nn.Parameter, Callable[[], Tensor]]] | None = None
+        self._postponed: dict[Hashable, list[tuple[nn.Parameter, Callable[[], Tensor]]]] = {}
+
+    @property
+    def postpones(self) -> bool:
+        """Whether a backward that runs now is to leave its weight gradients here."""
+        return self._recording is not None
+
+    def postpone(self, parameter: nn.Parameter, product: Callable[[], Tensor]) -> None:
+        """Leave the computation of one contribution to ``parameter``'s gradient for later."""
+        assert self._recording is not None, "products are postponed inside record() only"
+        self._recording.append((parameter, product))
+
+    @contextmanager
+    def record(self, key: Hashable) -> Iterator[None]:
+        """Postpone the weight gradients of a backward that runs inside; :meth:`compute` of the same key adds them."""
+        self._recording = []
+        try:
+            yield
+            self._postponed[key] = self._recording
+        finally:
+            self._recording = None
+
+    def compute(self, key: Hashable) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """(parameter, contribution to its gradient) of every product recorded under ``key``; each is then forgotten."""
+        products = self._postponed.pop(key)
+        while products:
+            parameter, product = products.pop(0)
+            yield parameter, product()
