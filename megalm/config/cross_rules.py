@@ -85,9 +85,8 @@ def rotary_heads_are_even(job: Job) -> Iterator[Violation]:
 
 @needs("parallel.tp")
 def tensor_parallelism_divides_model(job: Job) -> Iterator[Violation]:
-    """Each tensor-parallel rank holds whole heads and an equal share of the MLP (Shoeybi et al. 2019).
+    """Each tensor-parallel rank holds whole query heads and an equal share of the MLP (Shoeybi et al. 2019).
 
-    Fewer key/value heads than ranks would need copies of them on several ranks, which this version does not make.
     The vocabulary is padded, so it need not divide.
     """
     tp, model = job.config.parallel.tp, job.config.model
@@ -97,22 +96,35 @@ def tensor_parallelism_divides_model(job: Job) -> Iterator[Violation]:
         label: size
         for label, size, source in (
             ("model.num_heads", model.num_heads, "model.num_heads"),
-            ("model.num_kv_heads", model.num_kv_heads, "model.num_kv_heads"),
             (ffn_label, model.ffn_size, ffn_source),
         )
-        if size is not None and is_in_bounds(job.config, source)
+        if is_in_bounds(job.config, source)
     }
     uneven = [f"{label}={size}" for label, size in sizes.items() if size % tp]
     if uneven:
-        note = ""
-        if sizes.get("model.num_kv_heads", 0) % tp:
-            note = " (key/value heads copied to several ranks are not in this version)"
         yield Violation(
             "parallel.tp",
             tp,
-            f"does not divide {spoken_list(uneven, 'and')}{note}",
+            f"does not divide {spoken_list(uneven, 'and')}",
             fixes=(Fix("parallel.tp", divisors(gcd(*sizes.values()))),),
         )
+
+
+@needs("parallel.tp", *_HEADS)
+def tensor_parallelism_shares_kv_heads(job: Job) -> Iterator[Violation]:
+    """Key/value heads are dealt out over tensor-parallel ranks, or each is shared by equally many of them."""
+    tp, model = job.config.parallel.tp, job.config.model
+    heads = model.kv_heads
+    if model.num_kv_heads is None or heads % tp == 0 or model.num_heads % tp or model.hidden_size % model.num_heads:
+        return
+    if tp % heads:
+        wrong = f"neither divides model.num_kv_heads={heads} nor is a multiple of it"
+    elif heads * model.head_dim % tp:
+        wrong = f"does not divide the {heads * model.head_dim} rows of model.num_kv_heads={heads} heads"
+    else:
+        return
+    fitting = tuple(d for d in divisors(model.num_heads) if heads % d == 0 or d % heads == 0)
+    yield Violation("parallel.tp", tp, wrong, fixes=(Fix("parallel.tp", fitting), Fix("model.num_kv_heads", (None,))))
 
 
 @needs(*_DEGREES, "parallel.virtual_stages", "model.num_layers")

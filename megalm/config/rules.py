@@ -10,7 +10,7 @@ from collections.abc import Iterable, Set
 from dataclasses import replace
 from typing import Any
 
-from megalm.config import cross_rules, field_rules
+from megalm.config import cross_rules, field_rules, layout_rules, model_rules
 from megalm.config.cross_rules import Rule, divisors
 from megalm.config.field_rules import Job, value_of, with_value
 from megalm.config.schema import Config
@@ -26,7 +26,14 @@ RULES: tuple[Rule, ...] = (
     cross_rules.kv_heads_divide_heads,
     cross_rules.rotary_heads_are_even,
     cross_rules.tensor_parallelism_divides_model,
+    cross_rules.tensor_parallelism_shares_kv_heads,
     cross_rules.stages_have_layers,
+    layout_rules.virtual_stages_have_their_schedule,
+    layout_rules.stage_layers_are_a_split,
+    layout_rules.sequence_splits_evenly,
+    layout_rules.ulysses_divides_heads,
+    model_rules.rotary_turns_whole_pairs,
+    model_rules.rotary_scaling_is_whole,
     cross_rules.layout_fills_ranks,
     cross_rules.batch_splits_evenly,
     cross_rules.precision_and_zero_are_proven,

@@ -104,9 +104,32 @@ FAULTS: tuple[st.SearchStrategy[Fault], ...] = (
     *(_single(path, -1, -100) for path in _NOT_NEGATIVE),
     *(_single(path, 0, -0.5) for path in _POSITIVE),
     *(_single(path, "nonsense", "", "BF-16", "fp16") for path in _CHOICES),
-    _single("parallel.cp", 2, 4),
-    _single("parallel.virtual_stages", 2, 3),
-    _single("parallel.sequence_parallel", True),
+    _relation("parallel.cp", st.sampled_from([4, 8]), "parallel.tp", "model.num_heads", "parallel.cp_attention"),
+    _relation("parallel.virtual_stages", st.just(2), "parallel.pp", "parallel.schedule", "model.num_layers"),
+    _relation("parallel.schedule", st.just("interleaved_1f1b"), "parallel.pp", "parallel.virtual_stages"),
+    _relation(
+        "parallel.stage_layers",
+        st.sampled_from([(4,), (1, 2), (2, 2, 1), (0, 4)]),
+        "parallel.pp",
+        "parallel.virtual_stages",
+        "model.num_layers",
+    ),
+    st.just(
+        Fault(
+            (("parallel.sequence_parallel", True), ("model.sequence_length", 33)),
+            ("model.sequence_length",),
+            frozenset({"parallel.tp", "parallel.cp"}),
+        )
+    ),
+    st.just(Fault((("model.rotary_factor", 4.0),), ("model.rotary_factor",), frozenset({"model.rotary_scaling"}))),
+    st.just(Fault((("model.rotary_scaling", "yarn"),), ("model.rotary_scaling",), frozenset({"model.position"}))),
+    st.just(
+        Fault(
+            (("model.position", "rotary"), ("model.rotary_fraction", 0.1)),
+            ("model.rotary_fraction",),
+            frozenset({"model.hidden_size", "model.num_heads"}),
+        )
+    ),
     _single("run.name", "", "a/b", "..", "two words", "../up", "x" * 300),
     _single("run.seed", -1, 2**63),
     _single("run.dir", "", "  "),
@@ -121,9 +144,6 @@ FAULTS: tuple[st.SearchStrategy[Fault], ...] = (
     _relation("engine.zero_stage", st.just(0), "parallel.pp", "engine.dtype"),
     _relation("model.num_heads", st.sampled_from([3, 5, 6, 7, 63]), "model.hidden_size"),
     _relation("model.num_kv_heads", st.sampled_from([3, 8]), "model.num_heads"),
-    _relation(
-        "model.num_kv_heads", st.just(1), "parallel.tp", "model.num_heads", "model.hidden_size", named="parallel.tp"
-    ),
     _relation(
         "model.ffn_hidden_size", st.sampled_from([7, 255]), "parallel.tp", "model.num_heads", named="parallel.tp"
     ),
@@ -199,4 +219,6 @@ def random_invalid(draw: st.DrawFn, most_faults: int = 4) -> InvalidConfig:
 def _spell(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return str(list(value))
     return "'" + value + "'" if isinstance(value, str) else str(value)

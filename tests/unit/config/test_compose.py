@@ -154,7 +154,8 @@ def test_all_bad_overrides_are_reported_at_once_with_what_was_meant() -> None:
         "model.num_layer=3: there is no such field; did you mean model.num_layers?",
         "modle=gpt3_125m: there is no such group or section; did you mean model?",
         "optim.learning_rate=1: there is no such field; the fields of optim are lr, beta1, beta2, epsilon, "
-        "weight_decay, clip_grad_norm, schedule, warmup_tokens, decay_tokens and min_lr_ratio",
+        "weight_decay, clip_grad_norm, schedule, warmup_tokens, decay_tokens, cooldown_tokens, cooldown and "
+        "min_lr_ratio",
         "~model=null: nothing can be deleted; set it instead, such as model=null",
         'train.steps="1,2": several values, and a run has one; one value; or text in quotes: \'train.steps="1,2"\'',
         'report.prompt="def main(": not a value in Hydra\'s grammar; quote text with special characters, for the shell '
