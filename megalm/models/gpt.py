@@ -27,6 +27,7 @@ from megalm.core.position import LearnedPosition, RotaryPosition
 from megalm.core.random import initialise
 from megalm.core.sharding import declared_parameters
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.models.balance import edge_costs
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,10 @@ class GPT(nn.Module):
             self.final_norm = make_norm(model, tp) if part.has_last else None
             self.head = embedding() if part.has_last and not self.tied else None
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
         """Token ids [B, S] ▶ logits [B, S, V]; for a part that is the whole model on one rank."""
         hidden: Tensor | None = None
-        micro_batch = MicroBatch(tokens, tokens, tokens, Place.from_start(tokens.shape[1], tokens.device))
+        micro_batch = MicroBatch(tokens, tokens, tokens, place)
         for stage in self.part.stages:
             hidden = self._blocks(stage, hidden, micro_batch)
         assert hidden is not None and self.final_norm is not None
@@ -223,10 +224,12 @@ class GPT(nn.Module):
 
 def build_gpt(config: Config, vocab_size: int, *, context: ParallelContext, dtype: torch.dtype) -> GPT:
     """This rank's part of the model with its initial weights, in ``dtype`` on the context's device."""
+    costs = edge_costs(config.model, vocab_size)
     layers = partition_layers(
         config.model.num_layers,
         context.topology.num_stages,
-        head_cost=_head_cost(config.model, vocab_size),
+        embedding_cost=costs.embedding,
+        head_cost=costs.head,
         sizes=config.parallel.stage_layers,
     )
     model = GPT(
@@ -261,11 +264,3 @@ def build_full_model(
     ).to(dtype)
     initialise(whole, seed)
     return whole
-
-
-def _head_cost(model: Model, vocab_size: int) -> float:
-    """Matrix work of the logits relative to that of one block, for balancing stages."""
-    hidden = model.hidden_size
-    attention = 2 * hidden * hidden + 2 * hidden * model.kv_heads * model.head_dim
-    mlp = (3 if model.activation == "swiglu" else 2) * hidden * model.ffn_size
-    return vocab_size * hidden / (attention + mlp)
