@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
+from megalm.core.pipeline.schedule import SCHEDULES, Shape, bubble_fraction
+from megalm.models.balance import split_layers
 from megalm.models.counts import parameter_count
 from megalm.topology import Topology
 
@@ -17,10 +19,11 @@ def summary_lines(config: Config, world_size: int) -> list[str]:
         "model": _model(config),
         "parameters": _parameters(config),
         "layout": f"tp {topology.tp} · pp {topology.pp} · cp {topology.cp} · dp {topology.dp} = {world_size:,} ranks",
+        **({"pipeline": _pipeline(config, topology)} if topology.pp > 1 else {}),
         "batch": _batch(config, topology),
         "tokens": _tokens(config),
         "learning rate": _learning_rate(config),
-        "engine": f"{config.engine.dtype}, ZeRO-{config.engine.zero_stage}",
+        "engine": _engine(config, topology),
     }
     return [f"{name:15}{text}" for name, text in rows.items()]
 
@@ -48,6 +51,33 @@ def _batch(config: Config, topology: Topology) -> str:
         f"{train.global_batch_size:,} sequences = {topology.dp} replicas · {micro_batches} micro-batches · "
         f"{train.micro_batch_size}"
     )
+
+
+def _pipeline(config: Config, topology: Topology) -> str:
+    """Schedule, its bubble by the published formula's assumptions, and the layers of each stage."""
+    parallel, train = config.parallel, config.train
+    micro_batches = train.global_batch_size // (train.micro_batch_size * topology.dp)
+    bubble = bubble_fraction(SCHEDULES[parallel.schedule], Shape(topology.pp, micro_batches, parallel.virtual_stages))
+    stages = f", {parallel.virtual_stages} stages per rank" if parallel.virtual_stages > 1 else ""
+    layers = ""
+    if config.model.vocab_size is not None or parallel.stage_layers is not None:
+        sizes = [len(layers) for layers in split_layers(config, config.model.vocab_size or 0)]
+        layers = f", {min(sizes)} to {max(sizes)} layers" if len(set(sizes)) > 1 else f", {sizes[0]} layers"
+        layers += " per stage"
+    return f"{parallel.schedule}{stages}{layers}, bubble {bubble:.1%}"
+
+
+def _engine(config: Config, topology: Topology) -> str:
+    engine = config.engine
+    parts = [engine.dtype, f"ZeRO-{engine.zero_stage}"]
+    if engine.offload_optimizer:
+        parts.append("optimizer in host memory")
+    if engine.recompute != "none":
+        every = f" every {engine.recompute_every} layers" if engine.recompute_every > 1 else ""
+        parts.append(f"{engine.recompute} recomputation{every}")
+    if config.parallel.sequence_parallel and topology.tp > 1:
+        parts.append("sequence parallel")
+    return ", ".join(parts)
 
 
 def _tokens(config: Config) -> str:

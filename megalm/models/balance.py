@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalm.config.schema import Model
+from megalm.config.schema import Config, Model
+from megalm.core.pipeline.partition import partition_layers
 from megalm.models.counts import head_flops_per_token, layer_flops_per_token
 
 _FLOPS_PER_BYTE = 200.0
@@ -42,3 +43,15 @@ def edge_costs(model: Model, vocab_size: int) -> EdgeCosts:
     block = layer_flops_per_token(model) / _FLOPS_PER_BYTE + _BLOCK_BYTES_PER_HIDDEN * hidden
     head = head_flops_per_token(model, vocab_size) / _FLOPS_PER_BYTE + _HEAD_BYTES_PER_WORD * vocab_size
     return EdgeCosts(_EMBEDDING_BYTES_PER_HIDDEN * hidden / block, head / block)
+
+
+def split_layers(config: Config, vocab_size: int) -> list[range]:
+    """The layers of each stage: as the config gives them, or balanced."""
+    costs = edge_costs(config.model, vocab_size)
+    return partition_layers(
+        config.model.num_layers,
+        config.parallel.pp * config.parallel.virtual_stages,
+        embedding_cost=costs.embedding,
+        head_cost=costs.head,
+        sizes=config.parallel.stage_layers,
+    )

@@ -21,13 +21,12 @@ from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.groups import ParallelContext
 from megalm.core.loss import vocab_parallel_cross_entropy
 from megalm.core.norm import make_norm
-from megalm.core.pipeline.partition import partition_layers
 from megalm.core.place import Place
 from megalm.core.position import LearnedPosition, RotaryPosition
 from megalm.core.random import initialise
 from megalm.core.sharding import declared_parameters
 from megalm.core.tensor_parallel import TensorParallel
-from megalm.models.balance import edge_costs
+from megalm.models.balance import split_layers
 
 
 @dataclass(frozen=True)
@@ -224,14 +223,7 @@ class GPT(nn.Module):
 
 def build_gpt(config: Config, vocab_size: int, *, context: ParallelContext, dtype: torch.dtype) -> GPT:
     """This rank's part of the model with its initial weights, in ``dtype`` on the context's device."""
-    costs = edge_costs(config.model, vocab_size)
-    layers = partition_layers(
-        config.model.num_layers,
-        context.topology.num_stages,
-        embedding_cost=costs.embedding,
-        head_cost=costs.head,
-        sizes=config.parallel.stage_layers,
-    )
+    layers = split_layers(config, vocab_size)
     model = GPT(
         config.model,
         vocab_size,
