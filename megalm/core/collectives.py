@@ -1,6 +1,12 @@
-"""Differentiable collectives over a tensor-parallel group (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022).
+"""Asynchronous and differentiable collectives over a group (Shoeybi et al. 2019; Korthikanti et al. 2022).
 
-Each is a linear map on the tensors of all members together, so its backward is the adjoint map:
+The ``start_*`` functions issue a collective and return a :class:`Pending` at once, for layers that compute meanwhile.
+They work on one buffer. Ranks are concatenated along dim 0 by the backends, so along a later dim the gathered buffer is
+copied once, unless every dim before it has one element: a micro-batch of one sequence gathers [1, S/T, H] without a
+copy.
+
+The others are differentiable. Each is a linear map on the tensors of all members together, so its backward is the
+adjoint map:
 
     ====================== ============================== ==================================
     function               forward                        backward (adjoint)
@@ -16,6 +22,8 @@ Each is a linear map on the tensors of all members together, so its backward is 
 ``gather_from_group`` and ``gather_for_matmul`` differ in what follows: the first feeds computation that every member
 repeats (each already has the whole gradient), the second feeds sharded weights (each has a part of the gradient, and
 the parts must be added). With a group of one, all are the identity.
+
+Shapes: T size of the group.
 """
 
 from __future__ import annotations
@@ -27,6 +35,63 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalm.core.groups import Group
+
+
+class Pending:
+    """A collective under way.
+
+    Args:
+        work: what to wait for; None: it is done.
+        result: the tensor that the collective fills.
+        operand: what it reads; kept alive until then.
+        finish: turns the result into what :meth:`wait` returns.
+    """
+
+    def __init__(
+        self,
+        work: dist.Work | None,
+        result: Tensor,
+        operand: Tensor | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._work = work
+        self._result = result
+        self._operand = operand
+        self._finish = finish
+
+    def wait(self) -> Tensor:
+        """The result, once it is there (on CUDA: in the order of the current stream)."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._operand = None
+        return self._result if self._finish is None else self._finish(self._result)
+
+
+def start_all_reduce(x: Tensor, group: Group) -> Pending:
+    """Add the members' tensors into ``x``, in place."""
+    if group.size == 1:
+        return Pending(None, x)
+    return Pending(dist.all_reduce(x, group=group.handle, async_op=True), x)
+
+
+def start_all_gather(x: Tensor, group: Group, dim: int) -> Pending:
+    """Concatenate the members' tensors along ``dim``: [.., n, ..] ▶ [.., T·n, ..]."""
+    if group.size == 1:
+        return Pending(None, x)
+    parts = x.new_empty((group.size, *x.shape))
+    x = x.contiguous()
+    work = _all_gather_single(parts.flatten(0, 1), x, group)
+    return Pending(work, parts, x, lambda parts: parts.movedim(0, dim).flatten(dim, dim + 1))
+
+
+def start_reduce_scatter(x: Tensor, group: Group, dim: int) -> Pending:
+    """Add the members' tensors and keep this member's share along ``dim``: [.., n, ..] ▶ [.., n/T, ..]."""
+    if group.size == 1:
+        return Pending(None, x)
+    parts = _by_member(x, group, dim).contiguous()
+    out = x.new_empty(parts.shape[1:])
+    work = _reduce_scatter_single(out, parts.flatten(0, 1), group)
+    return Pending(work, out, parts)
 
 
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
@@ -89,27 +154,37 @@ def _apply(x: Tensor, group: Group, forward: Callable[[Tensor], Tensor], adjoint
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
     # A copy: the caller's tensor may be saved for backward, or be a gradient that autograd still hands to others.
-    return group.all_reduce(x.clone(memory_format=torch.contiguous_format))
+    return start_all_reduce(x.clone(memory_format=torch.contiguous_format), group).wait()
 
 
 def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size)]
-    dist.all_gather(parts, x.contiguous(), group=group.handle)
-    return torch.cat(parts, dim)
+    return start_all_gather(x, group, dim).wait()
 
 
 def _own_slice(x: Tensor, group: Group, dim: int) -> Tensor:
-    return _chunks(x, group, dim)[group.index].contiguous()
+    own: Tensor = _by_member(x, group, dim)[group.index]
+    return own.contiguous()
 
 
 def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
-    parts = [part.contiguous() for part in _chunks(x, group, dim)]
-    out = torch.empty_like(parts[group.index])
-    dist.reduce_scatter(out, parts, group=group.handle)
-    return out
+    return start_reduce_scatter(x, group, dim).wait()
 
 
-def _chunks(x: Tensor, group: Group, dim: int) -> tuple[Tensor, ...]:
+def _by_member(x: Tensor, group: Group, dim: int) -> Tensor:
+    """[.., n, ..] ▶ a view [T, .., n/T, ..]."""
     if x.shape[dim] % group.size:
         raise ValueError(f"dim {dim} of {tuple(x.shape)} does not split evenly over {group.size} ranks")
-    return x.chunk(group.size, dim)
+    return x.unflatten(dim, (group.size, -1)).movedim(dim, 0)
+
+
+def _all_gather_single(out: Tensor, x: Tensor, group: Group) -> dist.Work:
+    # torch 2.13 renamed both collectives; the old names warn there.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work = gather(out, x, group=group.handle, async_op=True)
+    return work
+
+
+def _reduce_scatter_single(out: Tensor, x: Tensor, group: Group) -> dist.Work:
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    work: dist.Work = scatter(out, x, group=group.handle, async_op=True)
+    return work

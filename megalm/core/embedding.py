@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalm.core.collectives import copy_to_group, reduce_from_group
+from megalm.core.collectives import reduce_from_group, reduce_scatter
+from megalm.core.linear import SEQUENCE, column_linear
 from megalm.core.sharding import Init, ParallelModule, ShardSpec, padded_range
 from megalm.core.tensor_parallel import TensorParallel
 
@@ -31,17 +32,25 @@ class VocabParallelEmbedding(ParallelModule):
         return self.stop_token - self.first_token
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up token ids: [B, S] ▶ [B, S, H]; ids outside this rank's rows add zero."""
+        """Look up token ids: [B, S] ▶ [B, S, H], or [B, S/T, H] under sequence parallelism.
+
+        Ids outside this rank's rows add zero; the reduction makes them whole.
+        """
         if self.tp.group.size == 1:
             return F.embedding(tokens, self.weight)
         elsewhere = (tokens < self.first_token) | (tokens >= self.stop_token)
         local = (tokens - self.first_token).masked_fill(elsewhere, 0)
-        x = F.embedding(local, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        x = F.embedding(local, self.weight).masked_fill_(elsewhere.unsqueeze(-1), 0.0)
+        if self.tp.splits_sequence:
+            return reduce_scatter(x, self.tp.group, SEQUENCE)
         return reduce_from_group(x, self.tp.group)
 
     def logits(self, x: Tensor) -> Tensor:
-        """This rank's columns of the logits: [B, S, H] ▶ [B, S, ceil(V/T)], padding columns at minus infinity."""
-        logits = F.linear(copy_to_group(x, self.tp.group), self.weight)
+        """This rank's columns of the logits, for evaluation: training takes :func:`megalm.core.loss.output_loss`.
+
+        [B, S, H], or [B, S/T, H] under sequence parallelism ▶ [B, S, ceil(V/T)], padding columns at minus infinity.
+        """
+        logits = column_linear(x, self.weight, None, self.tp)
         padding = self.weight.shape[0] - self.local_vocab_size
         if padding:
             # Out of place, so that padding rows get no gradient either.

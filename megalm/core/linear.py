@@ -1,23 +1,58 @@
-"""Linear layers split over a tensor-parallel group (Shoeybi et al. 2019, section 3).
+"""Linear layers split over a tensor-parallel group (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022).
 
 Shapes: B batch, S sequence, I input width, O output width, T tensor-parallel degree.
 
-A column-parallel layer splits its outputs, a row-parallel one its inputs. A pair of them needs one all-reduce in
-forward (after the row-parallel one) and one in backward (before the column-parallel one).
+A column-parallel layer splits its outputs, a row-parallel one its inputs. Between such a pair every rank has its share
+of the width; outside it, every rank has the whole [B, S, H], or with sequence parallelism its share [B, S/T, H]. The
+collectives of a pair, and the products that hide them:
+
+    ==================== ======================================= ================================================
+    layer, pass          collective                              hidden behind
+    ==================== ======================================= ================================================
+    column, forward      SP: all-gather of the input             nothing: the product needs it
+    column, backward     SP: all-gather of the input             the input gradient's product
+    column, backward     all-reduce (SP: reduce-scatter) of the  the weight gradient's product
+                         input gradient
+    row, forward         all-reduce (SP: reduce-scatter) of the  nothing: what follows needs it
+                         output
+    row, backward        SP: all-gather of the output gradient   nothing: the first product needs it; the bias's sum
+                                                                 is computed meanwhile
+    either, postponed    SP: the same all-gather once more       the weight gradient's product of the layer before
+    ==================== ======================================= ================================================
+
+Under sequence parallelism a layer keeps its share of the input for backward, never the gathered tensor, and so does a
+product that a zero-bubble schedule postpones: it gathers again. All members of a group run the same schedule, so they
+enter these collectives in the same order. A postponed product that follows nothing hides nothing: with zero bubble,
+the input gradient's reduction is exposed.
+
+With T=1 and no zero bubble a layer is ``F.linear``. Otherwise it is a function with a backward of its own, which
+``torch.compile`` does not look into: it compiles what is between.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megalm.core.collectives import copy_to_group, reduce_from_group
+from megalm.core.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from megalm.core.groups import Group
 from megalm.core.sharding import Init, ParallelModule, ShardSpec, even_range
 from megalm.core.tensor_parallel import TensorParallel
+
+SEQUENCE = 1
+"""The dim of an activation that sequence parallelism splits."""
 
 
 class ColumnParallelLinear(ParallelModule):
     """``y = x Wᵀ + b`` with the rows of ``W`` [O, I] split: [B, S, I] on every rank ▶ [B, S, O/T].
+
+    Under sequence parallelism the input is [B, S/T, I].
 
     Args:
         in_features: I.
@@ -44,8 +79,8 @@ class ColumnParallelLinear(ParallelModule):
         self.bias = self.declare("bias", ShardSpec((offset,), 0, tuple(ranges)), Init.constant(0.0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, I] ▶ [B, S, O/T]."""
-        return F.linear(copy_to_group(x, self.tp.group), self.weight, self.bias)
+        """[B, S, I], or [B, S/T, I] under sequence parallelism ▶ [B, S, O/T]."""
+        return column_linear(x, self.weight, self.bias, self.tp)
 
     def extra_repr(self) -> str:
         """Unsharded sizes and the degree."""
@@ -56,7 +91,8 @@ class ColumnParallelLinear(ParallelModule):
 class RowParallelLinear(ParallelModule):
     """``y = x Wᵀ + b`` with the columns of ``W`` [O, I] split: [B, S, I/T] ▶ [B, S, O] on every rank.
 
-    The bias is added once, after the all-reduce, and is replicated.
+    Under sequence parallelism the output is [B, S/T, O]. The bias is replicated, and added once, after the reduction:
+    a rank adds it to its own tokens and sees only their part of its gradient.
     """
 
     def __init__(self, in_features: int, out_features: int, *, tp: TensorParallel, std: float, bias: bool) -> None:
@@ -65,14 +101,156 @@ class RowParallelLinear(ParallelModule):
         group = tp.group
         ranges = (even_range(in_features, group.index, group.size),)
         self.weight = self.declare("weight", ShardSpec((out_features, in_features), 1, ranges), Init.normal(std))
-        self.bias = self.declare("bias", ShardSpec.replicated(out_features), Init.constant(0.0)) if bias else None
+        shard, partial = ShardSpec.replicated(out_features), tp.splits_sequence
+        self.bias = self.declare("bias", shard, Init.constant(0.0), partial=partial) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, I/T] ▶ [B, S, O]."""
-        y = reduce_from_group(F.linear(x, self.weight), self.tp.group)
-        return y if self.bias is None else y + self.bias
+        """[B, S, I/T] ▶ [B, S, O], or [B, S/T, O] under sequence parallelism."""
+        if self.tp.group.size == 1:  # then rows and columns are the same
+            return column_linear(x, self.weight, self.bias, self.tp)
+        return _outside_graphs(_RowLinear)(x, self.weight, self.bias, self.tp)
 
     def extra_repr(self) -> str:
         """Unsharded sizes and the degree."""
         out_features, in_features = self.declarations["weight"].shard.full_shape
         return f"{in_features} ▶ {out_features}, columns over {self.tp.group.size}"
+
+
+def column_linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: TensorParallel) -> Tensor:
+    """``x Wᵀ + b`` with this rank's rows of ``W`` [O/T, I]; shapes as in :meth:`ColumnParallelLinear.forward`."""
+    if tp.group.size == 1 and not tp.weight_gradients.enabled:
+        return F.linear(x, weight, bias)
+    return _outside_graphs(_ColumnLinear)(x, weight, bias, tp)
+
+
+class _ColumnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: TensorParallel) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.parameter = tp, weight
+        whole = start_all_gather(x, tp.group, SEQUENCE).wait() if tp.splits_sequence else x
+        return F.linear(whole, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        tp, (needs_input, needs_weight, needs_bias, _) = ctx.tp, ctx.needs_input_grad
+        product = _WeightProduct(_Whole(gradient), _Share(x, tp.group) if tp.splits_sequence else _Whole(x))
+        postpones = tp.weight_gradients.postpones
+        if needs_weight and not postpones:
+            product.start()
+        reduction: Pending | None = None
+        if needs_input:
+            partial = gradient @ weight
+            reduction = (
+                start_reduce_scatter(partial, tp.group, SEQUENCE)
+                if tp.splits_sequence
+                else start_all_reduce(partial, tp.group)
+            )
+        weight_gradient = _now_or_later(product, ctx.parameter, tp) if needs_weight else None
+        bias_gradient = _bias_gradient(gradient) if needs_bias else None
+        return None if reduction is None else reduction.wait(), weight_gradient, bias_gradient, None
+
+
+class _RowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: TensorParallel) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.parameter = tp, weight
+        partial = F.linear(x, weight)
+        reduction = (
+            start_reduce_scatter(partial, tp.group, SEQUENCE)
+            if tp.splits_sequence
+            else start_all_reduce(partial, tp.group)
+        )
+        y = reduction.wait()
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        tp, (needs_input, needs_weight, needs_bias, _) = ctx.tp, ctx.needs_input_grad
+        postpones = tp.weight_gradients.postpones
+        share = _Share(gradient, tp.group) if tp.splits_sequence else _Whole(gradient)
+        share.start()
+        bias_gradient = _bias_gradient(gradient) if needs_bias else None
+        whole = share.whole()
+        input_gradient = whole @ weight if needs_input else None
+        # A postponed product keeps the share and gathers it again, so that memory does not grow with what waits.
+        product = _WeightProduct(share if postpones else _Whole(whole), _Whole(x))
+        weight_gradient = _now_or_later(product, ctx.parameter, tp) if needs_weight else None
+        return input_gradient, weight_gradient, bias_gradient, None
+
+
+class _Whole:
+    """An operand of a weight gradient's product that every rank has for all tokens."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def start(self) -> None:
+        """Nothing to fetch."""
+
+    def whole(self) -> Tensor:
+        """[B, S, width]."""
+        return self._tensor
+
+
+class _Share:
+    """An operand of which a rank keeps its share of the sequence, [B, S/T, width], and gathers the rest."""
+
+    def __init__(self, share: Tensor, group: Group) -> None:
+        self._share = share
+        self._group = group
+        self._pending: Pending | None = None
+
+    def start(self) -> None:
+        """Issue the all-gather."""
+        self._pending = start_all_gather(self._share, self._group, SEQUENCE)
+
+    def whole(self) -> Tensor:
+        """[B, S, width]; it is not kept."""
+        assert self._pending is not None, "start() comes first"
+        pending, self._pending = self._pending, None
+        return pending.wait()
+
+
+class _WeightProduct:
+    """``Gᵀ X`` over all tokens: output gradients G [B, S, O], inputs X [B, S, I] ▶ [O, I]."""
+
+    def __init__(self, gradients: _Whole | _Share, inputs: _Whole | _Share) -> None:
+        self._gradients = gradients
+        self._inputs = inputs
+
+    def start(self) -> None:
+        """Issue the gathers."""
+        self._gradients.start()
+        self._inputs.start()
+
+    def __call__(self) -> Tensor:
+        """The product."""
+        return self._gradients.whole().flatten(0, -2).t() @ self._inputs.whole().flatten(0, -2)
+
+
+def _now_or_later(product: _WeightProduct, parameter: nn.Parameter, tp: TensorParallel) -> Tensor | None:
+    if not tp.weight_gradients.postpones:
+        return product()
+    tp.weight_gradients.postpone(parameter, product)
+    return None
+
+
+def _bias_gradient(gradient: Tensor) -> Tensor:
+    return gradient.flatten(0, -2).sum(dim=0)
+
+
+@cache
+def _outside_graphs(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """``function.apply``, which ``torch.compile`` is not to trace.
+
+    A traced backward would decide once, when it is compiled, whether it postpones, and would order its collectives
+    anew on each rank.
+    """
+    applied: Callable[..., Tensor] = torch.compiler.disable(function.apply)
+    return applied

@@ -7,25 +7,42 @@ second one there while a schedule records, and computes it at once otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from torch import Tensor, nn
 
 
-class WeightGradients:
-    """The postponed products of one rank, by the (stage, micro-batch) whose backward recorded them."""
+class Product(Protocol):
+    """One contribution to a parameter's gradient."""
 
-    def __init__(self) -> None:
-        self._recording: list[tuple[nn.Parameter, Callable[[], Tensor]]] | None = None
-        self._postponed: dict[Hashable, list[tuple[nn.Parameter, Callable[[], Tensor]]]] = {}
+    def start(self) -> None:
+        """Issue the communication that the product needs, if it needs any."""
+
+    def __call__(self) -> Tensor:
+        """The contribution; :meth:`start` comes first."""
+
+
+class WeightGradients:
+    """The postponed products of one rank, by the (stage, micro-batch) whose backward recorded them.
+
+    Args:
+        enabled: whether the rank's schedule postpones at all. Where it does not, a layer that needs no communication
+            is a plain ``F.linear``, which ``torch.compile`` sees through.
+    """
+
+    def __init__(self, *, enabled: bool = False) -> None:
+        self.enabled = enabled
+        self._recording: list[tuple[nn.Parameter, Product]] | None = None
+        self._postponed: dict[Hashable, list[tuple[nn.Parameter, Product]]] = {}
 
     @property
     def postpones(self) -> bool:
         """Whether a backward that runs now is to leave its weight gradients here."""
-        return self._recording is not None
+        return self.enabled and self._recording is not None
 
-    def postpone(self, parameter: nn.Parameter, product: Callable[[], Tensor]) -> None:
+    def postpone(self, parameter: nn.Parameter, product: Product) -> None:
         """Leave the computation of one contribution to ``parameter``'s gradient for later."""
         assert self._recording is not None, "products are postponed inside record() only"
         self._recording.append((parameter, product))
@@ -41,8 +58,15 @@ class WeightGradients:
             self._recording = None
 
     def compute(self, key: Hashable) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """(parameter, contribution to its gradient) of every product recorded under ``key``; each is then forgotten."""
+        """(parameter, contribution to its gradient) of every product recorded under ``key``; each is then forgotten.
+
+        A product's communication is under way while the one before it is computed.
+        """
         products = self._postponed.pop(key)
+        if products:
+            products[0][1].start()
         while products:
             parameter, product = products.pop(0)
+            if products:
+                products[0][1].start()
             yield parameter, product()

@@ -1,0 +1,296 @@
+"""Layers split over ranks against the same layers in one process: outputs, input gradients and weight gradients.
+
+In fp64, so that a wrong term cannot hide in rounding. Cases differ in the degree, in sequence parallelism, and in
+whether the weight gradients are computed in backward or postponed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from harness import run_ranks
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+B, S, H, FFN, V = 2, 8, 12, 16, 19
+"""19 words on 2 or 4 ranks: the last rank's rows are padded."""
+
+
+@dataclass(frozen=True)
+class Case:
+    tp: int
+    sequence_parallel: bool
+    zero_bubble: bool
+
+    def __str__(self) -> str:
+        options = [n for n, on in (("sp", self.sequence_parallel), ("zb", self.zero_bubble)) if on]
+        return "·".join([f"tp{self.tp}", *options])
+
+
+CASES = [Case(tp, sp, zb) for tp in (1, 2, 4) for sp in (False, True) for zb in (False, True)]
+CASES = [case for case in CASES if case.tp > 1 or not case.sequence_parallel]
+
+
+def values(*shape: int, salt: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(salt), dtype=torch.float64)
+
+
+TOKENS = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(1))
+FULL = {
+    "column.weight": values(24, H, salt=2),
+    "column.bias": values(24, salt=3),
+    "row.weight": values(H, FFN, salt=4),
+    "row.bias": values(H, salt=5),
+    "up.weight": values(FFN, H, salt=6),
+    "up.bias": values(FFN, salt=7),
+    "embedding.weight": values(V, H, salt=8),
+}
+INPUT, WIDE_INPUT = values(B, S, H, salt=9), values(B, S, FFN, salt=10)
+SIZES = (12, 8, 4)
+"""The fused outputs of the column-parallel layer."""
+
+
+def loss_of(y: Tensor, weight: Tensor) -> Tensor:
+    """A scalar of which every rank computes the part that its slice of an output stands for."""
+    return (y * y * weight).sum()
+
+
+# --- what ranks run ---------------------------------------------------------------------------------------------------
+
+
+def probe(cases: list[Case]) -> list[dict[str, dict[str, Tensor]]]:
+    return [_probe(case) for case in cases]
+
+
+def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
+    from megalm.core.embedding import VocabParallelEmbedding
+    from megalm.core.groups import ALONE, ParallelContext
+    from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
+    from megalm.core.tensor_parallel import TensorParallel
+    from megalm.core.weight_gradients import WeightGradients
+    from megalm.topology import Topology
+
+    group = ALONE if case.tp == 1 else ParallelContext.create(Topology(tp=case.tp, dp=4 // case.tp)).tp
+    weight_gradients = WeightGradients(enabled=case.zero_bubble)
+    tp = TensorParallel(group, case.sequence_parallel, weight_gradients)
+
+    def outside(x: Tensor) -> Tensor:
+        """What a rank has of an activation outside tensor-parallel regions."""
+        return x.chunk(group.size, 1)[group.index] if tp.splits_sequence else x
+
+    def own_columns(y: Tensor) -> Tensor:
+        parts = [part.chunk(group.size, -1)[group.index] for part in y.split(SIZES, -1)]
+        return torch.cat(parts, -1)
+
+    def fill(module: nn.Module, name: str) -> None:
+        module.double()
+        for parameter, declaration in module.declarations.items():
+            getattr(module, parameter).data.copy_(declaration.shard.take(FULL[f"{name}.{parameter}"]))
+
+    def run(name: str, modules: dict[str, nn.Module], function, x: Tensor | None, weight: Tensor) -> None:
+        """Forward and backward; with zero bubble the weights' gradients come from what was postponed."""
+        for module_name, module in modules.items():
+            fill(module, module_name)
+        x = None if x is None else x.clone().requires_grad_()
+        y = function(x)
+        loss = loss_of(y, weight)
+        if case.zero_bubble:
+            with weight_gradients.record(name):
+                loss.backward()
+            for module in modules.values():
+                if not isinstance(module, VocabParallelEmbedding):
+                    assert module.weight.grad is None, "left for later"
+            for parameter, gradient in weight_gradients.compute(name):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        else:
+            loss.backward()
+        found = {"output": y.detach()} | ({} if x is None else {"input": x.grad})
+        for module_name, module in modules.items():
+            for parameter, declaration in module.declarations.items():
+                full = torch.zeros(declaration.shard.full_shape, dtype=torch.float64)
+                declaration.shard.put(getattr(module, parameter).grad, full)
+                # Slices and parts add up to the gradient; replicas that see all of it must not be counted twice.
+                if not declaration.shard.is_sharded and not declaration.partial:
+                    full /= group.size
+                found[f"{module_name}.{parameter}"] = full
+        results[name] = found
+
+    results: dict[str, dict[str, Tensor]] = {}
+    column = ColumnParallelLinear(H, SIZES, tp=tp, std=1.0, bias=True)
+    run("column", {"column": column}, column, outside(INPUT), own_columns(values(B, S, 24, salt=11)))
+
+    row = RowParallelLinear(FFN, H, tp=tp, std=1.0, bias=True)
+    wide = WIDE_INPUT.chunk(group.size, -1)[group.index]
+    run("row", {"row": row}, row, wide, outside(values(B, S, H, salt=12)))
+
+    up, down = (
+        ColumnParallelLinear(H, (FFN,), tp=tp, std=1.0, bias=True),
+        RowParallelLinear(FFN, H, tp=tp, std=1.0, bias=False),
+    )
+    FULL["down.weight"] = FULL["row.weight"]
+    pair = {"up": up, "down": down}
+    run("pair", pair, lambda x: down(F.gelu(up(x))), outside(INPUT), outside(values(B, S, H, salt=13)))
+
+    embedding = VocabParallelEmbedding(V, H, tp=tp, std=1.0)
+    run("lookup", {"embedding": embedding}, lambda _: embedding(TOKENS), None, outside(values(B, S, H, salt=14)))
+
+    head = VocabParallelEmbedding(V, H, tp=tp, std=1.0)
+    weight = values(B, S, V, salt=15)[..., head.first_token : head.stop_token]
+    run("logits", {"embedding": head}, lambda x: head.logits(x)[..., : head.local_vocab_size], outside(INPUT), weight)
+    return results
+
+
+# --- what they must have found ----------------------------------------------------------------------------------------
+
+
+@cache
+def expected(name: str) -> dict[str, Tensor]:
+    full = {key: value.clone().requires_grad_() for key, value in FULL.items()}
+    x = (WIDE_INPUT if name == "row" else INPUT).clone().requires_grad_()
+    y, weight = {
+        "column": lambda: (F.linear(x, full["column.weight"], full["column.bias"]), values(B, S, 24, salt=11)),
+        "row": lambda: (F.linear(x, full["row.weight"], full["row.bias"]), values(B, S, H, salt=12)),
+        "pair": lambda: (
+            F.linear(F.gelu(F.linear(x, full["up.weight"], full["up.bias"])), full["row.weight"]),
+            values(B, S, H, salt=13),
+        ),
+        "lookup": lambda: (F.embedding(TOKENS, full["embedding.weight"]), values(B, S, H, salt=14)),
+        "logits": lambda: (F.linear(x, full["embedding.weight"]), values(B, S, V, salt=15)),
+    }[name]()
+    loss_of(y, weight).backward()
+    gradients = {key: value.grad for key, value in full.items() if value.grad is not None}
+    if name == "pair":
+        gradients["down.weight"] = gradients.pop("row.weight")
+    return {"output": y.detach(), "input": x.grad} | gradients
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[Case, list[dict[str, dict[str, Tensor]]]]:
+    """By case: what each of the ranks of one tensor-parallel group found."""
+    per_rank = run_ranks(4, probe, CASES)
+    return {case: [found[i] for found in per_rank][: case.tp] for i, case in enumerate(CASES)}
+
+
+def joined(parts: list[Tensor], dim: int | None) -> Tensor:
+    """The whole from shares along ``dim``, or from copies that must agree to the last bit."""
+    if dim is None:
+        assert all(torch.equal(part, parts[0]) for part in parts)
+        return parts[0]
+    return torch.cat(parts, dim)
+
+
+@pytest.mark.parametrize("name", ["column", "row", "pair", "lookup", "logits"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layer_matches_one_process(case: Case, name: str, results) -> None:
+    ranks, want = [found[name] for found in results[case]], expected(name)
+    outside = 1 if case.sequence_parallel else None
+    output_dim = -1 if name in ("column", "logits") else outside
+    outputs = [found["output"] for found in ranks]
+    if name == "column":  # every rank has its share of each of the fused outputs
+        sizes = [size // case.tp for size in SIZES]
+        outputs = [torch.cat(parts, -1) for parts in zip(*(y.split(sizes, -1) for y in outputs), strict=True)]
+    torch.testing.assert_close(joined(outputs, output_dim), want["output"])
+    if name != "lookup":
+        inputs = [found["input"] for found in ranks]
+        torch.testing.assert_close(joined(inputs, -1 if name == "row" else outside), want["input"])
+    for parameter in ranks[0].keys() - {"output", "input"}:
+        total = torch.stack([found[parameter] for found in ranks]).sum(0)
+        torch.testing.assert_close(total, want[parameter], msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+# --- memory and order -------------------------------------------------------------------------------------------------
+
+
+def trace() -> dict[str, list]:
+    """On 2 ranks: what layers save for backward, and the order of products, collectives and waits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megalm.core.collectives import Pending
+    from megalm.core.groups import ParallelContext
+    from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
+    from megalm.core.tensor_parallel import TensorParallel
+    from megalm.core.weight_gradients import WeightGradients
+    from megalm.topology import Topology
+
+    context = ParallelContext.create(Topology(tp=2))
+    log: list[str] = []
+    short = {"mm": "product", "allreduce_": "reduce", "_allgather_base_": "gather", "_reduce_scatter_base_": "scatter"}
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if name in short:
+                log.append(short[name])
+            return func(*args, **(kwargs or {}))
+
+    wait = Pending.wait
+
+    def logged_wait(self: Pending) -> Tensor:
+        log.append("wait")
+        return wait(self)
+
+    Pending.wait = logged_wait  # type: ignore[method-assign]
+    found: dict[str, list] = {}
+    for sequence_parallel in (False, True):
+        for zero_bubble in (False, True):
+            tp = TensorParallel(context.tp, sequence_parallel, WeightGradients(enabled=zero_bubble))
+            name = ("sp" if sequence_parallel else "whole") + ("·zb" if zero_bubble else "")
+            column = ColumnParallelLinear(H, (FFN,), tp=tp, std=1.0, bias=True)
+            row = RowParallelLinear(FFN, H, tp=tp, std=1.0, bias=True)
+            parameters = {p.data_ptr() for layer in (column, row) for p in layer.parameters()}
+            saved: list[tuple[int, ...]] = []
+
+            def pack(tensor: Tensor, saved=saved, parameters=parameters) -> Tensor:
+                if tensor.data_ptr() not in parameters:
+                    saved.append(tuple(tensor.shape))
+                return tensor
+
+            x = torch.randn(B, S // 2 if sequence_parallel else S, H, requires_grad=True)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), Log():
+                middle = column(x)
+                y = row(middle)
+                found[f"{name} saved"] = list(saved)
+                found[f"{name} forward"] = log.copy()
+                log.clear()
+                if zero_bubble:
+                    with tp.weight_gradients.record(0):
+                        y.backward(torch.ones_like(y))
+                else:
+                    y.backward(torch.ones_like(y))
+                found[f"{name} backward"] = log.copy()
+                log.clear()
+                if zero_bubble:
+                    list(tp.weight_gradients.compute(0))
+                    found[f"{name} later"] = log.copy()
+                    log.clear()
+    return found
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[str, list]:
+    first, second = run_ranks(2, trace)
+    assert first == second, "ranks enter collectives in the same order"
+    return first
+
+
+def test_column_parallel_input_is_saved_as_the_rank_holds_it(traced) -> None:
+    assert traced["whole saved"] == [(B, S, H), (B, S, FFN // 2)]
+    assert traced["sp saved"] == [(B, S // 2, H), (B, S, FFN // 2)], "the share, not what was gathered of it"
+
+
+def test_backward_hides_collectives_behind_products(traced) -> None:
+    # Row-parallel first, then column-parallel; a wait that follows its collective at once hides nothing.
+    assert traced["whole backward"] == ["product", "product", "product", "reduce", "product", "wait"]
+    row = ["gather", "wait", "product", "product"]
+    column = ["gather", "product", "scatter", "wait", "product", "wait"]
+    assert traced["sp backward"] == row + column
+
+
+def test_postponed_products_gather_ahead(traced) -> None:
+    assert traced["whole·zb backward"] == ["product", "product", "reduce", "wait"]
+    assert traced["whole·zb later"] == ["product", "product"]
+    assert traced["sp·zb backward"] == ["gather", "wait", "product", "product", "scatter", "wait"]
+    assert traced["sp·zb later"] == ["gather", "gather", "wait", "product", "wait", "product"]
