@@ -21,11 +21,13 @@ from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.groups import ParallelContext
 from megalm.core.loss import vocab_parallel_cross_entropy
 from megalm.core.norm import make_norm
+from megalm.core.pipeline.schedule import splits_backward
 from megalm.core.place import Place
 from megalm.core.position import LearnedPosition, RotaryPosition
 from megalm.core.random import initialise
 from megalm.core.sharding import declared_parameters
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.core.weight_gradients import WeightGradients
 from megalm.models.balance import split_layers
 
 
@@ -228,7 +230,11 @@ def build_gpt(config: Config, vocab_size: int, *, context: ParallelContext, dtyp
         config.model,
         vocab_size,
         part=Part({stage: layers[stage] for stage in context.stages}, context.topology.num_stages),
-        tp=TensorParallel(context.tp, config.parallel.sequence_parallel),
+        tp=TensorParallel(
+            context.tp,
+            config.parallel.sequence_parallel,
+            WeightGradients(enabled=splits_backward(config.parallel.schedule)),
+        ),
         cp=ContextParallel(context.cp, config.parallel.cp_attention),
         engine=config.engine,
         objective=config.objective,

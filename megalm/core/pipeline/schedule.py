@@ -177,6 +177,12 @@ SCHEDULES: dict[str, Schedule] = {
 """Training schedules by the name that ``parallel.schedule`` takes."""
 
 
+def splits_backward(name: str) -> bool:
+    """Whether a schedule computes the gradients of inputs and of weights apart."""
+    shape = Shape(degree=1, micro_batches=1, virtual_stages=1)
+    return any(action.kind is Kind.WEIGHT_GRADIENT for action in SCHEDULES[name](0, shape))
+
+
 class ScheduleError(ValueError):
     """A schedule that deadlocks, skips work or does it twice."""
 
