@@ -5,6 +5,8 @@ from __future__ import annotations
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
 from megalm.core.pipeline.schedule import SCHEDULES, Shape, bubble_fraction
+from megalm.data.batch_size import BatchSize
+from megalm.engine.lr_schedule import LearningRate
 from megalm.models.balance import split_layers
 from megalm.models.counts import parameter_count
 from megalm.topology import Topology
@@ -47,9 +49,13 @@ def _parameters(config: Config) -> str:
 def _batch(config: Config, topology: Topology) -> str:
     train = config.train
     micro_batches = train.global_batch_size // (train.micro_batch_size * topology.dp)
+    sizes = BatchSize.of(train, config.model.sequence_length).sizes
+    ramp = ""
+    if len(sizes) > 1:
+        ramp = f", rising from {sizes[0]:,} by {sizes.step:,} over {rounded(train.batch_ramp_tokens)} tokens"
     return (
         f"{train.global_batch_size:,} sequences = {topology.dp} replicas · {micro_batches} micro-batches · "
-        f"{train.micro_batch_size}"
+        f"{train.micro_batch_size}{ramp}"
     )
 
 
@@ -82,16 +88,22 @@ def _engine(config: Config, topology: Topology) -> str:
 
 def _tokens(config: Config) -> str:
     per_step = config.train.global_batch_size * config.model.sequence_length
-    total = per_step * config.train.steps
+    total = BatchSize.of(config.train, config.model.sequence_length).tokens_after(config.train.steps)
     return f"{per_step:,} per step, {rounded(total)} in {config.train.steps:,} steps"
 
 
 def _learning_rate(config: Config) -> str:
     optim = config.optim
     warmup = f", warm-up over {rounded(optim.warmup_tokens)} tokens" if optim.warmup_tokens else ""
+    if optim.schedule == "constant":
+        return f"{optim.lr:g}{warmup}, constant"
+    if optim.schedule == "wsd":
+        total = BatchSize.of(config.train, config.model.sequence_length).tokens_after(config.train.steps)
+        start, end = LearningRate(optim, total).decay
+        fall = f"constant, {optim.cooldown} to {optim.min_lr_ratio:g} of it over the last {rounded(max(end - start, 0))} tokens"
+        return f"{optim.lr:g}{warmup}, {fall}"
     decay = "" if optim.decay_tokens is None else f" over {rounded(optim.decay_tokens)} tokens"
-    shape = "constant" if optim.schedule == "constant" else f"{optim.schedule} to {optim.min_lr_ratio:g} of it{decay}"
-    return f"{optim.lr:g}{warmup}, {shape}"
+    return f"{optim.lr:g}{warmup}, {optim.schedule} to {optim.min_lr_ratio:g} of it{decay}"
 
 
 def rounded(number: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Set
 from dataclasses import replace
 from typing import Any
 
-from megalm.config import cross_rules, field_rules, layout_rules, model_rules
+from megalm.config import cross_rules, field_rules, layout_rules, model_rules, schedule_rules
 from megalm.config.cross_rules import Rule, divisors
 from megalm.config.field_rules import Job, value_of, with_value
 from megalm.config.schema import Config
@@ -37,7 +37,11 @@ RULES: tuple[Rule, ...] = (
     cross_rules.layout_fills_ranks,
     cross_rules.batch_splits_evenly,
     cross_rules.precision_and_zero_are_proven,
+    schedule_rules.batch_ramp_is_whole,
+    schedule_rules.batch_ramp_splits_evenly,
+    schedule_rules.batch_ramp_arrives,
     cross_rules.warmup_ends_before_decay,
+    schedule_rules.cooldown_fits,
     cross_rules.one_source_of_weights,
 )
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megalm.config.schema import Data
+from megalm.data.batch_size import BatchSize
 from megalm.data.objectives import CausalLM
 from megalm.data.order import SampleOrder
 from megalm.data.shards import TokenShards
@@ -35,24 +36,30 @@ class Batch:
         labels: [B, S] int64.
         loss_mask: [B, S] fp32, 1 where the label counts.
         samples: [B], global sample numbers of the rows.
+        global_size: rows of all replicas together.
     """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     samples: NDArray[np.int64]
+    global_size: int
 
 
 class TrainLoader:
     """An endless stream of batches, prepared by one background thread.
 
+    Which samples a step takes follows from how many came before: the batch that begins at sample ``n`` holds the next
+    ``batch_size.at(n)``. Which sequence a sample is follows from its number alone, so another batch size, or another
+    ramp, cuts the same stream differently, and the saved state does not hold them.
+
     Args:
         dataset: the training split.
         settings: order and prefetching.
         objective: makes inputs, labels and mask.
-        global_batch_size: samples per step over all replicas.
+        batch_size: samples per step over all replicas.
         dp_rank: this replica.
-        dp_size: replicas; divides ``global_batch_size``.
+        dp_size: replicas; divides every batch size.
         seed: of the order.
     """
 
@@ -62,16 +69,17 @@ class TrainLoader:
         settings: Data,
         *,
         objective: CausalLM,
-        global_batch_size: int,
+        batch_size: BatchSize,
         dp_rank: int,
         dp_size: int,
         seed: int,
     ) -> None:
-        if global_batch_size % dp_size:
-            raise ValueError(f"global batch of {global_batch_size} does not split over {dp_size} replicas")
+        uneven = [size for size in batch_size.sizes if size % dp_size]
+        if uneven:
+            raise ValueError(f"global batch of {uneven[0]} does not split over {dp_size} replicas")
         self._dataset = dataset
         self._objective = objective
-        self._global_batch_size = global_batch_size
+        self._batch_size = batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._prefetch = max(1, settings.prefetch_batches)  # to a queue, 0 means without bound
         self._order = SampleOrder(len(dataset), seed, settings.block_sequences, settings.lanes, settings.window_blocks)
@@ -95,7 +103,7 @@ class TrainLoader:
         if self._worker is None:
             self._worker = _Prefetcher(self._batches_from(self._consumed_samples), self._prefetch)
         batch = self._worker.take()
-        self._consumed_samples += self._global_batch_size
+        self._consumed_samples += batch.global_size
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,11 +138,12 @@ class TrainLoader:
 
     def _batches_from(self, start: int) -> Iterator[Batch]:
         while True:
+            size = self._batch_size.at(start)
             offset = (self._dp_rank - start) % self._dp_size
-            samples = np.arange(start + offset, start + self._global_batch_size, self._dp_size, dtype=np.int64)
+            samples = np.arange(start + offset, start + size, self._dp_size, dtype=np.int64)
             _, sequences = self._order(samples)
-            yield _make_batch(self._dataset, self._objective, sequences, samples)
-            start += self._global_batch_size
+            yield _make_batch(self._dataset, self._objective, sequences, samples, size)
+            start += size
 
 
 def validation_batches(
@@ -155,19 +164,23 @@ def validation_batches(
     per_round = batch_size * dp_size
     for start in range(0, total, per_round):
         numbers = np.arange(start + dp_rank, start + per_round, dp_size, dtype=np.int64)
-        batch = _make_batch(dataset, objective or CausalLM(), np.minimum(numbers, total - 1), numbers)
+        batch = _make_batch(dataset, objective or CausalLM(), np.minimum(numbers, total - 1), numbers, per_round)
         batch.loss_mask[torch.from_numpy(numbers >= total)] = 0.0
         yield batch
 
 
 def _make_batch(
-    dataset: TokenShards, objective: CausalLM, sequences: NDArray[np.int64], samples: NDArray[np.int64]
+    dataset: TokenShards,
+    objective: CausalLM,
+    sequences: NDArray[np.int64],
+    samples: NDArray[np.int64],
+    global_size: int,
 ) -> Batch:
     rows = [dataset.sequence(i) for i in sequences.tolist()]
     tokens, labels, mask = objective(
         np.stack([row for row, _ in rows]), np.array([valid for _, valid in rows], dtype=np.int64)
     )
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask), samples)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask), samples, global_size)
 
 
 class _Prefetcher:

@@ -13,6 +13,7 @@ from megalm.compose import save_config
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
+from megalm.data.batch_size import BatchSize
 from megalm.data.dataset import TOKENIZER_FILE
 from megalm.data.loader import TrainLoader
 from megalm.data.objectives import OBJECTIVES
@@ -54,11 +55,12 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
     stage = build_gpt(config, vocab_size, context=context, dtype=_DTYPES[config.engine.dtype])
     _assert_nothing_lost(context, stage.unique_parameters(), config)
     engine = DeepSpeedEngine(stage, context, config)
+    batch_size = BatchSize.of(config.train, config.model.sequence_length)
     loader = TrainLoader(
         train_data,
         config.data,
         objective=OBJECTIVES[config.objective.name](),
-        global_batch_size=config.train.global_batch_size,
+        batch_size=batch_size,
         dp_rank=context.coordinates.dp,
         dp_size=context.topology.dp,
         seed=config.run.seed,
@@ -91,16 +93,12 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
         validator=Validator(config, context, val_data),
         saver=Saver(config, context, run_dir),
         callbacks=callbacks,
-        learning_rate=LearningRate(config.optim, _total_tokens(config)),
+        learning_rate=LearningRate(config.optim, batch_size.tokens_after(config.train.steps)),
         utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),
         stop=stop,
         progress=progress,
     )
     return trainer, callbacks
-
-
-def _total_tokens(config: Config) -> int:
-    return config.train.steps * config.train.global_batch_size * config.model.sequence_length
 
 
 def _assert_nothing_lost(context: ParallelContext, local: int, config: Config) -> None:

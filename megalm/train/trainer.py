@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
+from megalm.core.place import Place
 from megalm.data.loader import Batch, TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine, StepResult
 from megalm.engine.lr_schedule import LearningRate
@@ -99,24 +100,34 @@ class Trainer:
         """One optimizer step over the global batch; the metrics and the stop request are the same on all ranks."""
         with self._timer.waiting_for_data():
             batch = self._loader.next()
-        samples = self._config.train.global_batch_size
-        tokens = samples * self._config.model.sequence_length
+        tokens = batch.global_size * self._config.model.sequence_length
         rate = self._learning_rate.at(self.progress.tokens, tokens)
         result = self._engine.train_step(self._micro_batches(batch), rate)
-        self.progress = Progress(self.progress.step + 1, self.progress.samples + samples, self.progress.tokens + tokens)
+        self.progress = self.progress.after(batch.global_size, tokens)
         return self._agree(result, rate, tokens)
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """Split this replica's batch, and weigh each token so that replicas' mean gradient is the global mean's."""
-        device = self._context.device
-        global_tokens = torch.tensor(float(batch.loss_mask.sum()), dtype=torch.float64, device=device)
-        self._context.data.all_reduce(global_tokens)
-        weight = batch.loss_mask * (self._context.data.size / float(global_tokens))
+        """Split this replica's batch, and weigh each token so that replicas' mean gradient is the global mean's.
+
+        All context-parallel ranks of a replica read the same rows, count all of their tokens, and keep their share of
+        each.
+        """
+        device, data = self._context.device, self._context.data
+        counted = torch.tensor(float(batch.loss_mask.sum()), dtype=torch.float64, device=device)
+        global_tokens = float(data.all_reduce(counted)) / self._context.cp.size
+        weight = batch.loss_mask * (data.size / global_tokens)
+        positions = torch.arange(batch.tokens.shape[1], device=device)
         size = self._config.train.micro_batch_size
         return [
-            MicroBatch(tokens.to(device), labels.to(device), weights.to(device))
-            for tokens, labels, weights in zip(
-                batch.tokens.split(size), batch.labels.split(size), weight.split(size), strict=True
+            MicroBatch(
+                tokens.to(device), labels.to(device), weights.to(device), Place(positions, samples.to(device))
+            ).share_of(self._engine.stage.cp)
+            for tokens, labels, weights, samples in zip(
+                batch.tokens.split(size),
+                batch.labels.split(size),
+                weight.split(size),
+                torch.from_numpy(batch.samples).split(size),
+                strict=True,
             )
         ]
 

@@ -37,18 +37,19 @@ class Validator:
             self._dataset,
             samples,
             self._config.train.micro_batch_size,
-            dp_rank=self._context.data.index,
-            dp_size=self._context.data.size,
+            dp_rank=self._context.coordinates.dp,
+            dp_size=self._context.topology.dp,
         )
         totals = torch.zeros(2, dtype=torch.float64)
         device = self._context.device
         per_pass = _MICRO_BATCHES_PER_STAGE * self._context.topology.pp
         while chunk := list(islice(batches, per_pass)):
             micro_batches = [
-                MicroBatch(b.tokens.to(device), b.labels.to(device), b.loss_mask.to(device)) for b in chunk
+                MicroBatch(b.tokens.to(device), b.labels.to(device), b.loss_mask.to(device)).share_of(engine.stage.cp)
+                for b in chunk
             ]
             totals[0] += engine.evaluate(micro_batches)
-            if self._context.model.index == 0:
-                totals[1] += sum(float(b.loss_mask.sum()) for b in chunk)
+            if self._context.model.index == 0:  # of the ranks that see the same tokens, one counts them
+                totals[1] += sum(float(b.loss_weight.sum()) for b in micro_batches)
         loss_sum, tokens = self._context.world.all_reduce(totals.to(device)).tolist()
         return loss_sum / tokens

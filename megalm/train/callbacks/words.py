@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from megalm.data.batch_size import BatchSize
 from megalm.train.callbacks.base import Outcome, RunContext, StepMetrics, ValidationMetrics
 
 
 def banner(context: RunContext) -> list[str]:
     """What is about to be trained, how, on what, and where the results go; four lines, one more for a resumed run."""
     config, model = context.config, context.config.model
-    tokens = format_count(context.total_steps * config.train.global_batch_size * model.sequence_length)
+    batch_size = BatchSize.of(config.train, model.sequence_length)
+    rise = f"{batch_size.start} rising to " if len(batch_size.sizes) > 1 else ""
+    tokens = format_count(batch_size.tokens_after(context.total_steps))
     zero = f", ZeRO-{config.engine.zero_stage}" if config.engine.zero_stage else ""
     peak = f", MFU relative to {context.mfu_peak}" if context.mfu_peak else ""
     lines = [
         f"megalm   {config.run.name}: GPT, {format_count(context.parameters)} parameters ({model.num_layers} layers, "
         f"hidden {model.hidden_size}, {model.num_heads} heads), {config.engine.dtype}",
         f"layout   {context.topology} on {context.device}{zero}{peak}",
-        f"batch    {config.train.global_batch_size} x {model.sequence_length} tokens; "
+        f"batch    {rise}{config.train.global_batch_size} x {model.sequence_length} tokens; "
         f"{context.total_steps:,} steps = {tokens} tokens of {config.data.path}",
         f"output   {context.run_dir}",
     ]

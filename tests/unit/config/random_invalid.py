@@ -78,11 +78,16 @@ _COUNTS = [
     "cluster.gpus_per_node",
     "logging.every",
     "optim.decay_tokens",
+    "optim.cooldown_tokens",
+    "train.batch_ramp_start",
+    "train.batch_ramp_increment",
 ]
+_TOKEN_COUNTS = ("optim.decay_tokens", "optim.cooldown_tokens")
 _NOT_NEGATIVE = [
     "optim.weight_decay",
     "optim.clip_grad_norm",
     "optim.warmup_tokens",
+    "train.batch_ramp_tokens",
     "checkpoint.every",
     "checkpoint.keep_last",
 ]
@@ -95,12 +100,29 @@ _CHOICES = [
     "model.activation",
     "objective.name",
     "optim.schedule",
+    "optim.cooldown",
     "engine.dtype",
     "logging.wandb",
 ]
 
+_RAMP_RELIES_ON = frozenset(
+    {
+        "train.batch_ramp_start",
+        "train.batch_ramp_increment",
+        "train.batch_ramp_tokens",
+        "train.global_batch_size",
+        "train.micro_batch_size",
+        "train.steps",
+        "model.sequence_length",
+        "launch.ranks",
+        "parallel.tp",
+        "parallel.pp",
+        "parallel.cp",
+    }
+)
+
 FAULTS: tuple[st.SearchStrategy[Fault], ...] = (
-    *(_single(path, 0, -1, -7, 2**40 if path != "optim.decay_tokens" else -2) for path in _COUNTS),
+    *(_single(path, 0, -1, -7, -2 if path in _TOKEN_COUNTS else 2**40) for path in _COUNTS),
     *(_single(path, -1, -100) for path in _NOT_NEGATIVE),
     *(_single(path, 0, -0.5) for path in _POSITIVE),
     *(_single(path, "nonsense", "", "BF-16", "fp16") for path in _CHOICES),
@@ -161,6 +183,42 @@ FAULTS: tuple[st.SearchStrategy[Fault], ...] = (
     ),
     st.just(
         Fault((("optim.warmup_tokens", 100), ("optim.decay_tokens", 100)), ("optim.warmup_tokens",)),
+    ),
+    st.sampled_from([("optim.schedule", "wsd"), ("optim.min_lr_ratio", 0.0)]).map(
+        lambda schedule: Fault(
+            (
+                schedule,
+                ("optim.cooldown_tokens", 90),
+                ("optim.warmup_tokens", 20),
+                ("optim.decay_tokens", 100),
+            ),
+            ("optim.cooldown_tokens",),
+            frozenset({"optim.schedule"}),
+        )
+    ),
+    st.just(Fault((("optim.cooldown", "sqrt"),), ("optim.cooldown",), frozenset({"optim.schedule"}))),
+    *(
+        st.just(Fault(changes, (named,), _RAMP_RELIES_ON))
+        for changes, named in (
+            ((("train.batch_ramp_start", 4),), "train.batch_ramp_tokens"),
+            ((("train.batch_ramp_tokens", 500),), "train.batch_ramp_tokens"),
+            ((("train.batch_ramp_increment", 4),), "train.batch_ramp_increment"),
+            ((("train.batch_ramp_start", 2), ("train.batch_ramp_tokens", 64)), "train.batch_ramp_start"),
+            ((("train.batch_ramp_start", 12), ("train.batch_ramp_tokens", 64)), "train.batch_ramp_start"),
+            (
+                (("train.batch_ramp_start", 4), ("train.batch_ramp_tokens", 64), ("train.batch_ramp_increment", 3)),
+                "train.batch_ramp_increment",
+            ),
+            (
+                (
+                    ("train.global_batch_size", 24),
+                    ("train.batch_ramp_start", 8),
+                    ("train.batch_ramp_tokens", 64),
+                    ("train.batch_ramp_increment", 12),
+                ),
+                "train.batch_ramp_increment",
+            ),
+        )
     ),
     st.just(
         Fault((("checkpoint.init_from", "runs/a"), ("checkpoint.resume", "runs/b")), ("checkpoint.init_from",)),

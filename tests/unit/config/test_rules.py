@@ -83,6 +83,7 @@ NEEDED_WITH: dict[str, dict[str, Any]] = {
     "model.rotary_scaling=linear": {"model__position": "rotary"},
     "model.rotary_scaling=llama3": {"model__position": "rotary"},
     "model.rotary_scaling=yarn": {"model__position": "rotary"},
+    "optim.cooldown=sqrt": {"optim__schedule": "wsd"},
     "parallel.schedule=interleaved_1f1b": {"parallel__virtual_stages": 2},
 }
 """What else a choice asks for."""
@@ -139,6 +140,36 @@ def test_defaults_are_in_bounds_and_among_the_choices() -> None:
             {"engine__dtype": "fp16"},
             "engine.dtype=fp16: fp16 with loss scaling is not in this version; engine.dtype=bf16 or fp32",
         ),
+        (
+            {"train__batch_ramp_start": 6, "train__batch_ramp_tokens": 100, "train__global_batch_size": 24},
+            "train.batch_ramp_start=6: not a multiple of dp*micro_batch_size = 2*2 = 4 on 8 ranks; "
+            "train.batch_ramp_start=4, 8, 12 or 24",
+        ),
+        (
+            {
+                "train__batch_ramp_start": 8,
+                "train__batch_ramp_increment": 12,
+                "train__batch_ramp_tokens": 100,
+                "train__global_batch_size": 24,
+            },
+            "train.batch_ramp_increment=12: does not divide the rise from train.batch_ramp_start=8 to "
+            "train.global_batch_size=24; train.batch_ramp_increment=4, 8 or 16, or train.batch_ramp_start=12 or 24",
+        ),
+        (
+            {"train__batch_ramp_start": 4},
+            "train.batch_ramp_tokens=0: no tokens to rise over from train.batch_ramp_start=4; "
+            "train.batch_ramp_tokens=256, or train.batch_ramp_start=null",
+        ),
+        (
+            {
+                "optim__cooldown_tokens": 70,
+                "optim__schedule": "wsd",
+                "optim__decay_tokens": 100,
+                "optim__warmup_tokens": 40,
+            },
+            "optim.cooldown_tokens=70: longer than the 60 tokens between optim.warmup_tokens=40 and "
+            "optim.decay_tokens=100; at most 60, or optim.cooldown_tokens=null, or optim.decay_tokens=110",
+        ),
         ({"run__name": "my run/1"}, "my-run-1"),
         (
             {"launch__ranks": 6},
@@ -166,6 +197,14 @@ def test_a_warmup_longer_than_the_run_is_no_violation_but_one_longer_than_the_de
     assert lines_of(optim__warmup_tokens=10**9) == []
     assert only_line(optim__warmup_tokens=100, optim__decay_tokens=50).startswith("optim.warmup_tokens=100: not below")
     assert lines_of(optim__warmup_tokens=100, optim__decay_tokens=50, optim__schedule="constant") == []
+
+
+def test_a_ramp_and_a_cooldown_that_fit() -> None:
+    ramp = {"train__batch_ramp_start": 4, "train__batch_ramp_tokens": 64}
+    assert lines_of(**ramp, train__global_batch_size=16) == []
+    assert lines_of(**ramp, train__global_batch_size=16, train__batch_ramp_increment=12) == []
+    assert lines_of(**ramp, train__global_batch_size=4) == []
+    assert lines_of(optim__schedule="wsd", optim__cooldown_tokens=10**9, optim__cooldown="sqrt") == []
 
 
 def test_a_named_checkpoint_and_initial_weights_exclude_each_other() -> None:

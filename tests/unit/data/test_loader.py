@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.config.schema import Data
+from megalm.data.batch_size import BatchSize
 from megalm.data.loader import TrainLoader, validation_batches
 from megalm.data.objectives import CausalLM
 from megalm.data.shards import ShardWriter, TokenShards
@@ -20,6 +21,8 @@ from megalm.errors import DataError
 
 SETTINGS = Data(path="unused", block_sequences=2, lanes=3, window_blocks=2)
 GLOBAL_BATCH = 12
+CONSTANT = BatchSize(GLOBAL_BATCH, GLOBAL_BATCH, GLOBAL_BATCH, 0, sequence_length=8)
+RAMP = BatchSize(final=24, start=6, increment=6, ramp_tokens=36 * 8, sequence_length=8)
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +35,12 @@ def dataset(tmp_path_factory) -> TokenShards:
 
 
 def loader(dataset: TokenShards, dp_rank: int = 0, dp_size: int = 1, **changes) -> TrainLoader:
-    settings = replace(SETTINGS, **{k: v for k, v in changes.items() if k != "seed"})
+    settings = replace(SETTINGS, **{k: v for k, v in changes.items() if k not in ("seed", "batch_size")})
     return TrainLoader(
         dataset,
         settings,
         objective=CausalLM(),
-        global_batch_size=GLOBAL_BATCH,
+        batch_size=changes.get("batch_size", CONSTANT),
         dp_rank=dp_rank,
         dp_size=dp_size,
         seed=changes.get("seed", 1),
@@ -71,6 +74,42 @@ def test_any_path_of_replicas_reads_the_stream_of_one(dataset: TokenShards, path
         for replica in replicas:
             replica.close()
     alone.close()
+
+
+@settings(max_examples=10, deadline=None)
+@given(stop=st.integers(0, 6), dp_size=st.sampled_from([1, 2, 3, 6]), prefetch=st.sampled_from([1, 4]))
+def test_a_ramp_resumed_anywhere_continues_at_any_number_of_replicas(
+    dataset: TokenShards, stop: int, dp_size: int, prefetch: int
+) -> None:
+    alone = loader(dataset, batch_size=RAMP)
+    straight = [step([alone]) for _ in range(8)]
+    assert [len(rows) for rows in straight] == [6, 6, 12, 18, 24, 24, 24, 24]
+    before = loader(dataset, batch_size=RAMP)
+    for _ in range(stop):
+        before.next()
+    replicas = [loader(dataset, rank, dp_size, batch_size=RAMP, prefetch_batches=prefetch) for rank in range(dp_size)]
+    for replica in replicas:
+        replica.load_state_dict(before.state_dict())
+    assert [step(replicas) for _ in range(8 - stop)] == straight[stop:]
+    for each in (alone, before, *replicas):
+        each.close()
+
+
+def test_another_ramp_cuts_the_same_stream(dataset: TokenShards) -> None:
+    """A checkpoint of a ramp resumes at a constant batch: no sample is lost, none comes twice or changes."""
+    ramping, constant = loader(dataset, batch_size=RAMP), loader(dataset)
+    rows = {**step([ramping]), **step([ramping])}
+    expected = {**step([constant]), **step([constant])}
+    resumed = loader(dataset)
+    resumed.load_state_dict(ramping.state_dict())
+    assert {**rows, **step([resumed])} == expected
+    for each in (ramping, constant, resumed):
+        each.close()
+
+
+def test_every_size_of_a_ramp_splits_over_the_replicas(dataset: TokenShards) -> None:
+    with pytest.raises(ValueError, match="global batch of 6 does not split over 4 replicas"):
+        loader(dataset, 0, 4, batch_size=RAMP)
 
 
 def test_a_label_is_the_next_token(dataset: TokenShards) -> None:

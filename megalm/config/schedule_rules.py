@@ -1,0 +1,152 @@
+"""Rules about what changes in the course of a run: the batch-size ramp and the phases of the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megalm.config.cross_rules import divisors, needs
+from megalm.config.field_rules import Job
+from megalm.config.violation import Fix, Violation
+
+_RAMP = (
+    "train.batch_ramp_start",
+    "train.batch_ramp_increment",
+    "train.batch_ramp_tokens",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "train.steps",
+    "model.sequence_length",
+    "parallel.tp",
+    "parallel.pp",
+    "parallel.cp",
+)
+_MOST_SIZES = 6
+_MOST_TRIED = 1000
+
+
+@needs(*_RAMP)
+def batch_ramp_is_whole(job: Job) -> Iterator[Violation]:
+    """A ramp has a start and a length; without a start there is nothing to grow."""
+    train = job.config.train
+    if train.batch_ramp_start is not None:
+        if train.batch_ramp_tokens == 0:
+            run = train.steps * train.global_batch_size * job.config.model.sequence_length
+            yield Violation(
+                "train.batch_ramp_tokens",
+                0,
+                f"no tokens to rise over from train.batch_ramp_start={train.batch_ramp_start}",
+                fixes=(Fix("train.batch_ramp_tokens", (max(1, run // 10),)), Fix("train.batch_ramp_start", (None,))),
+            )
+        return
+    start = Fix("train.batch_ramp_start", _ramp_starts(job)[:1])
+    if train.batch_ramp_increment is not None:
+        wrong = "there is no ramp that it could belong to: train.batch_ramp_start=null"
+        fixes = (Fix("train.batch_ramp_increment", (None,)), start)
+        yield Violation("train.batch_ramp_increment", train.batch_ramp_increment, wrong, fixes=fixes)
+    if train.batch_ramp_tokens:
+        wrong = "the ramp has no size to rise from: train.batch_ramp_start=null"
+        fixes = (Fix("train.batch_ramp_tokens", (0,)), start)
+        yield Violation("train.batch_ramp_tokens", train.batch_ramp_tokens, wrong, fixes=fixes)
+
+
+@needs(*_RAMP)
+def batch_ramp_splits_evenly(job: Job) -> Iterator[Violation]:
+    """At every size of the ramp each replica runs equally many whole micro-batches."""
+    train, unit = job.config.train, _unit(job)
+    if unit is None:
+        return
+    sizes = {
+        "train.batch_ramp_start": train.batch_ramp_start,
+        "train.batch_ramp_increment": train.batch_ramp_increment,
+    }
+    for field, size in sizes.items():
+        if size is not None and size % unit:
+            fitting = _ramp_starts(job) if field == "train.batch_ramp_start" else _ramp_increments(job)
+            yield Violation(
+                field,
+                size,
+                f"not a multiple of dp*micro_batch_size = {unit // train.micro_batch_size}*{train.micro_batch_size} "
+                f"= {unit} on {job.world_size} ranks",
+                fixes=(Fix(field, _nearest(fitting, size)), Fix(field, (None,))),
+            )
+
+
+@needs(*_RAMP)
+def batch_ramp_arrives(job: Job) -> Iterator[Violation]:
+    """Whole increments lead from the first batch size to the last."""
+    train = job.config.train
+    start, final = train.batch_ramp_start, train.global_batch_size
+    if start is None:
+        return
+    starts = Fix("train.batch_ramp_start", _nearest(_ramp_starts(job), start))
+    increment = start if train.batch_ramp_increment is None else train.batch_ramp_increment
+    if start > final:
+        wrong = f"above train.global_batch_size={final}, where the ramp ends"
+        yield Violation("train.batch_ramp_start", start, wrong, fixes=(starts, Fix("train.batch_ramp_start", (None,))))
+    elif (final - start) % increment:
+        wrong = f"does not divide the rise from train.batch_ramp_start={start} to train.global_batch_size={final}"
+        sizes = Fix("train.batch_ramp_increment", _nearest(_ramp_increments(job), increment))
+        yield Violation("train.batch_ramp_increment", increment, wrong, fixes=(sizes, starts))
+
+
+@needs("optim.warmup_tokens", "optim.decay_tokens", "optim.cooldown_tokens")
+def cooldown_fits(job: Job) -> Iterator[Violation]:
+    """A cooldown belongs to ``wsd`` and lies between the warm-up and the end of the decay.
+
+    Where that end is the run's own the run may be shorter: that is how a job is tried out.
+    """
+    optim = job.config.optim
+    if optim.schedule != "wsd":
+        wsd = Fix("optim.schedule", ("wsd",))
+        wrong = f"optim.schedule={optim.schedule} has no cooldown"
+        if optim.cooldown_tokens is not None:
+            fixes = (Fix("optim.cooldown_tokens", (None,)), wsd)
+            yield Violation("optim.cooldown_tokens", optim.cooldown_tokens, wrong, fixes=fixes)
+        if optim.cooldown == "sqrt":
+            yield Violation("optim.cooldown", optim.cooldown, wrong, fixes=(Fix("optim.cooldown", ("linear",)), wsd))
+        return
+    if optim.cooldown_tokens is None or optim.decay_tokens is None or optim.warmup_tokens >= optim.decay_tokens:
+        return
+    room = optim.decay_tokens - optim.warmup_tokens
+    if optim.cooldown_tokens > room:
+        yield Violation(
+            "optim.cooldown_tokens",
+            optim.cooldown_tokens,
+            f"longer than the {room} tokens between optim.warmup_tokens={optim.warmup_tokens} and "
+            f"optim.decay_tokens={optim.decay_tokens}",
+            f"at most {room}",
+            fixes=(
+                Fix("optim.cooldown_tokens", (None,)),
+                Fix("optim.decay_tokens", (optim.warmup_tokens + optim.cooldown_tokens,)),
+            ),
+        )
+
+
+def _unit(job: Job) -> int | None:
+    """Sequences of one micro-batch on every replica; None where the ranks form no whole replicas."""
+    parallel = job.config.parallel
+    replicas, rest = divmod(job.world_size, parallel.tp * parallel.pp * parallel.cp)
+    return None if rest or not replicas else replicas * job.config.train.micro_batch_size
+
+
+def _ramp_starts(job: Job) -> tuple[int, ...]:
+    """First sizes from which whole increments lead to the last, some of them where there are many."""
+    train, unit = job.config.train, _unit(job) or 1
+    if train.batch_ramp_increment is None:
+        sizes = divisors(train.global_batch_size)
+    else:
+        first = train.global_batch_size % train.batch_ramp_increment or train.batch_ramp_increment
+        sizes = tuple(range(first, train.global_batch_size + 1, train.batch_ramp_increment)[:_MOST_TRIED])
+    return tuple(size for size in sizes if size % unit == 0)
+
+
+def _ramp_increments(job: Job) -> tuple[int, ...]:
+    """Increments that divide the whole rise."""
+    train = job.config.train
+    rise = train.global_batch_size - (train.batch_ramp_start or 0)
+    unit = _unit(job) or 1
+    return tuple(size for size in divisors(rise) if size % unit == 0) if rise > 0 else ()
+
+
+def _nearest(sizes: tuple[int, ...], size: int) -> tuple[int, ...]:
+    return tuple(sorted(sorted(sizes, key=lambda other: abs(other - size))[:_MOST_SIZES]))
