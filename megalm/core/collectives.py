@@ -162,8 +162,7 @@ def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def _own_slice(x: Tensor, group: Group, dim: int) -> Tensor:
-    own: Tensor = _by_member(x, group, dim)[group.index]
-    return own.contiguous()
+    return _by_member(x, group, dim)[group.index].contiguous()
 
 
 def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
@@ -174,7 +173,8 @@ def _by_member(x: Tensor, group: Group, dim: int) -> Tensor:
     """[.., n, ..] ▶ a view [T, .., n/T, ..]."""
     if x.shape[dim] % group.size:
         raise ValueError(f"dim {dim} of {tuple(x.shape)} does not split evenly over {group.size} ranks")
-    return x.unflatten(dim, (group.size, -1)).movedim(dim, 0)
+    members: Tensor = x.unflatten(dim, (group.size, -1)).movedim(dim, 0)
+    return members
 
 
 def _all_gather_single(out: Tensor, x: Tensor, group: Group) -> dist.Work:

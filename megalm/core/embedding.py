@@ -21,6 +21,7 @@ class VocabParallelEmbedding(ParallelModule):
     def __init__(self, vocab_size: int, hidden_size: int, *, tp: TensorParallel, std: float) -> None:
         super().__init__()
         self.tp = tp
+        self._linear = column_linear(tp)
         group = tp.group
         (self.first_token, self.stop_token), padding = padded_range(vocab_size, group.index, group.size)
         shard = ShardSpec((vocab_size, hidden_size), 0, ((self.first_token, self.stop_token),), padding)
@@ -50,7 +51,7 @@ class VocabParallelEmbedding(ParallelModule):
 
         [B, S, H], or [B, S/T, H] under sequence parallelism ▶ [B, S, ceil(V/T)], padding columns at minus infinity.
         """
-        logits = column_linear(x, self.weight, None, self.tp)
+        logits = self._linear(x, self.weight, None)
         padding = self.weight.shape[0] - self.local_vocab_size
         if padding:
             # Out of place, so that padding rows get no gradient either.

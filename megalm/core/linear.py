@@ -32,7 +32,7 @@ With T=1 and no zero bubble a layer is ``F.linear``. Otherwise it is a function 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ from megalm.core.tensor_parallel import TensorParallel
 
 SEQUENCE = 1
 """The dim of an activation that sequence parallelism splits."""
+
+Linear = Callable[[Tensor, nn.Parameter, nn.Parameter | None], Tensor]
+"""(input, weight, bias) ▶ output."""
 
 
 class ColumnParallelLinear(ParallelModule):
@@ -68,6 +71,7 @@ class ColumnParallelLinear(ParallelModule):
     ) -> None:
         super().__init__()
         self.tp = tp
+        self._linear = column_linear(tp)
         group = tp.group
         ranges, offset = [], 0
         for size in out_features:
@@ -80,7 +84,7 @@ class ColumnParallelLinear(ParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, I], or [B, S/T, I] under sequence parallelism ▶ [B, S, O/T]."""
-        return column_linear(x, self.weight, self.bias, self.tp)
+        return self._linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Unsharded sizes and the degree."""
@@ -98,6 +102,8 @@ class RowParallelLinear(ParallelModule):
     def __init__(self, in_features: int, out_features: int, *, tp: TensorParallel, std: float, bias: bool) -> None:
         super().__init__()
         self.tp = tp
+        # Alone, rows and columns are split alike: not at all.
+        self._linear = column_linear(tp) if tp.group.size == 1 else _outside_graphs(_RowLinear, tp)
         group = tp.group
         ranges = (even_range(in_features, group.index, group.size),)
         self.weight = self.declare("weight", ShardSpec((out_features, in_features), 1, ranges), Init.normal(std))
@@ -106,9 +112,7 @@ class RowParallelLinear(ParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, I/T] ▶ [B, S, O], or [B, S/T, O] under sequence parallelism."""
-        if self.tp.group.size == 1:  # then rows and columns are the same
-            return column_linear(x, self.weight, self.bias, self.tp)
-        return _outside_graphs(_RowLinear)(x, self.weight, self.bias, self.tp)
+        return self._linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Unsharded sizes and the degree."""
@@ -116,16 +120,25 @@ class RowParallelLinear(ParallelModule):
         return f"{in_features} ▶ {out_features}, columns over {self.tp.group.size}"
 
 
-def column_linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: TensorParallel) -> Tensor:
-    """``x Wᵀ + b`` with this rank's rows of ``W`` [O/T, I]; shapes as in :meth:`ColumnParallelLinear.forward`."""
+def column_linear(tp: TensorParallel) -> Linear:
+    """``x Wᵀ + b`` with a rank's rows of ``W`` [O/T, I]; shapes as in :meth:`ColumnParallelLinear.forward`."""
     if tp.group.size == 1 and not tp.weight_gradients.enabled:
-        return F.linear(x, weight, bias)
-    return _outside_graphs(_ColumnLinear)(x, weight, bias, tp)
+        return F.linear
+    return _outside_graphs(_ColumnLinear, tp)
+
+
+def _outside_graphs(function: type[torch.autograd.Function], tp: TensorParallel) -> Linear:
+    """A function that ``torch.compile`` is not to trace.
+
+    A traced backward would decide once, when it is compiled, whether it postpones, and would order its collectives
+    anew on each rank.
+    """
+    return partial(torch.compiler.disable(function.apply), tp)
 
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: TensorParallel) -> Tensor:
+    def forward(ctx: Any, tp: TensorParallel, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tp, ctx.parameter = tp, weight
         whole = start_all_gather(x, tp.group, SEQUENCE).wait() if tp.splits_sequence else x
@@ -135,43 +148,32 @@ class _ColumnLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        tp, (needs_input, needs_weight, needs_bias, _) = ctx.tp, ctx.needs_input_grad
+        tp, (_, needs_input, needs_weight, needs_bias) = ctx.tp, ctx.needs_input_grad
         product = _WeightProduct(_Whole(gradient), _Share(x, tp.group) if tp.splits_sequence else _Whole(x))
         postpones = tp.weight_gradients.postpones
         if needs_weight and not postpones:
             product.start()
         reduction: Pending | None = None
         if needs_input:
-            partial = gradient @ weight
-            reduction = (
-                start_reduce_scatter(partial, tp.group, SEQUENCE)
-                if tp.splits_sequence
-                else start_all_reduce(partial, tp.group)
-            )
+            reduction = _start_reduction(gradient @ weight, tp)
         weight_gradient = _now_or_later(product, ctx.parameter, tp) if needs_weight else None
         bias_gradient = _bias_gradient(gradient) if needs_bias else None
-        return None if reduction is None else reduction.wait(), weight_gradient, bias_gradient, None
+        return None, None if reduction is None else reduction.wait(), weight_gradient, bias_gradient
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: TensorParallel) -> Tensor:
+    def forward(ctx: Any, tp: TensorParallel, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tp, ctx.parameter = tp, weight
-        partial = F.linear(x, weight)
-        reduction = (
-            start_reduce_scatter(partial, tp.group, SEQUENCE)
-            if tp.splits_sequence
-            else start_all_reduce(partial, tp.group)
-        )
-        y = reduction.wait()
+        y = _start_reduction(F.linear(x, weight), tp).wait()
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        tp, (needs_input, needs_weight, needs_bias, _) = ctx.tp, ctx.needs_input_grad
+        tp, (_, needs_input, needs_weight, needs_bias) = ctx.tp, ctx.needs_input_grad
         postpones = tp.weight_gradients.postpones
         share = _Share(gradient, tp.group) if tp.splits_sequence else _Whole(gradient)
         share.start()
@@ -181,7 +183,7 @@ class _RowLinear(torch.autograd.Function):
         # A postponed product keeps the share and gathers it again, so that memory does not grow with what waits.
         product = _WeightProduct(share if postpones else _Whole(whole), _Whole(x))
         weight_gradient = _now_or_later(product, ctx.parameter, tp) if needs_weight else None
-        return input_gradient, weight_gradient, bias_gradient, None
+        return None, input_gradient, weight_gradient, bias_gradient
 
 
 class _Whole:
@@ -234,6 +236,11 @@ class _WeightProduct:
         return self._gradients.whole().flatten(0, -2).t() @ self._inputs.whole().flatten(0, -2)
 
 
+def _start_reduction(part: Tensor, tp: TensorParallel) -> Pending:
+    """Parts [B, S, H] ▶ their sum as activations are outside tensor-parallel regions."""
+    return start_reduce_scatter(part, tp.group, SEQUENCE) if tp.splits_sequence else start_all_reduce(part, tp.group)
+
+
 def _now_or_later(product: _WeightProduct, parameter: nn.Parameter, tp: TensorParallel) -> Tensor | None:
     if not tp.weight_gradients.postpones:
         return product()
@@ -243,14 +250,3 @@ def _now_or_later(product: _WeightProduct, parameter: nn.Parameter, tp: TensorPa
 
 def _bias_gradient(gradient: Tensor) -> Tensor:
     return gradient.flatten(0, -2).sum(dim=0)
-
-
-@cache
-def _outside_graphs(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """``function.apply``, which ``torch.compile`` is not to trace.
-
-    A traced backward would decide once, when it is compiled, whether it postpones, and would order its collectives
-    anew on each rank.
-    """
-    applied: Callable[..., Tensor] = torch.compiler.disable(function.apply)
-    return applied
