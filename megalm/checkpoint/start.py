@@ -6,7 +6,7 @@ The launcher asks before any rank starts, so that a path that does not load cost
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megalm.checkpoint.store import (
     locate,
     torn_checkpoints,
 )
+from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.errors import CheckpointError
 
@@ -105,7 +106,7 @@ def _check_model(config: Config, manifest: Manifest, path: Path) -> None:
     problems = [
         f"model.{name}={value}: {path} was trained with {saved.get(name)}; set model.{name}={saved.get(name)}, or "
         "choose another run.name"
-        for name, value in asdict(config.model).items()
+        for name, value in config_to_dict(config)["model"].items()
         if name != "vocab_size" and saved.get(name) != value
     ]
     vocab_size = config.model.vocab_size
