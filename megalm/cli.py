@@ -131,6 +131,12 @@ def _check(options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from megalm.verify.run import run_verify
+
+    return run_verify(options.overrides, options.json)
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from megalm.evaluate.perplexity import run_evaluate
 
@@ -169,6 +175,14 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a run, such as runs/quickstart, or its name in runs/")
 
 
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="where the layout certificate is written; default: layout_certificate.json in the run's folder",
+    )
+
+
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     _run_options(parser)
     parser.add_argument("--prompt", required=True, help="text to continue; any text, quoted for the shell alone")
@@ -184,5 +198,10 @@ _COMMANDS = {
     ),
     "evaluate": _Command("Loss and perplexity of a run over its whole validation split.", _run_options, _evaluate),
     "generate": _Command("Let a run continue a prompt.", _generate_options, _generate),
+    "verify": _Command(
+        "Prove that a config's layout trains like one process: shrunk, on this machine's CPU, in a minute.",
+        _verify_options,
+        _verify,
+    ),
     "check": _Command("Validate a configuration in a second, by itself, for cluster.gpus GPUs.", _no_options, _check),
 }

@@ -10,12 +10,13 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of ``megalm train``; a job script decides by them whether to requeue."""
+    """Exit codes of ``megalm train``, by which a job script decides whether to requeue; and of ``megalm verify``."""
 
     DONE = 0
     BAD_CONFIG = 2
     BAD_DATA = 3
     DIVERGED = 4
+    NOT_PROVEN = 5
     BUG = 70
     REQUEUE = 85
     INTERRUPTED = 130

@@ -100,8 +100,8 @@ def _learning_rate(config: Config) -> str:
     if optim.schedule == "wsd":
         total = BatchSize.of(config.train, config.model.sequence_length).tokens_after(config.train.steps)
         start, end = LearningRate(optim, total).decay
-        fall = f"constant, {optim.cooldown} to {optim.min_lr_ratio:g} of it over the last {rounded(max(end - start, 0))} tokens"
-        return f"{optim.lr:g}{warmup}, {fall}"
+        fall = f"{optim.cooldown} to {optim.min_lr_ratio:g} of it over the last {rounded(max(end - start, 0))} tokens"
+        return f"{optim.lr:g}{warmup}, constant, then {fall}"
     decay = "" if optim.decay_tokens is None else f" over {rounded(optim.decay_tokens)} tokens"
     return f"{optim.lr:g}{warmup}, {optim.schedule} to {optim.min_lr_ratio:g} of it{decay}"
 

@@ -1,0 +1,181 @@
+"""Runs a function on gloo ranks of this machine, several items per start, without a word on the console.
+
+Ranks are spawned, never forked: a forked process inherits torch's threads and locks and may hang. What a rank prints is
+kept and shown only if it fails; if ranks take too long, the stacks of all of them are part of the failure.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_LOG_CHARACTERS = 4000
+_GRACE_SECONDS = 1.0
+"""How long the other ranks of a failed world have to write down their own failure, or their stacks."""
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """Why a world of ranks did not give a result.
+
+    Attributes:
+        summary: one line.
+        report: what each rank that failed had to say.
+    """
+
+    summary: str
+    report: str
+
+
+def run_on_ranks(
+    world_size: int, function: Callable[[Any], Any], items: Sequence[Any], *, timeout_seconds: float = 300.0
+) -> list[list[Any] | RankFailure]:
+    """Call ``function(item)`` for each item, in order, on ``world_size`` ranks of an initialised gloo world.
+
+    A failure costs its own item alone: the ranks are started anew for those after it.
+
+    Args:
+        world_size: ranks.
+        function: importable, defined at the top of a module.
+        items: picklable.
+        timeout_seconds: longest that all items of one start may take.
+
+    Returns:
+        For each item the results by rank, or why there are none.
+    """
+    results: list[list[Any] | RankFailure] = []
+    while len(results) < len(items):
+        results += _run_until_failure(world_size, function, items[len(results) :], timeout_seconds)
+    return results
+
+
+def _run_until_failure(
+    world_size: int, function: Callable[[Any], Any], items: Sequence[Any], timeout_seconds: float
+) -> list[list[Any] | RankFailure]:
+    with tempfile.TemporaryDirectory(prefix="megalm-verify-") as name:
+        folder = Path(name)
+        context = multiprocessing.get_context("spawn")
+        processes = [
+            context.Process(target=_rank_main, args=(rank, world_size, name, function, list(items)), daemon=True)
+            for rank in range(world_size)
+        ]
+        with _one_thread_each():
+            for process in processes:
+                process.start()
+        try:
+            failure = _wait(processes, folder, timeout_seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        results: list[list[Any] | RankFailure] = []
+        for item in range(len(items)):
+            files = [_result_file(folder, rank, item) for rank in range(world_size)]
+            if not all(file.exists() for file in files):
+                return [*results, failure or RankFailure("a rank ended without a result", "")]
+            results.append([pickle.loads(file.read_bytes()) for file in files])
+        return results
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Many ranks share few cores; read by OpenMP when a process that starts inside loads it."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _wait(processes: Sequence[BaseProcess], folder: Path, timeout_seconds: float) -> RankFailure | None:
+    """Until all ranks have ended, one has failed, or time is up."""
+    deadline = time.monotonic() + timeout_seconds
+    while any(process.is_alive() for process in processes):
+        time.sleep(0.02)
+        if any(process.exitcode not in (None, 0) for process in processes):
+            time.sleep(_GRACE_SECONDS)
+            break
+        if time.monotonic() > deadline:
+            for process in processes:
+                if process.is_alive() and process.pid is not None:
+                    os.kill(process.pid, signal.SIGUSR2)
+            time.sleep(_GRACE_SECONDS)
+            return RankFailure(f"no result after {timeout_seconds:.0f} s", _report(folder, len(processes)))
+    codes = [process.exitcode for process in processes]
+    if not any(codes):
+        return None
+    first = next(rank for rank, code in enumerate(codes) if code)
+    errors = {rank: file for rank in range(len(codes)) if (file := folder / f"error-{rank}").exists()}
+    if not errors:
+        return RankFailure(f"rank {first} ended with exit code {codes[first]}", _report(folder, len(processes)))
+    # The one that failed first; the others lost their connection to it.
+    rank = min(errors, key=lambda rank: errors[rank].stat().st_mtime_ns)
+    line = errors[rank].read_text(encoding="utf-8").strip().splitlines()[-1]
+    return RankFailure(f"rank {rank}: {line}", _report(folder, len(processes)))
+
+
+def _report(folder: Path, world_size: int) -> str:
+    parts = []
+    for rank in range(world_size):
+        for kind in ("error", "stack", "log"):
+            file = folder / f"{kind}-{rank}"
+            text = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else ""
+            if text:
+                parts.append(f"--- rank {rank}: {kind} ---\n{text[-_LOG_CHARACTERS:]}")
+    return "\n".join(parts)
+
+
+def _result_file(folder: Path, rank: int, item: int) -> Path:
+    return folder / f"result-{rank}-{item}"
+
+
+def _rank_main(rank: int, world_size: int, name: str, function: Callable[[Any], Any], items: list[Any]) -> None:
+    folder = Path(name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent ends its ranks
+    log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    stack = (folder / f"stack-{rank}").open("w")
+    faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if sys.platform == "linux":  # gloo would look for the machine's own name, which a laptop may not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        store = dist.FileStore(str(folder / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        for number, item in enumerate(items):
+            result = pickle.dumps(function(item))
+            partial = folder / f"partial-{rank}"
+            partial.write_bytes(result)
+            partial.rename(_result_file(folder, rank, number))
+        dist.barrier()
+        dist.destroy_process_group()
+        code = 0
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc(), encoding="utf-8")
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no rank waits in a collective for one that failed, and gloo's threads end with the process

@@ -1,0 +1,48 @@
+"""``megalm verify`` on real ranks: a sound config is proven, a wrong layer and a lost rank are found and named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import wrong_layers
+
+from megalm.cli import main
+from megalm.errors import ExitCode
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_sound_config_is_proven_without_a_word_besides(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megalm"]
+    command += ["verify", "experiment=quickstart", "parallel=tp2", f"run.dir={tmp_path}", "run.name=sound"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=250)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    path = tmp_path / "sound" / "layout_certificate.json"
+    assert done.stdout.splitlines()[-1] == f"proven: layout certificate in {path}"
+    certificate = json.loads(path.read_text())
+    rows = {(row["layout"], row["dtype"]): row for row in certificate["rows"]}
+    assert rows.keys() == {("one rank", "bf16"), ("tp2", "bf16"), ("dp2", "bf16"), ("tp2", "fp32")}
+    assert certificate["passed"] and all(row["passed"] for row in rows.values())
+    assert certificate["reference"]["bf16"]["clipped_steps"] == [1, 2, 3, 4, 5, 6]
+    assert 0 < rows["tp2", "fp32"]["differences"]["weights"] < 1e-5
+
+
+def test_a_wrong_layer_and_a_lost_rank_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megalm.verify.run.train_case", wrong_layers.train_case)
+    path = tmp_path / "certificate.json"
+    config = ["experiment=quickstart", "parallel=tp2", "engine.dtype=fp32", f"run.dir={tmp_path}"]
+    assert main(["verify", *config, "--json", str(path)]) == ExitCode.NOT_PROVEN
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert out.splitlines()[-1] == f"NOT PROVEN: layout certificate in {path}"
+    assert "FAIL dp2 (fp32): rank" in out and "RuntimeError: this replica is lost" in out
+    assert "FAIL tp2 (fp32): loss differs by" in out
+    rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
+    assert {name: row["passed"] for name, row in rows.items()} == {"one rank": True, "tp2": False, "dp2": False}
+    assert "Traceback" in rows["dp2"]["report"]
