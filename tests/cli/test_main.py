@@ -39,11 +39,11 @@ def megalm(capsys):
 def test_alone_prints_help(megalm):
     result = megalm()
     assert result.code == 0
-    for command in ("train", "evaluate", "generate", "check"):
+    for command in ("train", "evaluate", "generate", "verify", "check"):
         assert f"\n  {command} " in result.out
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "check"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "verify", "check"])
 def test_help_of_commands(megalm, command):
     result = megalm(command, "--help")
     assert result.code == 0

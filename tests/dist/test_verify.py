@@ -42,7 +42,7 @@ def test_a_wrong_layer_and_a_lost_rank_are_named(
     assert err == ""
     assert out.splitlines()[-1] == f"NOT PROVEN: layout certificate in {path}"
     assert "FAIL dp2 (fp32): rank" in out and "RuntimeError: this replica is lost" in out
-    assert "FAIL tp2 (fp32): loss differs by" in out
+    assert "FAIL tp2 (fp32): gradient norm differs by" in out
     rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
     assert {name: row["passed"] for name, row in rows.items()} == {"one rank": True, "tp2": False, "dp2": False}
     assert "Traceback" in rows["dp2"]["report"]
