@@ -19,7 +19,7 @@ from megalm.core.block import TransformerBlock
 from megalm.core.context_parallel import ContextParallel
 from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.groups import ParallelContext
-from megalm.core.loss import vocab_parallel_cross_entropy
+from megalm.core.loss import output_loss
 from megalm.core.norm import make_norm
 from megalm.core.pipeline.schedule import splits_backward
 from megalm.core.place import Place
@@ -116,6 +116,7 @@ class GPT(nn.Module):
         super().__init__()
         self.part, self.tp, self.cp = part, tp, cp
         self.tied = model.tie_embeddings
+        self.loss_chunk_tokens, self.z_loss = engine.loss_chunk_tokens, objective.z_loss
 
         def embedding() -> VocabParallelEmbedding:
             return VocabParallelEmbedding(vocab_size, model.hidden_size, tp=tp, std=model.init_std)
@@ -162,17 +163,20 @@ class GPT(nn.Module):
 
         Returns:
             The same shape for the next stage; on the last stage the terms of the objective, [1]: the weighted sum of
-            token losses, in nats.
+            token losses, in nats; or [2], with the z-loss.
         """
         x = self._blocks(stage, hidden, micro_batch)
         if stage != self.part.num_stages - 1:
             return x
         assert self.final_norm is not None
-        logits = self.output_embedding.logits(self.final_norm(x))
-        losses = vocab_parallel_cross_entropy(
-            logits, micro_batch.labels, self.tp.group, self.output_embedding.first_token
+        return output_loss(
+            self.final_norm(x),
+            self.output_embedding,
+            micro_batch.labels,
+            micro_batch.loss_weight,
+            chunk_tokens=self.loss_chunk_tokens,
+            z_loss=self.z_loss,
         )
-        return (losses * micro_batch.loss_weight).sum().unsqueeze(0)
 
     def _blocks(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         place = micro_batch.place

@@ -49,6 +49,8 @@ FULL = {
     "embedding.weight": values(V, H, salt=8),
 }
 INPUT, WIDE_INPUT = values(B, S, H, salt=9), values(B, S, FFN, salt=10)
+LOSS_WEIGHT = values(B, S, salt=16).relu()
+"""Half of the tokens are masked."""
 SIZES = (12, 8, 4)
 """The fused outputs of the column-parallel layer."""
 
@@ -69,6 +71,7 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
     from megalm.core.embedding import VocabParallelEmbedding
     from megalm.core.groups import ALONE, ParallelContext
     from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
+    from megalm.core.loss import output_loss
     from megalm.core.tensor_parallel import TensorParallel
     from megalm.core.weight_gradients import WeightGradients
     from megalm.topology import Topology
@@ -140,6 +143,26 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
     head = VocabParallelEmbedding(V, H, tp=tp, std=1.0)
     weight = values(B, S, V, salt=15)[..., head.first_token : head.stop_token]
     run("logits", {"embedding": head}, lambda x: head.logits(x)[..., : head.local_vocab_size], outside(INPUT), weight)
+
+    chunks = (0, 2, 5, 8, 64)  # 5 and 8 leave a shorter last chunk; 64 is more than there are
+    for chunk_tokens in chunks if not case.zero_bubble else ():
+        for z_loss in (0.0, 0.2):
+            rows = VocabParallelEmbedding(V, H, tp=tp, std=1.0)
+            fill(rows, "embedding")
+            x = outside(INPUT).clone().requires_grad_()
+            arguments = rows, TOKENS, LOSS_WEIGHT
+            terms = output_loss(x, *arguments, chunk_tokens=chunk_tokens, z_loss=z_loss)
+            (3.0 * terms.sum()).backward()
+            full = torch.zeros_like(FULL["embedding.weight"])
+            rows.declarations["weight"].shard.put(rows.weight.grad, full)
+            assert not rows.weight.grad[rows.local_vocab_size :].any(), "padding is never trained"
+            with torch.no_grad():
+                torch.testing.assert_close(output_loss(x, *arguments, chunk_tokens=3, z_loss=z_loss), terms)
+            results[f"loss {chunk_tokens} {z_loss}"] = {
+                "output": terms.detach(),
+                "input": x.grad,
+                "embedding.weight": full,
+            }
     return results
 
 
@@ -199,6 +222,27 @@ def test_layer_matches_one_process(case: Case, name: str, results) -> None:
     for parameter in ranks[0].keys() - {"output", "input"}:
         total = torch.stack([found[parameter] for found in ranks]).sum(0)
         torch.testing.assert_close(total, want[parameter], msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.2])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.zero_bubble], ids=str)
+def test_output_loss_matches_one_process(case: Case, z_loss: float, results) -> None:
+    x, rows = INPUT.clone().requires_grad_(), FULL["embedding.weight"].clone().requires_grad_()
+    logits = F.linear(x, rows).flatten(0, 1)
+    losses = F.cross_entropy(logits, TOKENS.flatten(), reduction="none")
+    terms = [(losses * LOSS_WEIGHT.flatten()).sum()]
+    if z_loss:
+        terms.append(z_loss * (logits.logsumexp(-1).square() * LOSS_WEIGHT.flatten()).sum())
+    want = torch.stack(terms)
+    (3.0 * want.sum()).backward()
+    names = [name for name in results[case][0] if name.startswith("loss") and name.endswith(str(z_loss))]
+    assert len(names) == 5
+    for name in names:
+        ranks = [found[name] for found in results[case]]
+        torch.testing.assert_close(joined([found["output"] for found in ranks], None), want)
+        gradient = joined([found["input"] for found in ranks], 1 if case.sequence_parallel else None)
+        torch.testing.assert_close(gradient, x.grad)
+        torch.testing.assert_close(sum(found["embedding.weight"] for found in ranks), rows.grad)
 
 
 # --- memory and order -------------------------------------------------------------------------------------------------
