@@ -155,12 +155,15 @@ class Certificate:
             f"hidden {model.hidden_size}, {model.num_heads} heads, sequence {model.sequence_length}, vocabulary "
             f"{model.vocab_size}, batch {case.config.train.global_batch_size}",
             highlight=False,
+            soft_wrap=True,
         )
         for note in self.shrunk.notes:
-            console.print(f"note: {note}", highlight=False)
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
         for row in self.rows:
             for complaint in row.complaints:
-                console.print(f"FAIL {row.case} ({row.case.config.engine.dtype}): {complaint}", highlight=False)
+                console.print(
+                    f"FAIL {row.case} ({row.case.config.engine.dtype}): {complaint}", highlight=False, soft_wrap=True
+                )
 
 
 def digest(config: Config) -> str:

@@ -122,14 +122,15 @@ def _wait(processes: Sequence[BaseProcess], folder: Path, timeout_seconds: float
     codes = [process.exitcode for process in processes]
     if not any(codes):
         return None
-    first = next(rank for rank, code in enumerate(codes) if code)
     errors = {rank: file for rank in range(len(codes)) if (file := folder / f"error-{rank}").exists()}
-    if not errors:
-        return RankFailure(f"rank {first} ended with exit code {codes[first]}", _report(folder, len(processes)))
+    report = _report(folder, len(processes))
+    silent = [rank for rank, code in enumerate(codes) if code and rank not in errors]
+    if silent:  # killed, or crashed outside Python: whatever the others say came of it
+        return RankFailure(f"rank {silent[0]} ended with exit code {codes[silent[0]]}", report)
     # The one that failed first; the others lost their connection to it.
     rank = min(errors, key=lambda rank: errors[rank].stat().st_mtime_ns)
     line = errors[rank].read_text(encoding="utf-8").strip().splitlines()[-1]
-    return RankFailure(f"rank {rank}: {line}", _report(folder, len(processes)))
+    return RankFailure(f"rank {rank}: {line}", report)
 
 
 def _report(folder: Path, world_size: int) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
 
+import hanging
 import pytest
 import wrong_layers
 
 from megalm.cli import main
 from megalm.errors import ExitCode
+from megalm.verify.ranks import RankFailure, run_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -46,3 +49,19 @@ def test_a_wrong_layer_and_a_lost_rank_are_named(
     rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
     assert {name: row["passed"] for name, row in rows.items()} == {"one rank": True, "tp2": False, "dp2": False}
     assert "Traceback" in rows["dp2"]["report"]
+
+
+def test_a_rank_that_dies_costs_its_own_item_alone() -> None:
+    before, lost, after = run_on_ranks(2, hanging.act, ["add", "die", "add"])
+    assert before == after == [3.0, 3.0]
+    assert isinstance(lost, RankFailure)
+    assert lost.summary == "rank 1 ended with exit code 9"
+    assert "about to die" in lost.report, "what a rank printed is shown where it fails"
+
+
+def test_ranks_that_hang_are_ended_and_their_stacks_shown() -> None:
+    (hung,) = run_on_ranks(1, hanging.act, ["hang"], timeout_seconds=20)
+    assert isinstance(hung, RankFailure)
+    assert hung.summary == "no result after 20 s"
+    assert "rank 0: stack" in hung.report and "_rank_main" in hung.report
+    assert not multiprocessing.active_children()
