@@ -15,13 +15,12 @@ import torch.distributed as dist
 
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
-from megalm.core.place import Place
-from megalm.data.loader import Batch, TrainLoader
+from megalm.data.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine, StepResult
 from megalm.engine.lr_schedule import LearningRate
+from megalm.engine.micro_batches import training_micro_batches
 from megalm.errors import DivergedError, ExitCode
 from megalm.launch import RankInfo
-from megalm.models.gpt import MicroBatch
 from megalm.signals import StopRequest
 from megalm.train.callbacks.base import CallbackList, Outcome, StepMetrics, ValidationMetrics
 from megalm.train.metrics import StepTimer, mfu, peak_memory_gib, perplexity, tokens_per_second
@@ -102,34 +101,12 @@ class Trainer:
             batch = self._loader.next()
         tokens = batch.global_size * self._config.model.sequence_length
         rate = self._learning_rate.at(self.progress.tokens, tokens)
-        result = self._engine.train_step(self._micro_batches(batch), rate)
+        micro_batches = training_micro_batches(
+            batch, self._config.train.micro_batch_size, self._context, self._engine.stage.cp
+        )
+        result = self._engine.train_step(micro_batches, rate)
         self.progress = self.progress.after(batch.global_size, tokens)
         return self._agree(result, rate, tokens)
-
-    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """Split this replica's batch, and weigh each token so that replicas' mean gradient is the global mean's.
-
-        All context-parallel ranks of a replica read the same rows, count all of their tokens, and keep their share of
-        each.
-        """
-        device, data = self._context.device, self._context.data
-        counted = torch.tensor(float(batch.loss_mask.sum()), dtype=torch.float64, device=device)
-        global_tokens = float(data.all_reduce(counted)) / self._context.cp.size
-        weight = batch.loss_mask * (data.size / global_tokens)
-        positions = torch.arange(batch.tokens.shape[1], device=device)
-        size = self._config.train.micro_batch_size
-        return [
-            MicroBatch(
-                tokens.to(device), labels.to(device), weights.to(device), Place(positions, samples.to(device))
-            ).share_of(self._engine.stage.cp)
-            for tokens, labels, weights, samples in zip(
-                batch.tokens.split(size),
-                batch.labels.split(size),
-                weight.split(size),
-                torch.from_numpy(batch.samples).split(size),
-                strict=True,
-            )
-        ]
 
     def _agree(self, result: StepResult, rate: float, tokens: int) -> tuple[StepMetrics, Outcome | None]:
         """Two small reductions over all ranks: sums (loss, bubble), and maxima (times, memory, stop request)."""

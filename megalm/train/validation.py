@@ -11,7 +11,7 @@ from megalm.core.groups import ParallelContext
 from megalm.data.loader import validation_batches
 from megalm.data.shards import TokenShards
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
-from megalm.models.gpt import MicroBatch
+from megalm.engine.micro_batches import validation_micro_batch
 
 _MICRO_BATCHES_PER_STAGE = 4
 """Micro-batches per pass and stage: enough to keep the forward-only pipeline full, few enough to hold at once."""
@@ -41,15 +41,11 @@ class Validator:
             dp_size=self._context.topology.dp,
         )
         totals = torch.zeros(2, dtype=torch.float64)
-        device = self._context.device
         per_pass = _MICRO_BATCHES_PER_STAGE * self._context.topology.pp
         while chunk := list(islice(batches, per_pass)):
-            micro_batches = [
-                MicroBatch(b.tokens.to(device), b.labels.to(device), b.loss_mask.to(device)).share_of(engine.stage.cp)
-                for b in chunk
-            ]
+            micro_batches = [validation_micro_batch(batch, self._context, engine.stage.cp) for batch in chunk]
             totals[0] += engine.evaluate(micro_batches)
             if self._context.model.index == 0:  # of the ranks that see the same tokens, one counts them
                 totals[1] += sum(float(b.loss_weight.sum()) for b in micro_batches)
-        loss_sum, tokens = self._context.world.all_reduce(totals.to(device)).tolist()
+        loss_sum, tokens = self._context.world.all_reduce(totals.to(self._context.device)).tolist()
         return loss_sum / tokens

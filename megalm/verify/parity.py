@@ -1,8 +1,8 @@
 """The proof of parity: training on a layout against one process that knows nothing of parallelism.
 
 The reference is plain PyTorch: the whole model in one process, ``cross_entropy``, ``clip_grad_norm_`` and ``AdamW`` on
-fp32 masters. A layout is trained by the engine and the pipeline that users train with. Both see the same synthetic
-batches, whose loss masks are uneven, as at the end of a corpus.
+fp32 masters. A layout is trained by the engine, the pipeline and the split of batches that users train with. Both see
+the same synthetic batches, whose loss masks are uneven, as at the end of a corpus.
 
 Shapes: B global batch, S sequence.
 """
@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
 from megalm.core.place import Place
+from megalm.data.loader import Batch
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
-from megalm.models.gpt import MicroBatch, build_full_model, build_gpt
+from megalm.engine.micro_batches import training_micro_batches
+from megalm.models.gpt import build_full_model, build_gpt
 from megalm.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,33 +127,21 @@ def train_on_layout(config: Config, topology: Topology) -> Trace:
     initial = _put_in_full(engine)
     losses, norms = [], []
     for step in range(config.train.steps):
-        result = engine.train_step(_share(config, synthetic_batch(config, step), engine), config.optim.lr)
+        batch = _own_rows(synthetic_batch(config, step), context)
+        micro_batches = training_micro_batches(batch, config.train.micro_batch_size, context, stage.cp)
+        result = engine.train_step(micro_batches, config.optim.lr)
         loss = torch.tensor([result.loss_sum], dtype=torch.float64)
         losses.append(float(context.world.all_reduce(loss)))
         norms.append(result.grad_norm)
     return Trace(losses, norms, initial, _put_in_full(engine))
 
 
-def _share(config: Config, batch: GlobalBatch, engine: DeepSpeedEngine) -> list[MicroBatch]:
-    """This rank's share of a global batch, cut into micro-batches.
-
-    A token's weight is such that the mean over data-parallel ranks of their gradients is the global mean's.
-    """
-    context = engine.context
+def _own_rows(batch: GlobalBatch, context: ParallelContext) -> Batch:
+    """What the loader would give this rank's replica."""
     mine = slice(context.coordinates.dp, None, context.topology.dp)
-    weight = batch.loss_mask * (context.data.size / batch.loss_mask.sum())
-    positions = torch.arange(batch.tokens.shape[1])
-    size = config.train.micro_batch_size
-    return [
-        MicroBatch(tokens, labels, weights, Place(positions, samples)).share_of(engine.stage.cp)
-        for tokens, labels, weights, samples in zip(
-            batch.tokens[mine].split(size),
-            batch.labels[mine].split(size),
-            weight[mine].split(size),
-            batch.samples[mine].split(size),
-            strict=True,
-        )
-    ]
+    return Batch(
+        batch.tokens[mine], batch.labels[mine], batch.loss_mask[mine], batch.samples[mine].numpy(), len(batch.samples)
+    )
 
 
 def _put_in_full(engine: DeepSpeedEngine) -> dict[str, Tensor]:

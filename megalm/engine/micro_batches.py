@@ -1,0 +1,56 @@
+"""A replica's batch ▶ the micro-batches of one rank.
+
+Shapes: B rows of this replica, b of a micro-batch, S sequence length, C context-parallel degree.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megalm.core.context_parallel import ContextParallel
+from megalm.core.groups import ParallelContext
+from megalm.core.place import Place
+from megalm.data.loader import Batch
+from megalm.models.gpt import MicroBatch
+
+
+def training_micro_batches(
+    batch: Batch, micro_batch_size: int, context: ParallelContext, cp: ContextParallel
+) -> list[MicroBatch]:
+    """Split a batch; weigh each token so that the mean of the data-parallel ranks' gradients is the global mean's.
+
+    All context-parallel ranks of a replica read the same rows, count all of their tokens, and keep their share of each.
+    Dropout masks are keyed by the rows' global numbers. Collective over ``context.data``.
+
+    Args:
+        batch: whole sequences, [B, S].
+        micro_batch_size: b, which divides B.
+        context: this rank's place and groups.
+        cp: which part of each sequence this rank holds.
+
+    Returns:
+        B / b micro-batches of [b, S/C] on the context's device.
+    """
+    device, data = context.device, context.data
+    counted = torch.tensor(float(batch.loss_mask.sum()), dtype=torch.float64, device=device)
+    global_tokens = float(data.all_reduce(counted)) / context.cp.size
+    weight = batch.loss_mask * (data.size / global_tokens)
+    positions = torch.arange(batch.tokens.shape[1], device=device)
+    return [
+        MicroBatch(
+            tokens.to(device), labels.to(device), weights.to(device), Place(positions, samples.to(device))
+        ).share_of(cp)
+        for tokens, labels, weights, samples in zip(
+            batch.tokens.split(micro_batch_size),
+            batch.labels.split(micro_batch_size),
+            weight.split(micro_batch_size),
+            torch.from_numpy(batch.samples).split(micro_batch_size),
+            strict=True,
+        )
+    ]
+
+
+def validation_micro_batch(batch: Batch, context: ParallelContext, cp: ContextParallel) -> MicroBatch:
+    """This rank's share of a batch, each token weighed by the mask alone, without dropout."""
+    device = context.device
+    return MicroBatch(batch.tokens.to(device), batch.labels.to(device), batch.loss_mask.to(device)).share_of(cp)

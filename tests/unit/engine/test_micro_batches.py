@@ -1,0 +1,83 @@
+"""Splitting a batch over replicas and context-parallel ranks: every token once, at one weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from megalm.core.context_parallel import ContextParallel
+from megalm.core.groups import Group, ParallelContext
+from megalm.data.loader import Batch
+from megalm.engine.micro_batches import training_micro_batches, validation_micro_batch
+from megalm.topology import Topology
+
+ROWS, LENGTH, MICRO = 8, 6, 2
+
+
+@dataclass(frozen=True)
+class Told(Group):
+    """A group that knows what its members would add up to."""
+
+    total: float = 0.0
+
+    def all_reduce(self, tensor):
+        return tensor.fill_(self.total)
+
+
+class Interleaved(ContextParallel):
+    """Rank r of n holds the positions r, r + n, …: no contiguous part, so that places matter."""
+
+    def positions(self, sequence_length, device="cpu"):
+        return torch.arange(self.group.index, sequence_length, self.group.size, device=device)
+
+
+def whole() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
+    mask = (torch.rand(ROWS, LENGTH, generator=generator) < 0.7).float()
+    return Batch(tokens, tokens + 1, mask, np.arange(100, 100 + ROWS), ROWS)
+
+
+def rank(dp: int, cp: int, dp_rank: int, cp_rank: int, total: float) -> tuple[ParallelContext, ContextParallel]:
+    data = Told(tuple(range(dp * cp)), dp_rank * cp + cp_rank, total=total)
+    group = Group(tuple(range(cp)), cp_rank)
+    context = replace(ParallelContext.single(), topology=Topology(dp=dp, cp=cp), data=data, cp=group)
+    return context, Interleaved(group)
+
+
+@pytest.mark.parametrize(("dp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 3), (4, 2)])
+def test_every_token_counts_once_and_the_mean_over_ranks_is_the_global_mean(dp: int, cp: int) -> None:
+    batch = whole()
+    tokens = float(batch.loss_mask.sum())
+    seen: dict[int, float] = {}
+    for dp_rank in range(dp):
+        mine = slice(dp_rank, None, dp)
+        rows = Batch(batch.tokens[mine], batch.labels[mine], batch.loss_mask[mine], batch.samples[mine], ROWS)
+        for cp_rank in range(cp):
+            # Every context-parallel rank counts its replica's whole rows.
+            context, share = rank(dp, cp, dp_rank, cp_rank, total=tokens * cp)
+            micro_batches = training_micro_batches(rows, MICRO, context, share)
+            assert len(micro_batches) == ROWS // dp // MICRO
+            for micro_batch in micro_batches:
+                assert micro_batch.tokens.shape == (MICRO, LENGTH // cp)
+                assert torch.equal(micro_batch.labels, micro_batch.tokens + 1)
+                place = micro_batch.place
+                expected = (place.samples[:, None] - 100) * LENGTH + place.positions
+                assert torch.equal(micro_batch.tokens, expected), "a place says where its tokens come from"
+                for token, weight in zip(micro_batch.tokens.flatten(), micro_batch.loss_weight.flatten(), strict=True):
+                    assert int(token) not in seen
+                    seen[int(token)] = float(weight)
+    assert len(seen) == ROWS * LENGTH
+    weights = torch.tensor([seen[token] for token in range(ROWS * LENGTH)])
+    torch.testing.assert_close(weights, batch.loss_mask.flatten() * (dp * cp) / tokens)
+
+
+def test_validation_weighs_by_the_mask_and_drops_nothing_out() -> None:
+    batch = whole()
+    shares = [validation_micro_batch(batch, *rank(1, 2, 0, cp_rank, total=0.0)) for cp_rank in range(2)]
+    assert sum(float(share.loss_weight.sum()) for share in shares) == float(batch.loss_mask.sum())
+    assert torch.equal(shares[1].tokens, batch.tokens[:, 1::2])
+    assert all(share.place.samples is None for share in shares)
