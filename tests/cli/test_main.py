@@ -73,6 +73,17 @@ def test_check_prints_what_follows_from_a_config(megalm):
     assert f"{1536 * 2048:,} per step" in table["tokens"]
 
 
+def test_check_counts_the_tokens_of_a_ramp_and_of_a_cooldown(megalm):
+    ramp = ["train.batch_ramp_start=2", "train.batch_ramp_tokens=10240", "train.micro_batch_size=2", "train.steps=100"]
+    result = megalm("check", "experiment=quickstart", *ramp, "optim=adamw_wsd")
+    assert result.code == 0, result.err
+    # Three sizes share 40 samples; each is left by the first step that ends at or after 13.3, 26.7 and 40: 14, 30 and 42.
+    total = (42 + (100 - 7 - 4 - 2) * 8) * 256
+    assert "rising from 2 by 2 over 10.2k tokens" in result.out
+    assert f"{total / 1000:.1f}k in 100 steps" in result.out
+    assert f"constant, then sqrt to 0 of it over the last {total // 10 / 1000:.1f}k tokens" in result.out
+
+
 def test_check_refuses_gpus_that_make_no_layout(megalm):
     result = megalm("check", "experiment=gpt3_175b", "cluster.gpus=1000")
     assert (result.code, result.out) == (2, "")
