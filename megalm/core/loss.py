@@ -26,11 +26,14 @@ from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.groups import Group
 from megalm.core.tensor_parallel import TensorParallel
 
-CPU_BLOCK = 2**18
-"""Logits that the CPU turns into gradients at a time: 1 MiB in fp32, which stays in cache from one pass to the next."""
+CPU_BLOCK = 2**20
+"""Logits that the CPU turns into gradients at a time: 4 MiB in fp32, which stay in cache from one pass to the next.
+
+Less would start more passes, each of which waits for the slowest thread where cores are shared.
+"""
 
 CPU_BLOCK_ROWS = 16
-"""At least so many tokens at a time, which is work for every thread and more than the passes cost to start."""
+"""At least so many tokens at a time, which is work for every thread."""
 
 ACCELERATOR_BLOCK = 2**25
 """The same elsewhere: 128 MiB, large enough that no kernel is short."""
