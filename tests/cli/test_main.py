@@ -77,7 +77,7 @@ def test_check_counts_the_tokens_of_a_ramp_and_of_a_cooldown(megalm):
     ramp = ["train.batch_ramp_start=2", "train.batch_ramp_tokens=10240", "train.micro_batch_size=2", "train.steps=100"]
     result = megalm("check", "experiment=quickstart", *ramp, "optim=adamw_wsd")
     assert result.code == 0, result.err
-    # Three sizes share 40 samples; each is left by the first step that ends at or after 13.3, 26.7 and 40: 14, 30 and 42.
+    # Three sizes share 40 samples; each is left by the first step that ends at 13.3, 26.7 and 40 or after: 14, 30, 42.
     total = (42 + (100 - 7 - 4 - 2) * 8) * 256
     assert "rising from 2 by 2 over 10.2k tokens" in result.out
     assert f"{total / 1000:.1f}k in 100 steps" in result.out
