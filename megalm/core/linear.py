@@ -22,8 +22,8 @@ collectives of a pair, and the products that hide them:
 
 Under sequence parallelism a layer keeps its share of the input for backward, never the gathered tensor, and so does a
 product that a zero-bubble schedule postpones: it gathers again. All members of a group run the same schedule, so they
-enter these collectives in the same order. A postponed product that follows nothing hides nothing: with zero bubble,
-the input gradient's reduction is exposed.
+enter these collectives in the same order. What zero bubble costs: with the weight gradient postponed, nothing hides the
+input gradient's reduction, nor the gather of a stage's first postponed product.
 
 With T=1 and no zero bubble a layer is ``F.linear``. Otherwise it is a function with a backward of its own, which
 ``torch.compile`` does not look into: it compiles what is between.

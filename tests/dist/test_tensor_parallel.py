@@ -253,15 +253,23 @@ def trace() -> dict[str, list]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from megalm.core.collectives import Pending
+    from megalm.core.embedding import VocabParallelEmbedding
     from megalm.core.groups import ParallelContext
     from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
+    from megalm.core.loss import output_loss
     from megalm.core.tensor_parallel import TensorParallel
     from megalm.core.weight_gradients import WeightGradients
     from megalm.topology import Topology
 
     context = ParallelContext.create(Topology(tp=2))
     log: list[str] = []
-    short = {"mm": "product", "allreduce_": "reduce", "_allgather_base_": "gather", "_reduce_scatter_base_": "scatter"}
+    short = {
+        "mm": "product",
+        "addmm_": "product",
+        "allreduce_": "reduce",
+        "_allgather_base_": "gather",
+        "_reduce_scatter_base_": "scatter",
+    }
 
     class Log(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -310,6 +318,12 @@ def trace() -> dict[str, list]:
                     list(tp.weight_gradients.compute(0))
                     found[f"{name} later"] = log.copy()
                     log.clear()
+        rows = VocabParallelEmbedding(V, H, tp=tp, std=1.0)
+        weight = torch.ones(B, S)
+        with Log():
+            output_loss(x, rows, TOKENS, weight, chunk_tokens=B * S // 2)
+        found[f"{'sp' if sequence_parallel else 'whole'} loss"] = log.copy()
+        log.clear()
     return found
 
 
@@ -338,3 +352,17 @@ def test_postponed_products_gather_ahead(traced) -> None:
     assert traced["whole·zb later"] == ["product", "product"]
     assert traced["sp·zb backward"] == ["gather", "wait", "product", "product", "scatter", "wait"]
     assert traced["sp·zb later"] == ["gather", "gather", "wait", "product", "wait", "product"]
+
+
+def test_output_loss_hides_gathers_and_reductions_behind_the_next_chunk(traced) -> None:
+    statistics = ["gather", "wait"]  # two numbers per token, which the gradient cannot do without
+    without_waits = [entry for entry in traced["whole loss"] if entry != "wait"]
+    assert without_waits == ["product", "gather", "product", "reduce", "product"] * 2
+    assert traced["sp loss"] == [
+        *("gather", "wait", "gather"),  # the first chunk's inputs; the second's are on their way from here on
+        *("product", *statistics, "product", "scatter", "product"),
+        "wait",  # for the second chunk's inputs
+        *("product", *statistics, "product"),
+        "wait",  # for the first chunk's input gradients, issued three products ago
+        *("scatter", "product", "wait"),
+    ]
