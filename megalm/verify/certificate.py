@@ -63,6 +63,9 @@ class Row:
             wrong.append(f"copies on different ranks differ by {found.copies:.1e}, and should be the same bits")
         if found.missing:
             wrong.append(f"{found.missing:,} weights are on no rank")
+        if found.untrained:
+            more = f" and {len(found.untrained) - 1} more" if len(found.untrained) > 1 else ""
+            wrong.append(f"{found.untrained[0]}{more}: not trained")
         return wrong
 
     @property
@@ -197,5 +200,5 @@ def _row_to_dict(row: Row) -> dict[str, Any]:
     }
     if isinstance(row.found, RankFailure):
         return {**entry, "differences": None, "report": row.found.report}
-    found = {name: value if math.isfinite(value) else None for name, value in asdict(row.found).items()}
-    return {**entry, "differences": found}
+    found = asdict(row.found)
+    return {**entry, "differences": {name: None if value == math.inf else value for name, value in found.items()}}

@@ -165,6 +165,7 @@ class Differences:
         initial_weights: the same before the first step.
         copies: largest difference between two ranks' copies of an element, or their reported losses.
         missing: elements of the model that no rank holds.
+        untrained: parameters that the reference changed and the layout left as they were.
     """
 
     loss: float
@@ -173,6 +174,7 @@ class Differences:
     initial_weights: float
     copies: float
     missing: int
+    untrained: tuple[str, ...]
 
 
 def differences(want: Trace, per_rank: Sequence[Trace]) -> Differences:
@@ -188,6 +190,13 @@ def differences(want: Trace, per_rank: Sequence[Trace]) -> Differences:
         copies=max(initial_copies, final_copies, *reported),
         missing=sum(
             int(initial[name].isnan().sum()) if name in initial else full.numel() for name, full in want.initial.items()
+        ),
+        untrained=tuple(
+            name
+            for name, before in want.initial.items()
+            if not torch.equal(before, want.final[name])
+            and name in final
+            and torch.equal(initial[name].nan_to_num(), final[name].nan_to_num())
         ),
     )
 

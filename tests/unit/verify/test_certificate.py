@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ CONFIG = compose(["experiment=quickstart"])
 SHRUNK = shrink(CONFIG, 4)
 BF16 = SHRUNK.layout
 FP32 = Case(replace(BF16.config, engine=replace(BF16.config.engine, dtype="fp32")), 1)
-NEAR = Differences(loss=1e-7, grad_norm=1e-7, weights=1e-7, initial_weights=0.0, copies=0.0, missing=0)
+NEAR = Differences(loss=1e-7, grad_norm=1e-7, weights=1e-7, initial_weights=0.0, copies=0.0, missing=0, untrained=())
 
 
 @pytest.mark.parametrize(
@@ -36,10 +37,11 @@ NEAR = Differences(loss=1e-7, grad_norm=1e-7, weights=1e-7, initial_weights=0.0,
         (BF16, {"loss": 6e-3}, "loss differs by 6.0e-03"),
         (BF16, {"initial_weights": 1e-9}, "initial weights differ by 1.0e-09, and should be the same bits"),
         (BF16, {"copies": 1e-9}, "copies on different ranks differ by 1.0e-09, and should be the same bits"),
+        (BF16, {"untrained": ("a", "b", "c")}, "a and 2 more: not trained"),
         (BF16, {"missing": 1024}, "1,024 weights are on no rank"),
     ],
 )
-def test_what_passes(case: Case, changes: dict[str, float], complaint: str | None) -> None:
+def test_what_passes(case: Case, changes: dict[str, Any], complaint: str | None) -> None:
     row = Row(case, replace(NEAR, **changes))
     assert row.complaints == ([] if complaint is None else [complaint])
     assert row.passed == (complaint is None)
@@ -79,21 +81,24 @@ def test_the_table_names_what_fails() -> None:
 
 NAN = float("nan")
 WHOLE = torch.tensor([1.0, 2.0, 3.0])
+BEFORE = torch.tensor([0.5, 2.5, 3.5])
 
 
 def trace(weights: torch.Tensor, losses: list[float] | None = None, norms: list[float] | None = None) -> Trace:
-    return Trace(losses or [2.0, 1.0], norms or [4.0, 3.0], {"w": WHOLE.where(~weights.isnan(), NAN)}, {"w": weights})
+    return Trace(losses or [2.0, 1.0], norms or [4.0, 3.0], {"w": BEFORE.where(~weights.isnan(), NAN)}, {"w": weights})
 
 
 def test_differences_of_slices_that_make_up_the_whole() -> None:
     ranks = [trace(torch.tensor([1.0, 2.0, NAN])), trace(torch.tensor([NAN, 2.0, 3.0]))]
-    assert differences(trace(WHOLE), ranks) == Differences(0, 0, 0, 0, 0, 0)
+    assert differences(trace(WHOLE), ranks) == Differences(0, 0, 0, 0, 0, 0, ())
 
 
 def test_differences_find_each_kind_of_fault() -> None:
     want = trace(WHOLE)
     hole = differences(want, [trace(torch.tensor([1.0, NAN, 3.0]))])
     assert (hole.missing, hole.weights) == (1, float("inf"))
+    assert differences(want, [trace(BEFORE)]).untrained == ("w",)
+    assert differences(trace(BEFORE), [trace(BEFORE)]).untrained == (), "the reference did not move either"
     copies = differences(want, [trace(WHOLE), trace(torch.tensor([NAN, 2.5, 3.0]))])
     assert (copies.copies, copies.weights) == (0.5, 0.5)
     assert differences(want, [trace(WHOLE, losses=[2.0, 1.25])]).loss == 0.25
