@@ -171,7 +171,10 @@ class Trainer:
 
     @staticmethod
     def _raise_if_diverged(metrics: StepMetrics) -> None:
-        if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+        # A gradient that overflows fp16 costs its step alone:
+        # the optimizer skips it and the loss scale falls, to 1 at last.
+        may_overflow = metrics.loss_scale is not None and metrics.loss_scale > 1.0
+        if math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or may_overflow):
             return
         raise DivergedError(
             f"step {metrics.step}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}: training diverged and "
