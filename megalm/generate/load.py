@@ -19,7 +19,7 @@ from megalm.errors import ConfigError
 from megalm.models.counts import resolve_vocab_size
 from megalm.models.gpt import GPT, build_full_model
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

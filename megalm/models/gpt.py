@@ -212,6 +212,21 @@ class GPT(nn.Module):
             if (p.shard.is_sharded or self.tp.group.index == 0) and p.parameter is not self.second_tied_copy
         )
 
+    def stage_of_parameters(self) -> dict[nn.Parameter, int]:
+        """The stage whose backward gives a parameter's gradient; where two do (tied, on one rank), the earlier one.
+
+        The earlier stage's backward comes later, so its gradient completes the sum.
+        """
+        first, last = min(self.part.stages), max(self.part.stages)
+        stages = {p: last for p in self.parameters()}
+        for module in (self.embedding, self.position):
+            if module is not None and self.part.has_first:
+                stages |= {p: first for p in module.parameters()}
+        for stage, layers in self.part.stages.items():
+            for layer in layers:
+                stages |= {p: stage for p in self.blocks[str(layer)].parameters()}
+        return stages
+
     @property
     def second_tied_copy(self) -> nn.Parameter | None:
         """The last stage's copy of a tied embedding that another rank's first stage owns; None where there is none."""

@@ -47,7 +47,7 @@ class Saver:
             config=config_to_dict(self._config),
             topology={"tp": topology.tp, "pp": topology.pp, "cp": topology.cp, "dp": topology.dp},
             data=loader.state_dict(),
-            training=asdict(progress),
+            training={"progress": asdict(progress), "engine": engine.scalar_state()},
         )
         path = save_checkpoint(
             self._folder,
@@ -86,9 +86,9 @@ def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader) -> 
     reader = CheckpointReader(start.path)
     reader.check_parameters(engine.full_shapes())
     if start.mode is StartMode.INIT_FROM:
-        engine.load_state(reader, optimizer_steps=None)
+        engine.load_state(reader, scalars=None)
         return Progress()
-    progress = Progress(**reader.manifest.training)
+    progress = Progress(**reader.manifest.training["progress"])
     loader.load_state_dict(reader.manifest.data)
-    engine.load_state(reader, optimizer_steps=progress.step)
+    engine.load_state(reader, scalars=reader.manifest.training["engine"])
     return progress

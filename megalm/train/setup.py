@@ -35,7 +35,7 @@ from megalm.train.saving import Saver, restore
 from megalm.train.trainer import Trainer, Utilisation
 from megalm.train.validation import Validator
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Trainer, CallbackList]:

@@ -1,0 +1,255 @@
+"""Where masters and moments live, and how they are updated: whole on every replica, or split over replicas.
+
+ZeRO (Rajbhandari et al. 2020) stage 0 keeps everything everywhere; stage 1 gives each data-parallel replica an equal
+range of each flat parameter group to keep masters and moments of and to update; stage 2 the same, with gradients kept
+for that range only. DeepSpeed makes the ranges and gathers updated weights; gradients arrive here reduced, in fp32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalm.core.groups import ParallelContext
+from megalm.engine.gradients import FlatLayout, GradientBuckets
+from megalm.engine.optimizer import ParameterGroup
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""State of AdamW per element, as torch names it."""
+
+_NORM_EPSILON = 1e-6
+"""As ``torch.nn.utils.clip_grad_norm_`` adds to the norm."""
+
+
+class ZeroOptimizer(ABC):
+    """One ZeRO stage's masters, moments and update.
+
+    Args:
+        adamw: torch's fused AdamW over the masters.
+        layouts: the flat gradient buffers, one per parameter group of ``adamw``.
+        buckets: the gradients.
+        context: this rank's groups.
+        clip: largest global gradient norm; 0: no clipping.
+    """
+
+    def __init__(
+        self,
+        adamw: torch.optim.AdamW,
+        layouts: Sequence[FlatLayout],
+        buckets: GradientBuckets,
+        context: ParallelContext,
+        clip: float,
+    ) -> None:
+        self._adamw = adamw
+        self._layouts = list(layouts)
+        self._context = context
+        self._clip = clip
+        self.buckets = buckets
+
+    @property
+    def owns_fragments(self) -> bool:
+        """Whether this rank's fragments are its own among the data-parallel replicas."""
+        return True
+
+    def step(self, learning_rate: float, *, loss_scale: float) -> float:
+        """Clip to the global norm, and update unless that is not finite.
+
+        Args:
+            learning_rate: of this step.
+            loss_scale: factor that the gradients carry.
+
+        Returns:
+            Global norm of the gradients, without their factor, before clipping; NaN if it is not finite. The same on
+            every rank.
+        """
+        # Gradients are sums over replicas of a loss that carries the number of replicas (see micro_batches.py).
+        factor = 1.0 / (self._context.data.size * loss_scale)
+        norm = self._squared_norm().sqrt() * factor
+        overflow = ~norm.isfinite()
+        shrink = (self._clip / (norm + _NORM_EPSILON)).clamp(max=1.0) if self._clip else torch.ones_like(norm)
+        self._update(learning_rate, 1.0 / (shrink * factor), overflow)
+        value = float(norm)
+        return value if value < float("inf") else float("nan")
+
+    @abstractmethod
+    def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
+        """(kind, offset in the flattened local tensor, live fp32 values) of what this rank holds of a parameter."""
+
+    @abstractmethod
+    def create_moments(self, optimizer_steps: int) -> None:
+        """Make AdamW's state, which torch would make at the first step, so that it can be loaded into."""
+
+    def loaded(self) -> None:
+        """Masters were written to from outside."""
+
+    @abstractmethod
+    def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
+        """AdamW with gradients divided by ``divisor``; nothing where ``overflow``."""
+
+    @property
+    def _counts_replicas(self) -> bool:
+        """Whether the ranges of the replicas add up to the whole."""
+        return True
+
+    def _squared_norm(self) -> Tensor:
+        """Over every parameter of the model, each element counted once; branch-free, on the device."""
+        squares = torch.zeros((), dtype=torch.float32, device=self._context.device)
+        for layout, owned in zip(self._layouts, self.buckets.owned(), strict=True):
+            group = layout.group
+            if group.is_second_copy or not (group.counts_everywhere or self._context.tp.index == 0):
+                continue
+            squares += torch.linalg.vector_norm(owned).square()
+        if not self._counts_replicas:
+            return self._context.model.all_reduce(squares)
+        return self._context.world.all_reduce(squares)
+
+    def _fused_step(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
+        """One kernel divides, skips on overflow and updates, as under ``torch.amp.GradScaler``."""
+        device = self._adamw.param_groups[0]["params"][0].device
+        self._adamw.grad_scale = divisor.to(device)  # type: ignore[attr-defined]
+        self._adamw.found_inf = overflow.to(device, torch.float32)  # type: ignore[attr-defined]
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+
+    def _moments(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for moment in MOMENTS:
+            if moment in self._adamw.state[master]:
+                yield moment, self._adamw.state[master][moment].view(-1)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the moments have seen; overflowed steps are not among them."""
+        for state in self._adamw.state.values():
+            return int(state["step"])
+        return 0
+
+
+class ReplicatedAdamW(ZeroOptimizer):
+    """ZeRO-0: every replica updates everything. fp32 weights are their own masters."""
+
+    @classmethod
+    def over(
+        cls,
+        groups: Sequence[ParameterGroup],
+        adamw: torch.optim.AdamW,
+        make_buckets: Callable[[list[FlatLayout]], GradientBuckets],
+        context: ParallelContext,
+        clip: float,
+    ) -> ReplicatedAdamW:
+        """Over a model's own parameters."""
+        layouts = [FlatLayout(g, sum(p.parameter.numel() for p in g.parameters), None) for g in groups]
+        return cls(adamw, layouts, make_buckets(layouts), context, clip)
+
+    @property
+    def owns_fragments(self) -> bool:
+        """Replicas hold the same; the first one saves."""
+        return self._context.data.index == 0
+
+    def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
+        """The whole parameter."""
+        yield "weight", 0, parameter.detach().view(-1)
+        for kind, values in self._moments(parameter):
+            yield kind, 0, values
+
+    def create_moments(self, optimizer_steps: int) -> None:
+        """For every parameter."""
+        for layout in self._layouts:
+            for p in layout.group.parameters:
+                self._adamw.state[p.parameter] = _adamw_state(p.parameter, optimizer_steps)
+
+    @property
+    def _counts_replicas(self) -> bool:
+        return False
+
+    def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
+        for layout in self._layouts:
+            for p in layout.group.parameters:
+                p.parameter.grad = self.buckets.view(p.parameter)
+        self._fused_step(learning_rate, divisor, overflow)
+        for layout in self._layouts:
+            for p in layout.group.parameters:
+                p.parameter.grad = None
+
+
+class PartitionedAdamW(ZeroOptimizer):
+    """ZeRO-1 and 2: each replica updates its range of the masters that DeepSpeed's ZeRO optimizer holds.
+
+    Args:
+        zero: DeepSpeed's ``DeepSpeedZeroOptimizer``.
+        layouts, buckets, context, clip: as for :class:`ZeroOptimizer`.
+    """
+
+    def __init__(
+        self,
+        zero: Any,
+        layouts: Sequence[FlatLayout],
+        buckets: GradientBuckets,
+        context: ParallelContext,
+        clip: float,
+    ) -> None:
+        super().__init__(zero.optimizer, layouts, buckets, context, clip)
+        self._zero = zero
+        self._masters: list[Tensor] = list(zero.single_partition_of_fp32_groups)
+        self._places = {
+            parameter: (number, start)
+            for number, layout in enumerate(self._layouts)
+            for parameter, start in layout.places()
+        }
+
+    @classmethod
+    def over(
+        cls,
+        zero: Any,
+        groups: Sequence[ParameterGroup],
+        make_buckets: Callable[[list[FlatLayout]], GradientBuckets],
+        context: ParallelContext,
+        clip: float,
+    ) -> PartitionedAdamW:
+        """Around DeepSpeed's optimizer, whose own hooks are taken off: gradients are reduced by ``GradientBuckets``."""
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+        zero._grad_acc_hooks = []
+        layouts = [
+            FlatLayout(group, flat.numel(), master.numel())
+            for group, flat, master in zip(
+                groups, zero.bit16_groups_flat, zero.single_partition_of_fp32_groups, strict=True
+            )
+        ]
+        for layout, members in zip(layouts, zero.round_robin_bit16_groups, strict=True):
+            ours = [parameter for parameter, _ in layout.places()]
+            assert all(a is b for a, b in zip(ours, members, strict=True)), "DeepSpeed keeps the order of parameters"
+        return cls(zero, layouts, make_buckets(layouts), context, clip)
+
+    def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
+        """The part of the parameter that lies in this replica's range."""
+        number, first = self._places[parameter]
+        low, high = self._layouts[number].owned(self._context.data.index)
+        start, stop = max(first, low), min(first + parameter.numel(), high)
+        if start >= stop:
+            return
+        master = self._masters[number]
+        for kind, values in (("weight", master.detach()), *self._moments(master)):
+            yield kind, start - first, values[start - low : stop - low]
+
+    def create_moments(self, optimizer_steps: int) -> None:
+        """For every range."""
+        for master in self._masters:
+            self._adamw.state[master] = _adamw_state(master, optimizer_steps)
+
+    def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
+        for master, gradient in zip(self._masters, self.buckets.owned(), strict=True):
+            master.grad = gradient.to(master.device)  # host memory where the optimizer is offloaded
+        self._fused_step(learning_rate, divisor, overflow)
+        for master in self._masters:
+            master.grad = None
+        self._zero.update_lp_params()
+
+
+def _adamw_state(values: Tensor, steps: int) -> dict[str, Tensor]:
+    moments = {moment: torch.zeros_like(values, dtype=torch.float32) for moment in MOMENTS}
+    return {"step": torch.tensor(float(steps), dtype=torch.float32, device=values.device), **moments}
