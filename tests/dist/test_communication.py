@@ -61,15 +61,21 @@ def _record(layout: Layout) -> list[Event]:
 
 
 @cache
-def recorded(world_size: int) -> list[list[list[Event]]]:
-    """By layout, then by rank; one spawn for all layouts of a world size."""
-    by_rank = run_ranks(world_size, record_on_ranks, WORLDS[world_size], timeout_seconds=280)
+def recorded(world_size: int) -> list[list[list[Event]]] | AssertionError:
+    """By layout, then by rank; one spawn for all layouts of a world size, which is not tried again if it fails."""
+    try:
+        by_rank = run_ranks(world_size, record_on_ranks, WORLDS[world_size], timeout_seconds=280)
+    except AssertionError as error:
+        return error
     return [list(per_layout) for per_layout in zip(*by_rank, strict=True)]
 
 
 @pytest.mark.parametrize(("world_size", "index"), CASES, ids=[str(WORLDS[w][i]) for w, i in CASES])
 def test_a_step_is_safe_where_every_call_blocks(world_size: int, index: int) -> None:
-    layout, traces = WORLDS[world_size][index], recorded(world_size)[index]
+    layout, runs = WORLDS[world_size][index], recorded(world_size)
+    if isinstance(runs, AssertionError):
+        raise runs
+    traces = runs[index]
     assert check(traces) > 0
     # The recorder saw what this layout is bound to do.
     groups = {frozenset(e.group) for trace in traces for e in trace if isinstance(e, Collective)}
