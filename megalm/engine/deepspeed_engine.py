@@ -208,6 +208,9 @@ def _initialise(stage: GPT, groups: list[ParameterGroup], context: ParallelConte
 
         # A C++ extension that DeepSpeed would compile at start on the CPU; gloo does its work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if context.device.type == "cpu":
+            # DeepSpeed asks what the CPU is fast at; torch computes fp16 on any, which is enough to prove a layout.
+            deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_backend=dist.get_backend())
         engine, *_ = deepspeed.initialize(
             model=stage,

@@ -220,7 +220,8 @@ class GradientBuckets:
 
     def _take(self, parameter: nn.Parameter) -> None:
         """The hook: autograd has added to ``grad``."""
-        assert parameter.grad is not None
+        if parameter.grad is None:  # its product was postponed; it comes through add()
+            return
         self.add(parameter, parameter.grad)
         parameter.grad = None
         if self._last_work_of is not None:

@@ -214,8 +214,9 @@ class _Pass(Generic[MicroBatch]):
             with self._runner._weight_gradients.record(key):
                 result = self._backward(action, received)
         else:
-            for parameter, gradient in self._runner._weight_gradients.compute(key):
-                self._gradients.add(parameter, gradient)
+            with torch.no_grad():
+                for parameter, gradient in self._runner._weight_gradients.compute(key):
+                    self._gradients.add(parameter, gradient)
         self._gradients.after(action.stage, last=last)
         return result
 
