@@ -123,7 +123,7 @@ class GPT(nn.Module):
 
         rotary = None
         if model.position == "rotary":
-            rotary = RotaryPosition(model.sequence_length, model.head_dim, base=model.rotary_base, device=device)
+            rotary = RotaryPosition(model, device=device)
         with device:
             self.embedding = embedding() if part.has_first or (part.has_last and self.tied) else None
             self.position = None
