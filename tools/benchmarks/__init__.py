@@ -1,0 +1,1 @@
+"""Measurements of megalm's speed and memory; ``tools/bench.py`` is their command."""
