@@ -67,6 +67,7 @@ def test_the_gpu_part_says_why_it_is_skipped(bench, capsys) -> None:
 
 def test_ratios_are_medians_of_pairs_and_the_rate_is_the_best(bench) -> None:
     from benchmarks import cpu
+
     from megalm.models.counts import flops_per_token
 
     rounds = [
