@@ -10,7 +10,7 @@ import math
 from torch import Tensor, nn
 
 from megalm.config.schema import Model
-from megalm.core.attention import CausalSelfAttention
+from megalm.core.attention import SelfAttention
 from megalm.core.context_parallel import ContextParallel
 from megalm.core.mlp import make_mlp
 from megalm.core.norm import make_norm
@@ -49,7 +49,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         projection_std = model.init_std / math.sqrt(2 * model.num_layers)
         self.attention_norm = make_norm(model, tp)
-        self.attention = CausalSelfAttention(
+        self.attention = SelfAttention(
             model,
             layer,
             tp=tp,

@@ -57,7 +57,7 @@ def rotary_frequencies(model: Model) -> tuple[Tensor, float]:
     """Radians per token of each pair, [R/2] fp64, and the factor of cosines and sines.
 
     ``linear``: positions are divided by the factor (Chen et al. 2023). ``llama3``: pairs whose wavelength is long
-    beside the original context are slowed by the factor, short ones stay, with a ramp between (Grattafiori et al. 2024).
+    beside the original context are slowed by the factor, short ones stay, a ramp between (Grattafiori et al. 2024).
     ``yarn``: the same by the number of turns within the original context, and attention is sharpened by
     ``0.1·ln(factor) + 1`` on queries and keys alike (Peng et al. 2023, equations 17 to 22).
     """

@@ -31,5 +31,5 @@ class TensorParallel:
         return self.sequence_parallel and self.group.size > 1
 
     def own_tokens(self, per_token: Tensor) -> Tensor:
-        """[S, …] of all tokens ▶ what belongs to this rank's rows of an activation: [S/T, …] under sequence parallelism."""
+        """[S, …] of all tokens ▶ those of this rank's rows of an activation: [S/T, …] under sequence parallelism."""
         return per_token.chunk(self.group.size)[self.group.index] if self.splits_sequence else per_token

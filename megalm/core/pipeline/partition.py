@@ -27,7 +27,7 @@ def partition_layers(
         sizes: layers of each stage, where the split is given instead of found.
 
     Raises:
-        ValueError: fewer layers than stages, or ``sizes`` that are not one of at least 1 per stage, adding up to all layers.
+        ValueError: fewer layers than stages; or ``sizes`` are not one per stage, at least 1, adding up to all layers.
     """
     if num_layers < num_stages:
         raise ValueError(f"{num_layers} layers cannot fill {num_stages} stages")
