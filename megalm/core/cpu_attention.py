@@ -1,4 +1,4 @@
-"""Causal attention on CPU as blocks of explicit matrix products, which bf16 matrix units (AMX) run faster than SDPA.
+"""Causal attention on CPU as blocks of explicit matrix products, which bf16 instructions run faster than SDPA.
 
 Shapes: B batch, S sequence, N query heads, K key/value heads, G = N / K query heads per key head, D head dim, h key
 heads of a block, Q queries of a block, C keys that it sees.
