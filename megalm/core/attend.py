@@ -26,11 +26,14 @@ class AttentionCore(nn.Module):
         layer: number of the block in the whole model.
     """
 
+    key: Tensor
+
     def __init__(self, *, causal: bool, window: int, dropout: float, seed: int, layer: int) -> None:
         super().__init__()
         self.causal, self.window = causal, window
         self.dropout = dropout
-        self._key = stream_key(seed, layer, "attention_probabilities")
+        key = torch.tensor(stream_key(seed, layer, "attention_probabilities"), dtype=torch.int32)
+        self.register_buffer("key", key, persistent=False)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, heads: Tensor, samples: Tensor | None) -> Tensor:
         """Attention over whole sequences.
@@ -70,7 +73,7 @@ class AttentionCore(nn.Module):
 
     def keeps(self, samples: Tensor, heads: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """[B, N, Q, K] factors of probabilities: 0 where dropped, else 1 / (1 − share dropped)."""
-        mask = attention_keep_mask(self.dropout, self._key, samples, heads, query_positions, key_positions)
+        mask = attention_keep_mask(self.dropout, self.key, samples, heads, query_positions, key_positions)
         return mask * (1.0 / (1.0 - self.dropout))
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, heads: Tensor, samples: Tensor | None) -> Tensor:

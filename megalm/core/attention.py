@@ -117,6 +117,6 @@ class SelfAttention(nn.Module):
         """What the local query heads look at: [B, S, K·D/T] each ▶ [B, max(K/T, 1), S, D] each."""
         if self.shared_kv_head is None:
             return self._heads(key), self._heads(value)
-        both = gather_for_matmul(torch.stack((key, value)), self.tp.group, dim=-1)  # [2, B, S, K·D]
+        both = gather_for_matmul(torch.stack((key, value)), self.tp.group, dim=3)  # [2, B, S, K·D]
         head = slice(self.shared_kv_head, self.shared_kv_head + 1)
         return self._heads(both[0])[:, head], self._heads(both[1])[:, head]

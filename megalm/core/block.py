@@ -1,17 +1,20 @@
-"""One Transformer block: pre-norm attention and network, each added to the residual stream (Radford et al. 2019).
+"""One Transformer block: attention and network, each added to the residual stream.
 
-Shapes: B batch, S sequence, H hidden.
+Shapes: B batch, S sequence (this rank's share under context parallelism), H hidden, T tensor-parallel degree.
+Under sequence parallelism every [B, S, H] here is [B, S/T, H].
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 from torch import Tensor, nn
 
 from megalm.config.schema import Model
 from megalm.core.attention import SelfAttention
 from megalm.core.context_parallel import ContextParallel
+from megalm.core.dropout import Dropout
 from megalm.core.mlp import make_mlp
 from megalm.core.norm import make_norm
 from megalm.core.place import Place
@@ -20,10 +23,10 @@ from megalm.core.tensor_parallel import TensorParallel
 
 
 class TransformerBlock(nn.Module):
-    """``x + attention(norm x)``, then ``x + mlp(norm x)``.
+    """The parts of a block; subclasses say how they are wired.
 
     Weights start at ``init_std``, the two projections into the residual stream at ``init_std / sqrt(2·num_layers)``, so
-    that its variance does not grow with depth (GPT-2).
+    that its variance does not grow with depth (GPT-2). What a sublayer adds to the stream passes through dropout.
 
     Args:
         model: architecture.
@@ -32,7 +35,7 @@ class TransformerBlock(nn.Module):
         cp: how the sequence is split over context-parallel ranks.
         rotary: rotary positions, shared by all blocks; None where positions are learned.
         seed: of dropout masks.
-        recompute: ``none``, ``selective`` or ``full``.
+        recompute_core: whether backward computes the attention core again.
     """
 
     def __init__(
@@ -44,9 +47,10 @@ class TransformerBlock(nn.Module):
         cp: ContextParallel,
         rotary: RotaryPosition | None,
         seed: int,
-        recompute: str,
+        recompute_core: bool = False,
     ) -> None:
         super().__init__()
+        self.tp = tp
         projection_std = model.init_std / math.sqrt(2 * model.num_layers)
         self.attention_norm = make_norm(model, tp)
         self.attention = SelfAttention(
@@ -57,8 +61,9 @@ class TransformerBlock(nn.Module):
             rotary=rotary,
             projection_std=projection_std,
             seed=seed,
-            recompute_core=recompute == "selective",
+            recompute_core=recompute_core,
         )
+        self.attention_dropout = Dropout(model.dropout, seed=seed, layer=layer, site="attention")
         self.mlp_norm = make_norm(model, tp)
         self.mlp = make_mlp(
             model.activation,
@@ -69,9 +74,53 @@ class TransformerBlock(nn.Module):
             projection_std=projection_std,
             bias=model.bias,
         )
+        self.mlp_dropout = Dropout(model.dropout, seed=seed, layer=layer, site="mlp")
+
+    @abstractmethod
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """[B, S, H] ▶ [B, S, H]."""
+
+    def attend(self, x: Tensor, place: Place) -> Tensor:
+        """What attention adds to the stream: [B, S, H] ▶ [B, S, H]."""
+        added: Tensor = self.attention_dropout(self.attention(x, place), place, self.tp.own_tokens(place.positions))
+        return added
+
+    def transform(self, x: Tensor, place: Place) -> Tensor:
+        """What the network adds to the stream: [B, S, H] ▶ [B, S, H]."""
+        added: Tensor = self.mlp_dropout(self.mlp(x), place, self.tp.own_tokens(place.positions))
+        return added
+
+
+class PreNormBlock(TransformerBlock):
+    """``x + attention(norm x)``, then ``x + mlp(norm x)`` (Radford et al. 2019, GPT-2)."""
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
-        x = x + self.attention(self.attention_norm(x), place)
-        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        x = x + self.attend(self.attention_norm(x), place)
+        return x + self.transform(self.mlp_norm(x), place)
+
+
+class PostNormBlock(TransformerBlock):
+    """``norm(x + attention x)``, then ``norm(x + mlp x)`` (Vaswani et al. 2017; BERT)."""
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """[B, S, H] ▶ [B, S, H]."""
+        x = self.attention_norm(x + self.attend(x, place))
+        y: Tensor = self.mlp_norm(x + self.transform(x, place))
         return y
+
+
+class ParallelBlock(TransformerBlock):
+    """``x + attention(norm x) + mlp(norm x)``, each with a norm of its own (Black et al. 2022, GPT-NeoX)."""
+
+    def forward(self, x: Tensor, place: Place) -> Tensor:
+        """[B, S, H] ▶ [B, S, H]."""
+        return x + self.attend(self.attention_norm(x), place) + self.transform(self.mlp_norm(x), place)
+
+
+BLOCKS: dict[str, type[TransformerBlock]] = {
+    "pre_norm": PreNormBlock,
+    "post_norm": PostNormBlock,
+    "parallel": ParallelBlock,
+}
+"""Wirings by the name that ``model.residual`` takes."""

@@ -35,16 +35,19 @@ class Dropout(nn.Module):
         site: name of the place in the block.
     """
 
+    key: Tensor
+
     def __init__(self, probability: float, *, seed: int, layer: int, site: str) -> None:
         super().__init__()
         self.probability = probability
-        self._key = stream_key(seed, layer, site)
+        # A tensor, so that layers differ in data and not in code, and one compiled graph serves them all.
+        self.register_buffer("key", torch.tensor(stream_key(seed, layer, site), dtype=torch.int32), persistent=False)
 
     def forward(self, x: Tensor, place: Place, positions: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H]; ``positions`` [S] are those of x's rows, which may be a part of the place's."""
         if self.probability == 0.0 or not self.training or place.samples is None:
             return x
-        rows = _mix(_samples(self._key, place.samples)[:, None] ^ _int32(positions)[None, :])  # [B, S]
+        rows = _mix(_samples(self.key, place.samples)[:, None] ^ _int32(positions)[None, :])  # [B, S]
         features = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
         keep = _keeps(_mix(rows[..., None] ^ _spread(features)), self.probability)
         return x * keep * (1.0 / (1.0 - self.probability))
@@ -55,13 +58,13 @@ class Dropout(nn.Module):
 
 
 def attention_keep_mask(
-    probability: float, key: int, samples: Tensor, heads: Tensor, query_positions: Tensor, key_positions: Tensor
+    probability: float, key: Tensor, samples: Tensor, heads: Tensor, query_positions: Tensor, key_positions: Tensor
 ) -> Tensor:
     """Which attention probabilities are kept.
 
     Args:
         probability: share that is dropped.
-        key: of the layer, from :func:`stream_key`.
+        key: of the layer, from :func:`stream_key`, as an int32 scalar.
         samples: [B], global numbers of the samples.
         heads: [N], numbers of the heads in the whole model.
         query_positions: [Q], places of the queries in the whole sequence.
@@ -81,7 +84,7 @@ def stream_key(seed: int, layer: int, site: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _samples(key: int, samples: Tensor) -> Tensor:
+def _samples(key: Tensor, samples: Tensor) -> Tensor:
     """[B] keys of samples; their numbers may exceed 32 bits."""
     return _mix(_mix(_int32(samples) ^ key) ^ _spread(_int32(samples >> _BITS)))
 

@@ -5,6 +5,9 @@ Shapes: B batch, S sequence, H hidden, F inner width, T tensor-parallel degree.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +16,10 @@ from megalm.core.tensor_parallel import TensorParallel
 
 
 class GeluMLP(nn.Module):
-    """Two linear layers around GELU (tanh approximation, as GPT-2): [B, S, H] ▶ [B, S, F/T] ▶ [B, S, H]."""
+    """Two linear layers around GELU (Hendrycks & Gimpel 2016): [B, S, H] ▶ [B, S, F/T] ▶ [B, S, H].
+
+    ``approximate`` is torch's: ``tanh``, as GPT-2, or ``none``, as BERT.
+    """
 
     def __init__(
         self,
@@ -24,14 +30,16 @@ class GeluMLP(nn.Module):
         std: float,
         projection_std: float,
         bias: bool,
+        approximate: str,
     ) -> None:
         super().__init__()
+        self.approximate = approximate
         self.up = ColumnParallelLinear(hidden_size, (ffn_hidden_size,), tp=tp, std=std, bias=bias)
         self.down = RowParallelLinear(ffn_hidden_size, hidden_size, tp=tp, std=projection_std, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
-        y: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        y: Tensor = self.down(F.gelu(self.up(x), approximate=self.approximate))
         return y
 
 
@@ -69,8 +77,14 @@ def make_mlp(
     projection_std: float,
     bias: bool,
 ) -> GeluMLP | SwigluMLP:
-    """The network that a config names: ``gelu`` or ``swiglu``."""
-    kinds: dict[str, type[GeluMLP] | type[SwigluMLP]] = {"gelu": GeluMLP, "swiglu": SwigluMLP}
-    if activation not in kinds:
-        raise ValueError(f"activation={activation!r}: {' or '.join(kinds)}")
-    return kinds[activation](hidden_size, ffn_hidden_size, tp=tp, std=std, projection_std=projection_std, bias=bias)
+    """The network that a config names: ``gelu``, ``gelu_erf`` or ``swiglu``."""
+    if activation not in _MAKERS:
+        raise ValueError(f"activation={activation!r}: {' or '.join(_MAKERS)}")
+    return _MAKERS[activation](hidden_size, ffn_hidden_size, tp=tp, std=std, projection_std=projection_std, bias=bias)
+
+
+_MAKERS: dict[str, Callable[..., GeluMLP | SwigluMLP]] = {
+    "gelu": partial(GeluMLP, approximate="tanh"),
+    "gelu_erf": partial(GeluMLP, approximate="none"),
+    "swiglu": SwigluMLP,
+}

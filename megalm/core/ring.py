@@ -146,7 +146,7 @@ class _Ring:
         return (self.group.index + 1) % self.group.size
 
     def tiles(self, owner: int, tokens: int) -> Iterator[_Tile]:
-        """What this rank's queries and ``owner``'s keys have to do with each other; tiles that are all masked are left out."""
+        """Where this rank's queries meet ``owner``'s keys; tiles that are all masked are left out."""
         size = tokens // 2
         device = self.heads.device
         for q, query_chunk in enumerate(self.chunks.of(self.group.index)):

@@ -3,8 +3,8 @@
 DeepSpeed sees one optimizer step per call (``gradient_accumulation_steps=1``), a flat registry of this rank's
 parameters, and an ``mpu`` that describes the mesh. It splits masters and moments over replicas, and gathers updated
 weights. Micro-batches, the pipeline, the loss, the accumulation and reduction of gradients (``gradients.py``), their
-norm and their clipping (``zero.py``) are megalm's own: DeepSpeed 0.19.8 accumulates 16-bit gradients in 16 bits, reduces
-after the schedule, and at stages 0 and 3 computes a wrong norm under tensor or pipeline parallelism.
+norm and their clipping (``zero.py``) are megalm's own: DeepSpeed 0.19.8 accumulates 16-bit gradients in 16 bits,
+reduces after the schedule, and at stages 0 and 3 computes a wrong norm under tensor or pipeline parallelism.
 
 The loss of a rank is scaled by the data-parallel size over the number of tokens in the *global* batch, so that the mean
 over data-parallel ranks is the gradient of the global mean.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
@@ -92,7 +93,7 @@ class DeepSpeedEngine:
         buckets.finish()
         grad_norm = self._optimizer.step(learning_rate, loss_scale=loss_scale)
         if scale is not None:
-            self._loss_scale = scale.after(overflowed=grad_norm != grad_norm)
+            self._loss_scale = scale.after(overflowed=not math.isfinite(grad_norm))
         return StepResult(
             loss_sum=self._reported_loss(result) / self.context.data.size,
             grad_norm=grad_norm,

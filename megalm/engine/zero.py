@@ -72,7 +72,7 @@ class ZeroOptimizer(ABC):
         overflow = ~norm.isfinite()
         shrink = (self._clip / (norm + _NORM_EPSILON)).clamp(max=1.0) if self._clip else torch.ones_like(norm)
         self._update(learning_rate, 1.0 / (shrink * factor), overflow)
-        value = float(norm)
+        value = float(norm.detach())
         return value if value < float("inf") else float("nan")
 
     @abstractmethod
@@ -82,9 +82,6 @@ class ZeroOptimizer(ABC):
     @abstractmethod
     def create_moments(self, optimizer_steps: int) -> None:
         """Make AdamW's state, which torch would make at the first step, so that it can be loaded into."""
-
-    def loaded(self) -> None:
-        """Masters were written to from outside."""
 
     @abstractmethod
     def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:

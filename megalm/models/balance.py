@@ -15,8 +15,8 @@ from megalm.core.pipeline.partition import partition_layers
 from megalm.models.counts import head_flops_per_token, layer_flops_per_token
 
 _FLOPS_PER_BYTE = 200.0
-"""bf16 peak over memory bandwidth: 156 on an A100 80 GB, 295 on an H100 SXM (``hardware.yaml`` has the peaks). A test shows that the
-split of GPT-3 175B's layers is the same over this range."""
+"""bf16 peak over memory bandwidth: 156 on an A100 80 GB, 295 on an H100 SXM (``hardware.yaml`` has the peaks). A test
+shows that the split of GPT-3 175B's layers is the same over this range."""
 
 _BLOCK_BYTES_PER_HIDDEN = 34 * 3
 """A block keeps 34 bytes of activations per token and hidden element (Korthikanti et al. 2022, equation 1, without the

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from megalm.config.schema import Config, Engine, Model, Objective
-from megalm.core.block import TransformerBlock
+from megalm.core.block import BLOCKS
 from megalm.core.context_parallel import ContextParallel
+from megalm.core.dropout import Dropout
 from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.groups import ParallelContext
 from megalm.core.loss import output_loss
@@ -25,8 +26,10 @@ from megalm.core.pipeline.schedule import splits_backward
 from megalm.core.place import Place
 from megalm.core.position import LearnedPosition, RotaryPosition
 from megalm.core.random import initialise
+from megalm.core.recompute import Recompute
 from megalm.core.sharding import declared_parameters
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.core.token_type import TokenTypeEmbedding
 from megalm.core.weight_gradients import WeightGradients
 from megalm.models.balance import split_layers
 
@@ -116,6 +119,7 @@ class GPT(nn.Module):
         super().__init__()
         self.part, self.tp, self.cp = part, tp, cp
         self.tied = model.tie_embeddings
+        self.recompute = Recompute(engine.recompute, engine.recompute_every)
         self.loss_chunk_tokens, self.z_loss = engine.loss_chunk_tokens, objective.z_loss
 
         def embedding() -> VocabParallelEmbedding:
@@ -126,21 +130,33 @@ class GPT(nn.Module):
             rotary = RotaryPosition(model, device=device)
         with device:
             self.embedding = embedding() if part.has_first or (part.has_last and self.tied) else None
-            self.position = None
+            self.position = self.token_type = self.embedding_norm = None
+            hidden, std, partial = model.hidden_size, model.init_std, tp.splits_sequence
             if part.has_first and model.position == "learned":
-                self.position = LearnedPosition(
-                    model.sequence_length, model.hidden_size, std=model.init_std, partial=tp.splits_sequence
-                )
+                self.position = LearnedPosition(model.sequence_length, hidden, std=std, partial=partial)
+            if part.has_first and model.token_types:
+                self.token_type = TokenTypeEmbedding(model.token_types, hidden, std=std, partial=partial)
+            if part.has_first and model.embedding_norm:
+                self.embedding_norm = make_norm(model, tp)
+            self.embedding_dropout = Dropout(model.dropout, seed=seed, layer=-1, site="embedding")
             self.blocks = nn.ModuleDict(
                 {
-                    str(layer): TransformerBlock(
-                        model, layer, tp=tp, cp=cp, rotary=rotary, seed=seed, recompute=engine.recompute
+                    str(layer): BLOCKS[model.residual](
+                        model,
+                        layer,
+                        tp=tp,
+                        cp=cp,
+                        rotary=rotary,
+                        seed=seed,
+                        recompute_core=self.recompute.core(index),
                     )
                     for layers in part.stages.values()
-                    for layer in layers
+                    for index, layer in enumerate(layers)
                 }
             )
-            self.final_norm = make_norm(model, tp) if part.has_last else None
+            # A post-norm block ends with a norm already.
+            has_final_norm = part.has_last and model.residual != "post_norm"
+            self.final_norm = make_norm(model, tp) if has_final_norm else None
             self.head = embedding() if part.has_last and not self.tied else None
 
     def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
@@ -149,8 +165,8 @@ class GPT(nn.Module):
         micro_batch = MicroBatch(tokens, tokens, tokens, place)
         for stage in self.part.stages:
             hidden = self._blocks(stage, hidden, micro_batch)
-        assert hidden is not None and self.final_norm is not None
-        return self.output_embedding.logits(self.final_norm(hidden))
+        assert hidden is not None
+        return self.output_embedding.logits(self._normalised(hidden))
 
     def run(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         """One stage as the pipeline runner calls it.
@@ -168,9 +184,8 @@ class GPT(nn.Module):
         x = self._blocks(stage, hidden, micro_batch)
         if stage != self.part.num_stages - 1:
             return x
-        assert self.final_norm is not None
         return output_loss(
-            self.final_norm(x),
+            self._normalised(x),
             self.output_embedding,
             micro_batch.labels,
             micro_batch.loss_weight,
@@ -183,17 +198,28 @@ class GPT(nn.Module):
         if place is None:
             place = Place.from_start(micro_batch.tokens.shape[1], micro_batch.tokens.device)
         x = self._embed(micro_batch, place) if hidden is None else hidden
-        for layer in self.part.stages[stage]:
-            x = self.blocks[str(layer)](x, place)
+        for index, layer in enumerate(self.part.stages[stage]):
+            x = self.recompute.run(index, self.blocks[str(layer)], x, place)
         return x
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return x if self.final_norm is None else self.final_norm(x)
 
     def _embed(self, micro_batch: MicroBatch, place: Place) -> Tensor:
         """[B, S] ▶ [B, S, H], or [B, S/T, H] under sequence parallelism."""
         assert self.embedding is not None
         x: Tensor = self.embedding(micro_batch.tokens)
+        positions = self.tp.own_tokens(place.positions)
         if self.position is not None:
-            x = x + self.position(self.tp.own_tokens(place.positions))
-        return x
+            x = x + self.position(positions)
+        if self.token_type is not None:
+            types = micro_batch.token_types
+            types = torch.zeros_like(micro_batch.tokens) if types is None else types
+            x = x + self.token_type(self.tp.own_tokens(types.T).T)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        embedded: Tensor = self.embedding_dropout(x, place, positions)
+        return embedded
 
     @property
     def output_embedding(self) -> VocabParallelEmbedding:
@@ -218,13 +244,13 @@ class GPT(nn.Module):
         The earlier stage's backward comes later, so its gradient completes the sum.
         """
         first, last = min(self.part.stages), max(self.part.stages)
-        stages = {p: last for p in self.parameters()}
-        for module in (self.embedding, self.position):
+        stages = dict.fromkeys(self.parameters(), last)
+        for module in (self.embedding, self.position, self.token_type, self.embedding_norm):
             if module is not None and self.part.has_first:
-                stages |= {p: first for p in module.parameters()}
+                stages |= dict.fromkeys(module.parameters(), first)
         for stage, layers in self.part.stages.items():
             for layer in layers:
-                stages |= {p: stage for p in self.blocks[str(layer)].parameters()}
+                stages |= dict.fromkeys(self.blocks[str(layer)].parameters(), stage)
         return stages
 
     @property

@@ -16,7 +16,7 @@ from megalm.config.schema import Config, Data, Engine, Model, Objective, Optim, 
 
 STEPS = 6
 GLOBAL_BATCH = 16
-CLIP = 0.5
+CLIP = 0.2
 """Below every gradient norm of these six steps: clipping is active throughout."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

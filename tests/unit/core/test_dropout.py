@@ -72,7 +72,7 @@ def test_identity_where_there_is_nothing_to_drop() -> None:
 
 def test_attention_masks_depend_on_places_not_on_layout() -> None:
     samples, heads, positions = torch.arange(4), torch.arange(6), torch.arange(16)
-    key = stream_key(1, 2, "attention")
+    key = torch.tensor(stream_key(1, 2, "attention"), dtype=torch.int32)
     whole = attention_keep_mask(0.4, key, samples, heads, positions, positions)
     assert whole.shape == (4, 6, 16, 16)
     assert abs(float(whole.double().mean()) - 0.6) < 0.03

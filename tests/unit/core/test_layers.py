@@ -14,7 +14,7 @@ from megalm.core.groups import Group
 from megalm.core.loss import vocab_parallel_cross_entropy
 from megalm.core.random import initial_values
 from megalm.core.sharding import Init, ShardSpec, declared_parameters, even_range, padded_range
-from megalm.engine.optimizer import make_adamw
+from megalm.engine.optimizer import make_adamw, parameter_groups
 from megalm.models.counts import parameter_count
 from megalm.models.gpt import MicroBatch, build_full_model
 
@@ -134,7 +134,9 @@ def test_weight_decay_spares_norms_and_biases() -> None:
     declared = declared_parameters(build_full_model(GPT2, 67))
     decays = {
         id(parameter): group["weight_decay"]
-        for group in make_adamw(declared, Optim(lr=1e-3, weight_decay=0.1)).param_groups
+        for group in make_adamw(
+            parameter_groups(declared, tied=None, second_copy=None), Optim(lr=1e-3, weight_decay=0.1)
+        ).param_groups
         for parameter in group["params"]
     }
     assert len(decays) == len(declared)
