@@ -41,6 +41,7 @@ RULES: tuple[Rule, ...] = (
     schedule_rules.batch_ramp_splits_evenly,
     schedule_rules.batch_ramp_arrives,
     cross_rules.warmup_ends_before_decay,
+    schedule_rules.cooldown_has_its_schedule,
     schedule_rules.cooldown_fits,
     cross_rules.one_source_of_weights,
 )

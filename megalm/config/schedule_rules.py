@@ -89,6 +89,16 @@ def batch_ramp_arrives(job: Job) -> Iterator[Violation]:
         yield Violation("train.batch_ramp_increment", increment, wrong, fixes=(sizes, starts))
 
 
+def cooldown_has_its_schedule(job: Job) -> Iterator[Violation]:
+    """The shape of a cooldown belongs to ``wsd``."""
+    optim = job.config.optim
+    if optim.schedule != "wsd" and optim.cooldown == "sqrt":
+        fixes = (Fix("optim.cooldown", ("linear",)), Fix("optim.schedule", ("wsd",)))
+        yield Violation(
+            "optim.cooldown", optim.cooldown, f"optim.schedule={optim.schedule} has no cooldown", fixes=fixes
+        )
+
+
 @needs("optim.warmup_tokens", "optim.decay_tokens", "optim.cooldown_tokens")
 def cooldown_fits(job: Job) -> Iterator[Violation]:
     """A cooldown belongs to ``wsd`` and lies between the warm-up and the end of the decay.
@@ -102,8 +112,6 @@ def cooldown_fits(job: Job) -> Iterator[Violation]:
         if optim.cooldown_tokens is not None:
             fixes = (Fix("optim.cooldown_tokens", (None,)), wsd)
             yield Violation("optim.cooldown_tokens", optim.cooldown_tokens, wrong, fixes=fixes)
-        if optim.cooldown == "sqrt":
-            yield Violation("optim.cooldown", optim.cooldown, wrong, fixes=(Fix("optim.cooldown", ("linear",)), wsd))
         return
     if optim.cooldown_tokens is None or optim.decay_tokens is None or optim.warmup_tokens >= optim.decay_tokens:
         return

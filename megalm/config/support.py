@@ -123,7 +123,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.name": ("clm",),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
     "optim.cooldown": ("linear", "sqrt"),
-    "engine.dtype": ("bf16", "fp32"),
+    "engine.dtype": ("bf16", "fp16", "fp32"),
     "engine.recompute": ("none", "selective", "full"),
     "logging.wandb": ("auto", "online", "offline", "disabled"),
 }
@@ -132,14 +132,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 NOT_IN_THIS_VERSION: dict[tuple[str, str], str] = {
     ("objective.name", "mlm"): "masked language modelling",
     ("objective.name", "sft"): "supervised fine-tuning",
-    ("engine.dtype", "fp16"): "fp16 with loss scaling",
 }
 """Values that name something real which megalm does not do yet, and what that is."""
 
 PROVEN: dict[str, tuple[int, ...]] = {
-    "bf16": (1,),
-    "fp32": (0, 1),
+    "bf16": (1, 2),
+    "fp16": (1, 2),
+    "fp32": (0, 1, 2),
 }
-"""Number format ▶ ZeRO stages whose losses and clipped gradient norms a test compares with one process, on any
-tensor-, pipeline- and data-parallel layout. Every other combination is refused: DeepSpeed accepts some of them and
-computes a wrong gradient norm or accumulates in bf16."""
+"""Number format ▶ ZeRO stages whose losses and clipped gradient norms a test compares with one process. Every other
+combination is refused: with 16-bit weights stage 0 keeps no fp32 masters apart from them, and DeepSpeed's stage 3
+accumulates 16-bit gradients in 16 bits and computes a wrong norm under tensor parallelism."""

@@ -55,7 +55,6 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(dp=4),
         Layout(dp=4, zero_stage=0),
         Layout(dp=4, zero_stage=2),
-        Layout(dp=4, zero_stage=3),
         Layout(dp=4, offload=True),
         Layout(cp=4),
         Layout(cp=4, cp_attention="ring"),
@@ -94,6 +93,7 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(dp=4, dtype="bf16", zero_stage=2),
         Layout(cp=2, dp=2, cp_attention="ring", dtype="bf16"),
         Layout(dp=4, dtype="fp16"),
+        Layout(dp=4, dtype="fp16", zero_stage=2),
         Layout(tp=2, pp=2, dtype="fp16"),
     ],
     8: [

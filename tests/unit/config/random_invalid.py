@@ -125,7 +125,7 @@ FAULTS: tuple[st.SearchStrategy[Fault], ...] = (
     *(_single(path, 0, -1, -7, -2 if path in _TOKEN_COUNTS else 2**40) for path in _COUNTS),
     *(_single(path, -1, -100) for path in _NOT_NEGATIVE),
     *(_single(path, 0, -0.5) for path in _POSITIVE),
-    *(_single(path, "nonsense", "", "BF-16", "fp16") for path in _CHOICES),
+    *(_single(path, "nonsense", "", "BF-16", "fp8") for path in _CHOICES),
     _relation("parallel.cp", st.sampled_from([4, 8]), "parallel.tp", "model.num_heads", "parallel.cp_attention"),
     _relation("parallel.virtual_stages", st.just(2), "parallel.pp", "parallel.schedule", "model.num_layers"),
     _relation("parallel.schedule", st.just("interleaved_1f1b"), "parallel.pp", "parallel.virtual_stages"),
