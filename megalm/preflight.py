@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,12 +68,23 @@ def make_plan(overrides: Sequence[str], world_size: int | None = None) -> Plan:
     ranks = world_size_of(config) if world_size is None else world_size
     check_config(config, ranks)
     dataset = inspect_dataset(config.data.path)
-    problems = data_violations(config, dataset.vocab_size, dataset.chunk_tokens)
+    problems = [*data_violations(config, dataset.vocab_size, dataset.chunk_tokens), *_compiler_violations(config)]
     if problems:
         raise ConfigError(problems)
     start = resolve_start(config, run_folder(config))
     complete = start.mode is StartMode.RESUME and start.step >= config.train.steps
     return Plan(config, ranks, start.notes, complete)
+
+
+def _compiler_violations(config: Config) -> list[str]:
+    """``torch.compile`` writes C++ (and for a GPU C), which this machine must be able to compile."""
+    compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
+    if not config.engine.compile or any(shutil.which(name) for name in compilers):
+        return []
+    return [
+        "engine.compile=true: this machine has no C++ compiler (g++, c++ or clang++); "
+        "install one, set CXX, or engine.compile=false"
+    ]
 
 
 def check_config(config: Config, world_size: int) -> None:

@@ -17,6 +17,7 @@ class ParameterCount:
 
     word_embedding: int
     position_embedding: int
+    token_types: int
     attention: int
     mlp: int
     norm: int
@@ -30,7 +31,7 @@ class ParameterCount:
     @property
     def embedding(self) -> int:
         """Parameters that the first stage looks up."""
-        return self.word_embedding + self.position_embedding
+        return self.word_embedding + self.position_embedding + self.token_types
 
 
 def parameter_count(model: Model, vocab_size: int | None = None) -> ParameterCount:
@@ -47,18 +48,20 @@ def parameter_count(model: Model, vocab_size: int | None = None) -> ParameterCou
     return ParameterCount(
         word_embedding=vocab * model.hidden_size,
         position_embedding=model.sequence_length * model.hidden_size if model.position == "learned" else 0,
+        token_types=model.token_types * model.hidden_size,
         attention=model.num_layers * attention_parameter_count(model),
         mlp=model.num_layers * mlp_parameter_count(model),
-        norm=(2 * model.num_layers + 1) * norm_parameter_count(model),
+        norm=norm_count(model) * norm_parameter_count(model),
         output=0 if model.tie_embeddings else vocab * model.hidden_size,
     )
 
 
 def attention_parameter_count(model: Model) -> int:
-    """Parameters of one attention: H·(N + 2K)·D for query, key and value, H·H for the projection, and biases."""
-    qkv = (model.num_heads + 2 * model.kv_heads) * (model.hidden_size // model.num_heads)
-    biases = qkv + model.hidden_size if model.bias else 0
-    return model.hidden_size * (qkv + model.hidden_size) + biases
+    """Parameters of one attention: H·(N + 2K)·D for query, key and value, H·H for the projection, biases, QK-norm."""
+    qkv = (model.num_heads + 2 * model.kv_heads) * model.head_dim
+    biases = qkv * model.has_qkv_bias + model.hidden_size * model.bias
+    norms = 2 * model.head_dim if model.qk_norm else 0
+    return model.hidden_size * (qkv + model.hidden_size) + biases + norms
 
 
 def mlp_parameter_count(model: Model) -> int:
@@ -74,38 +77,25 @@ def norm_parameter_count(model: Model) -> int:
     return model.hidden_size * (2 if model.norm == "layernorm" and model.bias else 1)
 
 
-def layer_parameter_count(model: Model) -> int:
-    """Parameters of one Transformer layer: attention, MLP and two norms."""
-    return attention_parameter_count(model) + mlp_parameter_count(model) + 2 * norm_parameter_count(model)
+def norm_count(model: Model) -> int:
+    """Norms of a whole model: two per layer, one after the last unless layers end with one, one after the embedding."""
+    return 2 * model.num_layers + (model.residual != "post_norm") + model.embedding_norm
 
 
-def embedding_parameter_count(model: Model, vocab_size: int | None = None) -> int:
-    """Parameters that the first pipeline stage holds besides its layers."""
-    return parameter_count(model, vocab_size).embedding
-
-
-def head_parameter_count(model: Model, vocab_size: int | None = None, *, shares_stage_with_embedding: bool) -> int:
-    """Parameters that the last pipeline stage holds besides its layers: final norm and output projection.
-
-    A tied projection costs the last stage a copy of the word embedding, unless it is the first stage too.
-    """
-    is_free = model.tie_embeddings and shares_stage_with_embedding
-    projection = 0 if is_free else resolve_vocab_size(model, vocab_size) * model.hidden_size
-    return norm_parameter_count(model) + projection
-
-
-def layer_flops_per_token(model: Model) -> int:
+def layer_flops_per_token(model: Model, layer: int = 0) -> int:
     """Model FLOPs of one layer, forward and backward, per token: 6 per matrix weight, and 12·H·S of attention.
 
     A multiply-add is 2 FLOPs and the backward pass costs twice the forward pass, hence 6 per weight. Scores and their
     product with the values cost 2·(2·H·S) forward. Causal attention is counted in full, not halved, as in Chowdhery
-    et al. 2022 and Narayanan et al. 2021, so that utilisations compare with theirs.
+    et al. 2022 and Narayanan et al. 2021, so that utilisations compare with theirs. A banded layer counts the keys of
+    its window.
     """
     ffn = model.ffn_size
     qkv = (model.num_heads + 2 * model.kv_heads) * (model.hidden_size // model.num_heads)
     mlp_matrices = 3 if model.activation == "swiglu" else 2
     weights = model.hidden_size * (qkv + model.hidden_size + mlp_matrices * ffn)
-    return 6 * weights + 12 * model.hidden_size * model.sequence_length
+    keys = min(model.attention_window(layer) or model.sequence_length, model.sequence_length)
+    return 6 * weights + 12 * model.hidden_size * keys
 
 
 def head_flops_per_token(model: Model, vocab_size: int | None = None) -> int:
@@ -120,7 +110,8 @@ def flops_per_token(model: Model, vocab_size: int | None = None) -> int:
     equation 3, without their recomputation of the forward pass (they count 96·L·H²·(1 + S/(6H) + V/(16·L·H))).
     Embedding look-ups, norms, biases and activations are not counted; nor is recomputation, which is no progress.
     """
-    return model.num_layers * layer_flops_per_token(model) + head_flops_per_token(model, vocab_size)
+    layers = sum(layer_flops_per_token(model, layer) for layer in range(model.num_layers))
+    return layers + head_flops_per_token(model, vocab_size)
 
 
 def resolve_vocab_size(model: Model, vocab_size: int | None = None) -> int:

@@ -154,6 +154,10 @@ class GPT(nn.Module):
                     for index, layer in enumerate(layers)
                 }
             )
+            if engine.compile:
+                # Blocks that differ in their weights alone share one compiled graph.
+                for block in self.blocks.values():
+                    block.compile(dynamic=False)
             # A post-norm block ends with a norm already.
             has_final_norm = part.has_last and model.residual != "post_norm"
             self.final_norm = make_norm(model, tp) if has_final_norm else None
