@@ -111,6 +111,10 @@ class ParallelContext:
         data, model = along("dp", "cp"), along("pp", "tp")
         holders = [ranks for ranks in topology.tied_groups() if rank in ranks and topology.pp > 1]
         tied = _make_group(holders[0] if holders else (rank,), rank)
+        for group in (pp, cp):
+            # NCCL wants every member in the first call on a group, and a pipeline's or a ring's first transfers are
+            # between two of them.
+            group.all_reduce(torch.zeros(1, device=device))
         world = Group(tuple(range(topology.world_size)), rank, dist.group.WORLD)
         return cls(
             topology=topology,

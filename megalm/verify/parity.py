@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalm.config.schema import Config
+from megalm.core.context_parallel import ContextParallel
 from megalm.core.groups import ParallelContext
 from megalm.core.place import Place
 from megalm.data.loader import Batch
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.micro_batches import training_micro_batches
-from megalm.models.gpt import build_full_model, build_gpt
+from megalm.models.gpt import MicroBatch, build_full_model, build_gpt
 from megalm.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,21 +128,21 @@ def train_on_layout(config: Config, topology: Topology) -> Trace:
     initial = _put_in_full(engine)
     losses, norms = [], []
     for step in range(config.train.steps):
-        batch = _own_rows(synthetic_batch(config, step), context)
-        micro_batches = training_micro_batches(batch, config.train.micro_batch_size, context, stage.cp)
-        result = engine.train_step(micro_batches, config.optim.lr)
+        result = engine.train_step(micro_batches_of_rank(config, step, context, stage.cp), config.optim.lr)
         loss = torch.tensor([result.loss_sum], dtype=torch.float64)
         losses.append(float(context.world.all_reduce(loss)))
         norms.append(result.grad_norm)
     return Trace(losses, norms, initial, _put_in_full(engine))
 
 
-def _own_rows(batch: GlobalBatch, context: ParallelContext) -> Batch:
-    """What the loader would give this rank's replica."""
+def micro_batches_of_rank(config: Config, step: int, context: ParallelContext, cp: ContextParallel) -> list[MicroBatch]:
+    """This rank's share of a step's synthetic batch, cut as the trainer cuts what its loader gives."""
+    batch = synthetic_batch(config, step)
     mine = slice(context.coordinates.dp, None, context.topology.dp)
-    return Batch(
+    rows = Batch(
         batch.tokens[mine], batch.labels[mine], batch.loss_mask[mine], batch.samples[mine].numpy(), len(batch.samples)
     )
+    return training_micro_batches(rows, config.train.micro_batch_size, context, cp)
 
 
 def _put_in_full(engine: DeepSpeedEngine) -> dict[str, Tensor]:
