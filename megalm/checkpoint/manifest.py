@@ -26,7 +26,7 @@ from typing import Any
 from megalm.errors import CheckpointError
 
 FORMAT = "megalm-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST_FILE = "manifest.json"
 COMPLETE_FILE = "COMPLETE"
 

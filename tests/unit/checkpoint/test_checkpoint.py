@@ -113,7 +113,7 @@ def test_a_lying_header_is_refused(checkpoint: Path) -> None:
     [
         (lambda m: m["tensors"]["norm.weight"]["pieces"][0].update(file="../other"), "leaves the checkpoint's folder"),
         (lambda m: m["tensors"]["norm.weight"]["pieces"][0].update(length=99), "lie outside"),
-        (lambda m: m.update(version=2), "format version 2; this megalm reads version 1"),
+        (lambda m: m.update(version=1), "format version 1; this megalm reads version 2"),
         (lambda m: m.pop("data"), "incomplete or damaged"),
     ],
 )
