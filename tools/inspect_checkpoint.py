@@ -66,7 +66,8 @@ def _summary(path: str, manifest: Manifest) -> Table:
         "parameters": f"{parameters:,}",
         "layout": _pairs(manifest.topology),
         "model": _pairs(manifest.config.get("model", {})),
-        "progress": _pairs(manifest.training),
+        "progress": _pairs(manifest.training.get("progress", {})),
+        "optimizer": _pairs(manifest.training.get("engine", {})),
         "data": _pairs(manifest.data),
     }
     for name, value in rows.items():
