@@ -206,6 +206,25 @@ def precision_and_zero_are_proven(job: Job) -> Iterator[Violation]:
     yield Violation("engine.zero_stage", stage, wrong, fixes=tuple(fixes))
 
 
+@needs("engine.zero_stage", "parallel.tp")
+def zero_3_runs_alone(job: Job) -> Iterator[Violation]:
+    """ZeRO-3 is DeepSpeed's own, hooks and all: its norm is wrong under tensor parallelism."""
+    engine, tp = job.config.engine, job.config.parallel.tp
+    if engine.zero_stage != 3:
+        return
+    stages = Fix("engine.zero_stage", (1, 2))
+    if tp > 1:
+        yield Violation(
+            "parallel.tp",
+            tp,
+            "DeepSpeed's ZeRO-3 leaves parameters out of the gradient norm under tensor parallelism",
+            fixes=(Fix("parallel.tp", (1,)), stages),
+        )
+    for field, value in (("engine.offload_optimizer", engine.offload_optimizer), ("engine.compile", engine.compile)):
+        if value:
+            yield Violation(field, value, "not in this version with ZeRO-3", fixes=(Fix(field, (False,)), stages))
+
+
 @needs("optim.warmup_tokens", "optim.decay_tokens")
 def warmup_ends_before_decay(job: Job) -> Iterator[Violation]:
     """The decay ends after the warm-up. A run may be shorter than both: that is how a job is tried out."""

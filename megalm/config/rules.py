@@ -37,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     cross_rules.layout_fills_ranks,
     cross_rules.batch_splits_evenly,
     cross_rules.precision_and_zero_are_proven,
+    cross_rules.zero_3_runs_alone,
     schedule_rules.batch_ramp_is_whole,
     schedule_rules.batch_ramp_splits_evenly,
     schedule_rules.batch_ramp_arrives,

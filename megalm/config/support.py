@@ -136,10 +136,9 @@ NOT_IN_THIS_VERSION: dict[tuple[str, str], str] = {
 """Values that name something real which megalm does not do yet, and what that is."""
 
 PROVEN: dict[str, tuple[int, ...]] = {
-    "bf16": (1, 2),
+    "bf16": (1, 2, 3),
     "fp16": (1, 2),
-    "fp32": (0, 1, 2),
+    "fp32": (0, 1, 2, 3),
 }
 """Number format ▶ ZeRO stages whose losses and clipped gradient norms a test compares with one process. Every other
-combination is refused: with 16-bit weights stage 0 keeps no fp32 masters apart from them, and DeepSpeed's stage 3
-accumulates 16-bit gradients in 16 bits and computes a wrong norm under tensor parallelism."""
+combination is refused: with 16-bit weights stage 0 keeps no fp32 masters apart from them."""

@@ -24,16 +24,17 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
-from megalm.core.pipeline.runner import PipelineResult, PipelineRunner
+from megalm.core.pipeline.runner import PipelineResult, PipelineRunner, Stages
 from megalm.core.sharding import DeclaredParameter, ShardSpec, StatePiece, declared_parameters
 from megalm.engine.gradients import FlatLayout, GradientBuckets
 from megalm.engine.loss_scale import LossScale
 from megalm.engine.optimizer import ParameterGroup, make_adamw, parameter_groups
 from megalm.engine.zero import PartitionedAdamW, ReplicatedAdamW, ZeroOptimizer
+from megalm.engine.zero3 import Root, Zero3AdamW
 from megalm.models.gpt import GPT, MicroBatch
 
 
@@ -69,12 +70,13 @@ class DeepSpeedEngine:
         self.context = context
         self.parameters = declared_parameters(stage)
         groups = parameter_groups(self.parameters, tied=stage.tied_weight, second_copy=stage.second_tied_copy)
-        self._optimizer = _make_optimizer(stage, groups, context, config)
+        run_stage: Stages[MicroBatch]
+        self._optimizer, run_stage = _make_optimizer(stage, groups, context, config)
         self._loss_scale: LossScale | None = None
         if config.engine.dtype == "fp16":
             self._loss_scale = LossScale(config.engine.initial_loss_scale, 0, config.engine.loss_scale_window)
         self.runner: PipelineRunner[MicroBatch] = PipelineRunner(
-            stage.run,
+            run_stage,
             context,
             schedule=config.parallel.schedule,
             activation_shape=_activation_shape(config, context),
@@ -122,6 +124,10 @@ class DeepSpeedEngine:
             for kind, start, values in self._optimizer.fragments(p.parameter)
         ]
 
+    def full_weight(self, p: DeclaredParameter) -> Tensor:
+        """The local tensor of a parameter as the model computes with it; collective over replicas."""
+        return self._optimizer.full_weight(p.parameter).view(p.shard.local_shape)
+
     def scalar_state(self) -> dict[str, float]:
         """What is the same on every rank and belongs into a checkpoint: optimizer steps, and the loss scale if any."""
         state: dict[str, float] = {"optimizer_steps": self._optimizer.optimizer_steps}
@@ -144,8 +150,7 @@ class DeepSpeedEngine:
             self._loss_scale = LossScale(scalars["loss_scale"], int(scalars["good_steps"]), window)
         for p in self.parameters:
             local = source.read_local(p.name, "weight", p.shard)
-            with torch.no_grad():
-                p.parameter.copy_(local)
+            self._optimizer.put_weight(p.parameter, local)
             for kind, start, values in self._optimizer.fragments(p.parameter):
                 if kind == "weight":
                     values.copy_(local.view(-1)[start : start + values.numel()])
@@ -176,8 +181,12 @@ class StateSource(Protocol):
 
 def _make_optimizer(
     stage: GPT, groups: list[ParameterGroup], context: ParallelContext, config: Config
-) -> ZeroOptimizer:
+) -> tuple[ZeroOptimizer, Stages[MicroBatch]]:
+    """The ZeRO stage that the config names, and how the runner calls the model under it."""
     zero_stage, clip = config.engine.zero_stage, config.optim.clip_grad_norm
+    if zero_stage == 3:
+        engine = _initialise(Root(stage), groups, context, config)
+        return Zero3AdamW(engine.optimizer, context.data.index), engine
     engine = _initialise(stage, groups, context, config)
     stages = stage.stage_of_parameters()
 
@@ -187,8 +196,8 @@ def _make_optimizer(
         )
 
     if zero_stage == 0:
-        return ReplicatedAdamW.over(groups, engine.optimizer, make_buckets, context, clip)
-    return PartitionedAdamW.over(engine.optimizer, groups, make_buckets, context, clip)
+        return ReplicatedAdamW.over(groups, engine.optimizer, make_buckets, context, clip), stage.run
+    return PartitionedAdamW.over(engine.optimizer, groups, make_buckets, context, clip), stage.run
 
 
 def _activation_shape(config: Config, context: ParallelContext) -> tuple[int, int, int]:
@@ -197,13 +206,15 @@ def _activation_shape(config: Config, context: ParallelContext) -> tuple[int, in
     return config.train.micro_batch_size, config.model.sequence_length // shares, config.model.hidden_size
 
 
-def _initialise(stage: GPT, groups: list[ParameterGroup], context: ParallelContext, config: Config) -> Any:
+def _initialise(model: nn.Module, groups: list[ParameterGroup], context: ParallelContext, config: Config) -> Any:
     """A DeepSpeed engine around this rank's parameters."""
     if context.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(context.device.index or 0))  # DeepSpeed insists on it
-    # DeepSpeed 0.19.8 calls a collective by a name that torch 2.13 has deprecated; its users can do nothing about it.
-    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated; its users can do nothing about it.
+    warnings.filterwarnings(
+        "ignore", message=r".*(all_gather_into|reduce_scatter)_tensor. is deprecated", category=FutureWarning
+    )
     with _silenced():
         import deepspeed
 
@@ -214,7 +225,7 @@ def _initialise(stage: GPT, groups: list[ParameterGroup], context: ParallelConte
             deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_backend=dist.get_backend())
         engine, *_ = deepspeed.initialize(
-            model=stage,
+            model=model,
             optimizer=make_adamw(groups, config.optim),
             config=_deepspeed_config(config, context),
             mpu=_Mpu(context),
@@ -225,11 +236,12 @@ def _initialise(stage: GPT, groups: list[ParameterGroup], context: ParallelConte
 def _deepspeed_config(config: Config, context: ParallelContext) -> dict[str, Any]:
     """The only place where a DeepSpeed config is written; users never write one."""
     # DeepSpeed's stages 1 and 2 differ in their reduction alone, which is not used.
-    zero: dict[str, Any] = {"stage": min(config.engine.zero_stage, 1), "overlap_comm": False}
+    stage = {2: 1}.get(config.engine.zero_stage, config.engine.zero_stage)
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(1, config.train.global_batch_size // context.data.size),
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
+        "gradient_clipping": config.optim.clip_grad_norm if stage == 3 else 0.0,
         "steps_per_print": 10**9,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -239,6 +251,9 @@ def _deepspeed_config(config: Config, context: ParallelContext) -> dict[str, Any
         settings["zero_force_ds_cpu_optimizer"] = False  # its own Adam would compile C++
     if config.engine.dtype == "bf16":
         settings["bf16"] = {"enabled": True}
+    if stage == 3:  # DeepSpeed reduces and accumulates: in fp32, like megalm's own buckets
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
     if config.engine.dtype == "fp16":
         settings["fp16"] = {"enabled": True, "loss_scale": 1.0}  # static: megalm scales the loss itself
     return settings

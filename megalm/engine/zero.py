@@ -7,14 +7,16 @@ for that range only. DeepSpeed makes the ranges and gathers updated weights; gra
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megalm.core.groups import ParallelContext
+from megalm.core.pipeline.runner import Gradients
 from megalm.engine.gradients import FlatLayout, GradientBuckets
 from megalm.engine.optimizer import ParameterGroup
 
@@ -25,8 +27,71 @@ _NORM_EPSILON = 1e-6
 """As ``torch.nn.utils.clip_grad_norm_`` adds to the norm."""
 
 
+class ReducedGradients(Gradients, Protocol):
+    """Where the runner's gradients go, from the beginning of a step until they are reduced."""
+
+    def begin(self) -> None:
+        """A step begins."""
+
+    def finish(self) -> None:
+        """The schedule is done: gradients are reduced when this returns."""
+
+
 class ZeroOptimizer(ABC):
     """One ZeRO stage's masters, moments and update.
+
+    Attributes:
+        buckets: where the runner's gradients go.
+    """
+
+    buckets: ReducedGradients
+    _adamw: torch.optim.AdamW
+
+    @property
+    def owns_fragments(self) -> bool:
+        """Whether this rank's fragments are its own among the data-parallel replicas."""
+        return True
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the moments have seen; overflowed steps are not among them."""
+        for state in self._adamw.state.values():
+            return int(state["step"])
+        return 0
+
+    @abstractmethod
+    def step(self, learning_rate: float, *, loss_scale: float) -> float:
+        """Clip to the global norm, and update unless that is not finite.
+
+        Args:
+            learning_rate: of this step.
+            loss_scale: factor that the gradients carry.
+
+        Returns:
+            Global norm of the gradients, without their factor, before clipping; NaN if it is not finite. The same on
+            every rank.
+        """
+
+    @abstractmethod
+    def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
+        """(kind, offset in the flattened local tensor, live fp32 values) of what this rank holds of a parameter."""
+
+    @abstractmethod
+    def create_moments(self, optimizer_steps: int) -> None:
+        """Make AdamW's state, which torch would make at the first step, so that it can be loaded into."""
+
+    def put_weight(self, parameter: nn.Parameter, local: Tensor) -> None:
+        """Set the weight that the model computes with; its master is a fragment."""
+        with torch.no_grad():
+            parameter.copy_(local)
+
+    def full_weight(self, parameter: nn.Parameter) -> Tensor:
+        """The weight that the model computes with, as this tensor-parallel rank has it; collective over replicas."""
+        return parameter.detach()
+
+
+class FlatZeroOptimizer(ZeroOptimizer):
+    """ZeRO-0 to 2: weights are whole on every replica, and gradients arrive in flat buckets.
 
     Args:
         adamw: torch's fused AdamW over the masters.
@@ -35,6 +100,8 @@ class ZeroOptimizer(ABC):
         context: this rank's groups.
         clip: largest global gradient norm; 0: no clipping.
     """
+
+    buckets: GradientBuckets
 
     def __init__(
         self,
@@ -50,38 +117,16 @@ class ZeroOptimizer(ABC):
         self._clip = clip
         self.buckets = buckets
 
-    @property
-    def owns_fragments(self) -> bool:
-        """Whether this rank's fragments are its own among the data-parallel replicas."""
-        return True
-
     def step(self, learning_rate: float, *, loss_scale: float) -> float:
-        """Clip to the global norm, and update unless that is not finite.
-
-        Args:
-            learning_rate: of this step.
-            loss_scale: factor that the gradients carry.
-
-        Returns:
-            Global norm of the gradients, without their factor, before clipping; NaN if it is not finite. The same on
-            every rank.
-        """
+        """See :meth:`ZeroOptimizer.step`; branch-free until the norm is returned."""
         # Gradients are sums over replicas of a loss that carries the number of replicas (see micro_batches.py).
         factor = 1.0 / (self._context.data.size * loss_scale)
         norm = self._squared_norm().sqrt() * factor
         overflow = ~norm.isfinite()
         shrink = (self._clip / (norm + _NORM_EPSILON)).clamp(max=1.0) if self._clip else torch.ones_like(norm)
         self._update(learning_rate, 1.0 / (shrink * factor), overflow)
-        value = float(norm.detach())
-        return value if value < float("inf") else float("nan")
-
-    @abstractmethod
-    def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
-        """(kind, offset in the flattened local tensor, live fp32 values) of what this rank holds of a parameter."""
-
-    @abstractmethod
-    def create_moments(self, optimizer_steps: int) -> None:
-        """Make AdamW's state, which torch would make at the first step, so that it can be loaded into."""
+        value = float(norm)
+        return value if math.isfinite(value) else math.nan
 
     @abstractmethod
     def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
@@ -93,7 +138,7 @@ class ZeroOptimizer(ABC):
         return True
 
     def _squared_norm(self) -> Tensor:
-        """Over every parameter of the model, each element counted once; branch-free, on the device."""
+        """Over every parameter of the model, each element counted once."""
         squares = torch.zeros((), dtype=torch.float32, device=self._context.device)
         for layout, owned in zip(self._layouts, self.buckets.owned(), strict=True):
             group = layout.group
@@ -118,15 +163,8 @@ class ZeroOptimizer(ABC):
             if moment in self._adamw.state[master]:
                 yield moment, self._adamw.state[master][moment].view(-1)
 
-    @property
-    def optimizer_steps(self) -> int:
-        """Updates that the moments have seen; overflowed steps are not among them."""
-        for state in self._adamw.state.values():
-            return int(state["step"])
-        return 0
 
-
-class ReplicatedAdamW(ZeroOptimizer):
+class ReplicatedAdamW(FlatZeroOptimizer):
     """ZeRO-0: every replica updates everything. fp32 weights are their own masters."""
 
     @classmethod
@@ -157,7 +195,7 @@ class ReplicatedAdamW(ZeroOptimizer):
         """For every parameter."""
         for layout in self._layouts:
             for p in layout.group.parameters:
-                self._adamw.state[p.parameter] = _adamw_state(p.parameter, optimizer_steps)
+                self._adamw.state[p.parameter] = adamw_state(p.parameter, optimizer_steps)
 
     @property
     def _counts_replicas(self) -> bool:
@@ -173,12 +211,12 @@ class ReplicatedAdamW(ZeroOptimizer):
                 p.parameter.grad = None
 
 
-class PartitionedAdamW(ZeroOptimizer):
+class PartitionedAdamW(FlatZeroOptimizer):
     """ZeRO-1 and 2: each replica updates its range of the masters that DeepSpeed's ZeRO optimizer holds.
 
     Args:
         zero: DeepSpeed's ``DeepSpeedZeroOptimizer``.
-        layouts, buckets, context, clip: as for :class:`ZeroOptimizer`.
+        layouts, buckets, context, clip: as for :class:`FlatZeroOptimizer`.
     """
 
     def __init__(
@@ -236,7 +274,7 @@ class PartitionedAdamW(ZeroOptimizer):
     def create_moments(self, optimizer_steps: int) -> None:
         """For every range."""
         for master in self._masters:
-            self._adamw.state[master] = _adamw_state(master, optimizer_steps)
+            self._adamw.state[master] = adamw_state(master, optimizer_steps)
 
     def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
         for master, gradient in zip(self._masters, self.buckets.owned(), strict=True):
@@ -247,6 +285,7 @@ class PartitionedAdamW(ZeroOptimizer):
         self._zero.update_lp_params()
 
 
-def _adamw_state(values: Tensor, steps: int) -> dict[str, Tensor]:
+def adamw_state(values: Tensor, steps: int) -> dict[str, Tensor]:
+    """Moments of zero that have seen ``steps`` updates, as torch's AdamW keeps them."""
     moments = {moment: torch.zeros_like(values, dtype=torch.float32) for moment in MOMENTS}
     return {"step": torch.tensor(float(steps), dtype=torch.float32, device=values.device), **moments}

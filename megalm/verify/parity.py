@@ -150,7 +150,7 @@ def _put_in_full(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     full = {}
     for p in engine.parameters:
         tensor = torch.full(p.shard.full_shape, math.nan)
-        p.shard.put(p.parameter.detach().float(), tensor)
+        p.shard.put(engine.full_weight(p).float(), tensor)
         full[p.name] = tensor
     return full
 

@@ -93,8 +93,9 @@ def test_an_interrupt_saves_and_resumes(common, uninterrupted) -> None:
         ["parallel.tp=1", "parallel.pp=1", "launch.ranks=2"],
         ["parallel.tp=1", "parallel.pp=3"],
         ["parallel.tp=2", "parallel.pp=1", "engine.zero_stage=0"],
+        ["parallel.tp=1", "parallel.pp=1", "launch.ranks=2", "engine.zero_stage=3"],
     ],
-    ids=["dp2", "pp3", "tp2-zero0"],
+    ids=["dp2", "pp3", "tp2-zero0", "dp2-zero3"],
 )
 def test_another_layout_continues_the_same_curve(common, uninterrupted, killed: Path, layout, tmp_path) -> None:
     checkpoint = _run_dir(common, "straight") / "checkpoints" / "step-00000010"

@@ -1,0 +1,108 @@
+"""ZeRO-3 (Rajbhandari et al. 2020): the weights themselves are split over replicas, and gathered where they are used.
+
+DeepSpeed gathers a module's weights before its forward and its backward, reduces and splits its gradients, and updates;
+megalm adds where a weight's fragments lie. It runs without pipeline and tensor parallelism: a pipeline would gather the
+weights anew for every micro-batch, and DeepSpeed's norm would leave out what tensor-parallel ranks hold of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalm.core.pipeline.runner import PlainGradients
+from megalm.engine.zero import MOMENTS, ReducedGradients, ZeroOptimizer, adamw_state
+from megalm.models.gpt import GPT, MicroBatch
+
+
+class Root(nn.Module):
+    """A model as DeepSpeed wants it: one module that is called, for its hooks to run at the ends of a micro-batch."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        """As :meth:`GPT.run`."""
+        return self.model.run(stage, hidden, micro_batch)
+
+
+class HookedGradients(PlainGradients, ReducedGradients):
+    """DeepSpeed's hooks take each gradient away, reduce it and keep this replica's part."""
+
+    def begin(self) -> None:
+        """DeepSpeed starts anew after each of its steps."""
+
+    def finish(self) -> None:
+        """Reduced already."""
+
+
+class Zero3AdamW(ZeroOptimizer):
+    """ZeRO-3: DeepSpeed's ``DeepSpeedZeroOptimizer_Stage3`` does everything but describe itself.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        replica: number of this data-parallel rank.
+    """
+
+    def __init__(self, zero: Any, replica: int) -> None:
+        self.buckets = HookedGradients()
+        self._zero = zero
+        self._adamw = zero.optimizer
+        self._replica = replica
+        self._places: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        for members, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for parameter in members:
+                self._places[parameter] = master, offset
+                offset += parameter.ds_tensor.numel()
+        assert zero.gradient_accumulation_dtype == torch.float32, "micro-batches add up in fp32"
+
+    def step(self, learning_rate: float, *, loss_scale: float) -> float:
+        """Clip and update; see :meth:`ZeroOptimizer.step`."""
+        assert loss_scale == 1.0, "fp16 is refused with ZeRO-3"
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._zero.step()
+        norm = float(self._zero._global_grad_norm)
+        return norm if 0.0 <= norm < float("inf") else float("nan")
+
+    def put_weight(self, parameter: nn.Parameter, local: Tensor) -> None:
+        """Keep this replica's part of a weight."""
+        start, stop = self._range(parameter)
+        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        part.view(-1)[: stop - start].copy_(local.reshape(-1)[start:stop])
+
+    def full_weight(self, parameter: nn.Parameter) -> Tensor:
+        """All replicas' parts together; collective."""
+        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        group = self._zero.dp_process_group
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, part, group=group)
+        shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+    def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
+        """This replica's part of the parameter."""
+        start, stop = self._range(parameter)
+        if start >= stop:
+            return
+        master, offset = self._places[parameter]
+        state = self._adamw.state[master]
+        kinds = {"weight": master.detach(), **{moment: state[moment].view(-1) for moment in MOMENTS if moment in state}}
+        for kind, values in kinds.items():
+            yield kind, start, values[offset : offset + stop - start]
+
+    def create_moments(self, optimizer_steps: int) -> None:
+        """For every part."""
+        for master, _ in self._places.values():
+            self._adamw.state[master] = adamw_state(master, optimizer_steps)
+
+    def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Elements of the flattened parameter that this replica keeps; the last parts are padded."""
+        size, numel = parameter.ds_tensor.numel(), parameter.ds_numel  # type: ignore[attr-defined]
+        return min(self._replica * size, numel), min((self._replica + 1) * size, numel)
