@@ -79,6 +79,7 @@ class _Bucket:
         stop: after the last one.
         values: the gradients, [stop − start] fp32; under ZeRO-2 there only while they are collected.
         waiting: parameters whose last gradient of this backward is still to come.
+        issued: whether its reduction is under way, and nothing may be added any more.
     """
 
     layout: int
@@ -88,6 +89,7 @@ class _Bucket:
     values: Tensor | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
     waiting: set[nn.Parameter] = field(default_factory=set)
+    issued: bool = False
 
 
 class GradientBuckets:
@@ -134,6 +136,7 @@ class GradientBuckets:
         for queue in self._queues.values():
             queue.clear()
         for bucket in self._buckets:
+            bucket.issued = False
             if self._is_early(bucket):
                 self._queues.setdefault(bucket.stage, []).append(bucket)
         if self._shards:
@@ -153,6 +156,7 @@ class GradientBuckets:
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Add one contribution to a parameter's gradient."""
         bucket, start = self._places[parameter]
+        assert not bucket.issued, "a gradient came after its bucket was sent off"
         if bucket.values is None:
             bucket.values = torch.zeros(bucket.stop - bucket.start, dtype=torch.float32, device=self._device)
             self._seen.update(bucket.parameters)
@@ -243,6 +247,7 @@ class GradientBuckets:
             bucket.values = torch.zeros(bucket.stop - bucket.start, dtype=torch.float32, device=self._device)
         else:
             self._zero_unseen(bucket)
+        bucket.issued = True
         self._works.append((bucket, self._start_reduction(bucket, self._context.data)))
 
     def _start_reduction(self, bucket: _Bucket, replicas: Group) -> list[dist.Work]:
@@ -288,7 +293,7 @@ class GradientBuckets:
                     offset = self._layouts[bucket.layout].owned(self._context.data.index)[0]
                     mine = bucket.values[start - bucket.start : stop - bucket.start]
                     self._owned[bucket.layout][start - offset : stop - offset] += mine
-                bucket.values = None
+                bucket.values, bucket.issued = None, False
                 self._seen.difference_update(bucket.parameters)
         self._works.clear()
 

@@ -26,6 +26,6 @@ class LossScale:
         """Half after an overflow, double after ``window`` steps without one; never below 1."""
         if overflowed:
             return LossScale(max(self.value / _FACTOR, _SMALLEST), 0, self.window)
-        if self.good_steps + 1 == self.window:
+        if self.good_steps + 1 >= self.window:  # a resumed run may have a smaller window
             return LossScale(self.value * _FACTOR, 0, self.window)
         return LossScale(self.value, self.good_steps + 1, self.window)

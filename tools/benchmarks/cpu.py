@@ -198,7 +198,9 @@ def _hugging_face() -> Callable[[], float]:
     """The same model, step and clipping as a user of transformers would write them for speed."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=8192,
@@ -210,6 +212,8 @@ def _hugging_face() -> Callable[[], float]:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

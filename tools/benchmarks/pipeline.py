@@ -5,6 +5,8 @@ Stages sleep and do not compute, so that ranks which outnumber the cores measure
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import statistics
 import time
@@ -206,12 +208,13 @@ class _DeepSpeed:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled here and now
         deepspeed.init_distributed(dist_backend="gloo")
-        module = PipelineModule(
-            layers=[_SleepingLayer(1e-3 * options.milliseconds) for _ in range(options.ranks)],
-            num_stages=options.ranks,
-            loss_fn=lambda output, _: output.sum(),
-            partition_method="uniform",
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it describes every stage
+            module = PipelineModule(
+                layers=[_SleepingLayer(1e-3 * options.milliseconds) for _ in range(options.ranks)],
+                num_stages=options.ranks,
+                loss_fn=lambda output, _: output.sum(),
+                partition_method="uniform",
+            )
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=torch.optim.SGD(list(module.parameters()), lr=0.0),
