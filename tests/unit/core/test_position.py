@@ -113,7 +113,7 @@ def test_scalings_are_those_of_transformers(scaling: str) -> None:
         "high_freq_factor": 4.0,
     }
     config = LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=8192)
-    config.rope_parameters = config.rope_scaling = parameters
+    config.rope_parameters = parameters
     want, amplitude = rope.ROPE_INIT_FUNCTIONS[scaling](config, torch.device("cpu"))
     ours, factor = rotary_frequencies(model(rotary_scaling=scaling, rotary_factor=4.0, rotary_original_length=2048))
     torch.testing.assert_close(ours.float(), want)
