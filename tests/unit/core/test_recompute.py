@@ -80,6 +80,7 @@ def test_full_recomputation_keeps_little_but_the_inputs_of_blocks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_compiled_blocks_share_one_graph_and_give_the_same_numbers(recompute: str) -> None:
     import torch._dynamo as dynamo
