@@ -1,0 +1,98 @@
+"""What passes from corpora through cleaning to the tokenizer. No torch.
+
+A corpus is cut into *blocks*: one process lists them, which is cheap and always gives the same list; any process reads
+one, which is where decompression aside all work is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a document.
+
+    Attributes:
+        text: its text; bytes where a corpus has not decoded them.
+        learnt: whether its tokens carry loss (a prompt's do not).
+        special: whether ``text`` names one special token, instead of being text that may happen to spell one.
+    """
+
+    text: str | bytes
+    learnt: bool = True
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a corpus.
+
+    Attributes:
+        name: where it is from, so that a person finds it again: a path, ``file.jsonl:17``, an article's title.
+        segments: its text, in order; one for plain text, several for prompts and completions.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def plain(cls, name: str, text: str | bytes) -> Document:
+        """A document all of which is learnt."""
+        return cls(name, (Segment(text),))
+
+    @property
+    def text(self) -> str:
+        """The text of all segments that are text; they are decoded already."""
+        return "".join(str(segment.text) for segment in self.segments if not segment.special)
+
+    def with_texts(self, texts: list[str]) -> Document:
+        """The same document with other texts in its text segments, in order."""
+        replacing = iter(texts)
+        return replace(
+            self, segments=tuple(s if s.special else replace(s, text=next(replacing)) for s in self.segments)
+        )
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Something in a corpus that is no document.
+
+    Attributes:
+        name: where it is.
+        rule: why, in a word or two that reports count by: ``malformed JSON``, ``redirect``.
+    """
+
+    name: str
+    rule: str
+
+
+class Block(Protocol):
+    """A part of a corpus, small enough for a worker's memory; picklable, and light where it can be."""
+
+    @property
+    def bytes(self) -> int:
+        """Its share of the corpus's ``total_bytes``, for progress."""
+
+    def documents(self) -> Iterator[Document | Rejected]:
+        """Read the block; the same in every process that sees the corpus's files."""
+
+
+class Corpus(Protocol):
+    """A deterministic sequence of documents."""
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, in words."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of its files on disk, or of its text where there are none."""
+
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed, renamed, resized or touched; reads no contents."""
+
+    def blocks(self, block_bytes: int) -> Iterator[Block]:
+        """All blocks, in order, of about ``block_bytes`` of text each; the same list every time."""
