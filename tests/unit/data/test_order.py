@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.data.order import SampleOrder, permute
+from megalm.data.order import PERIOD, BlendedOrder, SampleOrder, permute, quotas_of
 
 orders = st.builds(
     SampleOrder,
@@ -40,12 +40,17 @@ def test_it_is_pure_however_it_is_asked(order: SampleOrder, start: int, cut: int
     assert [int(order(int(s))[1][0]) for s in samples[:5]] == whole[:5].tolist()
 
 
-@given(order=orders, data=st.data())
-@settings(max_examples=30, deadline=None)
-def test_the_sample_of_a_sequence_is_the_inverse(order: SampleOrder, data) -> None:
-    sequence = data.draw(st.integers(0, order.num_sequences - 1))
-    sample = order.samples_of(sequence, epoch=2)
-    assert [int(part[0]) for part in order(sample)] == [2, sequence]
+@given(order=orders, epoch=st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_the_sample_of_a_sequence_is_the_inverse(order: SampleOrder, epoch: int) -> None:
+    samples = np.arange(epoch * order.num_sequences, (epoch + 1) * order.num_sequences)
+    assert np.array_equal(order.sample_of(*order(samples)), samples)
+
+
+def test_the_inverse_needs_no_walk_through_an_epoch() -> None:
+    order = SampleOrder(10**13, seed=0, block_sequences=64, lanes=1024, window_blocks=8)
+    samples = np.arange(10**14, 10**14 + 64)
+    assert np.array_equal(order.sample_of(*order(samples)), samples)
 
 
 def test_golden_values_never_change() -> None:
@@ -114,3 +119,91 @@ def test_a_lane_reads_its_own_blocks_in_whole_windows() -> None:
         for start in range(0, 120, 20):
             blocks = own[start : start + 20] // 5
             assert len(set(blocks.tolist())) == 4, "twenty sequences of a lane come from four blocks of five"
+
+
+blends = st.integers(1, 4).flatmap(
+    lambda corpora: st.builds(
+        BlendedOrder.of,
+        st.lists(st.integers(1, 300), min_size=corpora, max_size=corpora),
+        st.one_of(
+            st.just(()),
+            st.lists(st.floats(0.01, 100).map(lambda x: round(x, 4)), min_size=corpora, max_size=corpora),
+        ),
+        seed=st.integers(0, 2**31),
+        block_sequences=st.integers(1, 5),
+        lanes=st.integers(1, 4),
+        window_blocks=st.integers(1, 4),
+    )
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(order=blends, samples=st.integers(1, 3000))
+def test_a_blend_reads_every_corpus_exactly_once_per_epoch(order: BlendedOrder, samples: int) -> None:
+    """With one lane strictly; lanes run side by side, so that one may begin an epoch a little before another."""
+    corpus, epoch, sequence = order(np.arange(samples))
+    lanes = order.orders[0].lanes
+    for number, own in enumerate(order.orders):
+        mine = corpus == number
+        read = set(zip(epoch[mine].tolist(), sequence[mine].tolist(), strict=True))
+        assert len(read) == mine.sum(), "no sequence twice in an epoch"
+        if lanes == 1:
+            whole, rest = divmod(int(mine.sum()), own.num_sequences)
+            counts = np.bincount(epoch[mine], minlength=whole + 1)
+            assert counts[:whole].tolist() == [own.num_sequences] * whole
+            assert counts[whole] == rest
+
+
+@settings(max_examples=100, deadline=None)
+@given(order=blends, start=st.integers(0, 10**12))
+def test_the_inverse_of_a_blend(order: BlendedOrder, start: int) -> None:
+    samples = np.arange(start, start + 200)
+    corpus, epoch, sequence = order(samples)
+    for number in range(len(order.orders)):
+        mine = corpus == number
+        if mine.any():
+            assert np.array_equal(order.sample_of(number, epoch[mine], sequence[mine]), samples[mine])
+
+
+def test_one_corpus_repeats_while_another_does_not() -> None:
+    order = BlendedOrder.of([100, 1000], [1, 1], seed=3)
+    corpus, epoch, _ = order(np.arange(1600))
+    assert epoch[corpus == 0].max() == 7
+    assert epoch[corpus == 1].max() == 0
+    assert [float(times) for times in order.epochs_after(1600)] == [8.0, 0.8]
+
+
+@settings(max_examples=100, deadline=None)
+@given(order=blends, start=st.integers(0, 2**40))
+def test_every_stretch_of_a_blend_holds_its_weights(order: BlendedOrder, start: int) -> None:
+    """Evenly spread: over any 500 samples each corpus is within a few samples of its share, in every lane."""
+    corpus, _, _ = order(np.arange(start, start + 500))
+    slack = 2 * len(order.orders) * order.orders[0].lanes
+    for number, quota in enumerate(order.quotas):
+        assert abs((corpus == number).sum() - 500 * quota / PERIOD) <= slack
+
+
+def test_weights_default_to_sizes_and_are_exact_to_the_period() -> None:
+    assert BlendedOrder.of([300, 100], seed=0).quotas == (PERIOD * 3 // 4, PERIOD // 4)
+    assert sum(quotas_of([1, 1, 1])) == PERIOD
+    assert quotas_of([0.1, 0.2]) == quotas_of([1, 2])
+
+
+def test_a_weight_that_would_never_be_drawn_is_refused() -> None:
+    with pytest.raises(ValueError, match="less than one sample in 65536"):
+        quotas_of([1, 1e-7])
+
+
+def test_golden_values_of_a_blend_never_change() -> None:
+    order = BlendedOrder.of([1000, 503], [0.7, 0.3], seed=7, block_sequences=4, lanes=2, window_blocks=2)
+    corpus, epoch, sequence = order(np.arange(5000, 5012))
+    assert corpus.tolist() == GOLDEN_BLEND[0]
+    assert epoch.tolist() == GOLDEN_BLEND[1]
+    assert sequence.tolist() == GOLDEN_BLEND[2]
+
+
+GOLDEN_BLEND = [
+    [0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0],
+    [3, 3, 2, 3, 3, 3, 3, 2, 2, 3, 3, 3],
+    [244, 950, 169, 138, 246, 951, 300, 237, 239, 139, 301, 136],
+]
