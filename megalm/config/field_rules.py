@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megalm.config.schema import Config
-from megalm.config.support import BOUNDS, CHOICES, NOT_IN_THIS_VERSION
+from megalm.config.support import BOUNDS, CHOICES
 from megalm.config.violation import Fix, Violation, spoken_list
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -57,9 +57,7 @@ def choices_are_known(job: Job) -> Iterator[Violation]:
         value = value_of(job.config, path)
         if value in choices:
             continue
-        planned = NOT_IN_THIS_VERSION.get((path, value.lower()))
-        wrong = f"{planned} is not in this version" if planned else "there is no such choice"
-        yield Violation(path, value, wrong, f"{path}={spoken_list(choices)}")
+        yield Violation(path, value, "there is no such choice", f"{path}={spoken_list(choices)}")
 
 
 def run_has_a_folder_name(job: Job) -> Iterator[Violation]:
@@ -76,6 +74,7 @@ def texts_are_not_empty(job: Job) -> Iterator[Violation]:
     """Folders, paths and project names that are given are not empty."""
     remedies = {
         "run.dir": "a folder, such as run.dir=runs",
+        "data.cache_dir": "a folder, or data.cache_dir=null",
         "data.path": "the folder of a prepared dataset, such as data.path=data/quickstart",
         "checkpoint.resume": "checkpoint.resume=auto, never or the path of a checkpoint",
         "checkpoint.init_from": "the path of a checkpoint, or checkpoint.init_from=null",
@@ -85,5 +84,6 @@ def texts_are_not_empty(job: Job) -> Iterator[Violation]:
     }
     for path, right in remedies.items():
         value = value_of(job.config, path)
-        if value is not None and not value.strip():
+        texts = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(text.strip() for text in texts):
             yield Violation(path, value, "empty", right)

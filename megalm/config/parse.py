@@ -21,6 +21,8 @@ _WORDS: dict[Any, str] = {
     bool: "true or false",
     str: "text",
     tuple[int, ...]: "a list of integers",
+    tuple[float, ...]: "a list of numbers",
+    tuple[str, ...]: "text or a list of texts",
     type(None): "null",
 }
 
@@ -158,19 +160,36 @@ def _float(value: Any) -> tuple[bool, Any]:
         return False, value
 
 
+def _str(value: Any) -> tuple[bool, Any]:
+    return isinstance(value, str), value
+
+
 def _ints(value: Any) -> tuple[bool, Any]:
+    accepted, parsed = _list_of(_int, value)
+    return accepted and bool(parsed), parsed
+
+
+def _strs(value: Any) -> tuple[bool, Any]:
+    """One text alone is a list of one."""
+    accepted, parsed = _list_of(_str, [value] if isinstance(value, str) else value)
+    return accepted and bool(parsed), parsed
+
+
+def _list_of(convert: Callable[[Any], tuple[bool, Any]], value: Any) -> tuple[bool, Any]:
     if not isinstance(value, list | tuple):
         return False, value
-    parsed = [_int(item) for item in value]
-    return bool(parsed) and all(accepted for accepted, _ in parsed), tuple(item for _, item in parsed)
+    parsed = [convert(item) for item in value]
+    return all(accepted for accepted, _ in parsed), tuple(item for _, item in parsed)
 
 
 _CONVERTERS: dict[Any, Callable[[Any], tuple[bool, Any]]] = {
     int: _int,
     float: _float,
     bool: lambda value: (isinstance(value, bool), value),
-    str: lambda value: (isinstance(value, str), value),
+    str: _str,
     tuple[int, ...]: _ints,
+    tuple[float, ...]: lambda value: _list_of(_float, value),
+    tuple[str, ...]: _strs,
     type(None): lambda value: (value is None, value),
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Set
 from dataclasses import replace
 from typing import Any
 
-from megalm.config import cross_rules, field_rules, layout_rules, model_rules, schedule_rules
+from megalm.config import cross_rules, data_rules, field_rules, layout_rules, model_rules, schedule_rules
 from megalm.config.cross_rules import Rule, divisors
 from megalm.config.field_rules import Job, value_of, with_value
 from megalm.config.schema import Config
@@ -45,6 +45,9 @@ RULES: tuple[Rule, ...] = (
     schedule_rules.cooldown_has_its_schedule,
     schedule_rules.cooldown_fits,
     cross_rules.one_source_of_weights,
+    data_rules.one_number_per_dataset,
+    data_rules.pipes_name_their_file,
+    data_rules.objective_fits_attention,
 )
 
 _MOST_VALUES = 6

@@ -58,7 +58,7 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Architecture of a decoder-only Transformer (GPT)."""
+    """Architecture of a Transformer: a decoder (GPT), or an encoder (BERT)."""
 
     num_layers: int
     hidden_size: int
@@ -70,6 +70,8 @@ class Model:
     vocab_size: int | None = None
     """None: the vocabulary of the data."""
     sequence_length: int
+    causal: bool = True
+    """A token sees none after it (GPT); false: it sees the whole sequence (BERT)."""
     position: str = "learned"
     """``learned`` absolute positions (GPT-2) or ``rotary`` (Su et al. 2021)."""
     rotary_base: float = 10000.0
@@ -116,6 +118,9 @@ class Model:
     """Bias on query, key and value alone (Qwen2: true where bias is false); None: as ``bias``."""
     tie_embeddings: bool = True
     """The output projection is the word embedding."""
+    head: str = "linear"
+    """What makes logits of the last hidden vectors: ``linear``; or ``masked_lm``, with a dense layer, GELU and norm
+    before it and a bias per word (Devlin et al. 2019)."""
     init_std: float = 0.02
     """Standard deviation of initial weights; residual projections use it divided by sqrt(2·num_layers) (GPT-2)."""
 
@@ -153,7 +158,12 @@ class Objective:
     """What is learnt from the tokens."""
 
     name: str = "clm"
-    """``clm``: next-token prediction."""
+    """``clm``: next-token prediction, of what a loss mask leaves where the data have one (supervised fine-tuning); or
+    ``mlm``: masked tokens are recovered (Devlin et al. 2019)."""
+    mask_probability: float = 0.15
+    """``mlm``: share of tokens that are to be recovered; of them 80 % are masked, 10 % replaced, 10 % left."""
+    whole_words: bool = False
+    """``mlm``: mask words instead of their parts."""
     z_loss: float = 0.0
     """Weight of the squared log-partition of the logits, which keeps them from drifting (Chowdhery et al. 2022: 1e-4).
     Reported losses leave it out."""
@@ -163,8 +173,22 @@ class Objective:
 class Data:
     """Token shards and the order in which they are read."""
 
-    path: str
-    """A prepared dataset: a folder with ``train/`` and ``val/``, as ``tools/prepare_data.py`` writes it."""
+    path: tuple[str, ...]
+    """One or more prepared datasets, as ``tools/prepare_data.py`` writes them: a folder with ``train/`` and ``val/``,
+    the ``http(s)://`` address of one, or ``pipe:COMMAND``, which prints the file whose name replaces ``{file}``."""
+    weights: tuple[float, ...] = ()
+    """Share of each dataset in the samples, relative to the others; empty: as they are large."""
+    max_epochs: tuple[float, ...] = ()
+    """Most times that the run may read each dataset (0: any number); empty: no limits."""
+    phase: int = 0
+    """Counts deliberate changes of the data: a resumed run whose phase is higher than its checkpoint's reads the new
+    data from their beginning. Within a phase a change is refused."""
+    reset_at_documents: bool = False
+    """A token sees its own document only, and positions begin anew with each, where a sequence holds several."""
+    cache_dir: str | None = None
+    """Where shards that a ``pipe:`` fetches are kept; None: in the system's folder for temporary files."""
+    cache_gib: float = 50.0
+    """Most that the cache holds; the shards used longest ago go first."""
     block_sequences: int = 1
     """Sequences read contiguously: the grain of shuffling and of input/output; 1 shuffles single sequences."""
     lanes: int = 1

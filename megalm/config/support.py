@@ -71,6 +71,10 @@ BOUNDS: dict[str, Bounds] = {
     "model.attention_dropout": Bounds(0, 1, high_open=True),
     "model.norm_epsilon": _POSITIVE,
     "model.init_std": _POSITIVE,
+    "data.weights": _POSITIVE,
+    "data.max_epochs": Bounds(0),
+    "data.phase": _COUNT_OR_ZERO,
+    "data.cache_gib": _POSITIVE,
     "data.block_sequences": _COUNT,
     "data.lanes": _COUNT,
     "data.window_blocks": _COUNT,
@@ -85,6 +89,7 @@ BOUNDS: dict[str, Bounds] = {
     "optim.decay_tokens": _TOKENS,
     "optim.cooldown_tokens": _TOKENS,
     "optim.min_lr_ratio": _UNIT,
+    "objective.mask_probability": Bounds(0, 1, low_open=True),
     "objective.z_loss": Bounds(0),
     "engine.zero_stage": Bounds(0, 3),
     "engine.initial_loss_scale": Bounds(1),
@@ -120,7 +125,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.residual": ("pre_norm", "post_norm", "parallel"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "gelu_erf", "swiglu"),
-    "objective.name": ("clm",),
+    "model.head": ("linear", "masked_lm"),
+    "objective.name": ("clm", "mlm"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
     "optim.cooldown": ("linear", "sqrt"),
     "engine.dtype": ("bf16", "fp16", "fp32"),
@@ -128,12 +134,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "logging.wandb": ("auto", "online", "offline", "disabled"),
 }
 """Legal values of every field that names an alternative."""
-
-NOT_IN_THIS_VERSION: dict[tuple[str, str], str] = {
-    ("objective.name", "mlm"): "masked language modelling",
-    ("objective.name", "sft"): "supervised fine-tuning",
-}
-"""Values that name something real which megalm does not do yet, and what that is."""
 
 PROVEN: dict[str, tuple[int, ...]] = {
     "bf16": (1, 2, 3),

@@ -41,7 +41,6 @@ class SelfAttention(nn.Module):
         seed: of dropout masks.
         recompute_core: whether backward computes the core again instead of keeping what it needs ("selective"
             recomputation, Korthikanti et al. 2022).
-        causal: a token sees no later one.
     """
 
     heads: Tensor
@@ -57,7 +56,6 @@ class SelfAttention(nn.Module):
         projection_std: float,
         seed: int,
         recompute_core: bool,
-        causal: bool = True,
     ) -> None:
         super().__init__()
         self.tp, self.cp = tp, cp
@@ -78,7 +76,7 @@ class SelfAttention(nn.Module):
             self.query_norm = RMSNorm(self.head_dim, epsilon=model.norm_epsilon, partial=partial)
             self.key_norm = RMSNorm(self.head_dim, epsilon=model.norm_epsilon, partial=partial)
         self.core = AttentionCore(
-            causal=causal,
+            causal=model.causal,
             window=model.attention_window(layer),
             dropout=model.attention_dropout,
             seed=seed,

@@ -46,12 +46,13 @@ class VocabParallelEmbedding(ParallelModule):
             return reduce_scatter(x, self.tp.group, SEQUENCE)
         return reduce_from_group(x, self.tp.group)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """This rank's columns of the logits, for evaluation: training takes :func:`megalm.core.loss.output_loss`.
 
         [B, S, H], or [B, S/T, H] under sequence parallelism ▶ [B, S, ceil(V/T)], padding columns at minus infinity.
+        ``bias`` [ceil(V/T)] is added to them.
         """
-        logits = self._linear(x, self.weight, None)
+        logits = self._linear(x, self.weight, bias)
         padding = self.weight.shape[0] - self.local_vocab_size
         if padding:
             # Out of place, so that padding rows get no gradient either.

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from megalm.core.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from megalm.core.embedding import VocabParallelEmbedding
@@ -47,6 +48,7 @@ def output_loss(
     *,
     chunk_tokens: int,
     z_loss: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The objective of a micro-batch from the last hidden vectors, without ever holding its logits.
 
@@ -64,6 +66,7 @@ def output_loss(
         loss_weight: factor of each token's loss, [B, S] fp32: the mask times the run's normalisation.
         chunk_tokens: C; 0: all of the micro-batch at once.
         z_loss: weight of the second term; 0: there is none.
+        bias: added to the logits of this rank's words, padding included, [V/T]; None: there is none.
 
     Returns:
         [K] in fp32, the same on every rank of the group: the weighted sum of token losses in nats and, with ``z_loss``,
@@ -71,8 +74,49 @@ def output_loss(
         takes the same gradient for both: what is minimised is their sum.
     """
     head = _Head(embedding.tp, embedding.first_token, embedding.local_vocab_size, chunk_tokens, z_loss)
-    terms: Tensor = _OutputLoss.apply(x, embedding.weight, labels, loss_weight, head, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    terms: Tensor = _OutputLoss.apply(  # type: ignore[no-untyped-call]
+        x, embedding.weight, bias, labels, loss_weight, head, torch.is_grad_enabled()
+    )
     return terms
+
+
+@torch.no_grad()
+def output_metrics(
+    x: Tensor,
+    embedding: VocabParallelEmbedding,
+    labels: Tensor,
+    loss_weight: Tensor,
+    *,
+    chunk_tokens: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """What an evaluation counts, from the last hidden vectors; arguments as :func:`output_loss`.
+
+    Returns:
+        [2] in fp32, the same on every rank of the group: the weighted sums of token losses in nats, and of labels that
+        have the largest logit.
+    """
+    head = _Head(embedding.tp, embedding.first_token, embedding.local_vocab_size, chunk_tokens, z_loss=0.0)
+    weight = embedding.weight
+    totals = torch.zeros(2, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for chunk, chunk_labels, chunk_weight in head.chunks(x.flatten(0, 1), labels, loss_weight):
+        logits = F.linear(chunk, weight, bias)
+        totals[:1] += _logits_to_gradient(logits, chunk_labels, chunk_weight, head, None, wants_gradient=False)
+        totals[1] += (chunk_weight * (_most_likely(logits, head) == chunk_labels)).sum()
+    return totals
+
+
+def _most_likely(logits: Tensor, head: _Head) -> Tensor:
+    """[C, V/T] ▶ [C], the word of the largest logit over all ranks; of equals the first."""
+    largest, column = logits.max(dim=-1)
+    word = column + head.first_token
+    if head.tp.group.size == 1:
+        return word
+    # fp64 holds both a logit and a word exactly.
+    both = torch.stack((largest.double(), word.double()), dim=-1)
+    of_ranks = start_all_gather(both.unsqueeze(0), head.tp.group, 0).wait()  # [T, C, 2]
+    best = of_ranks[..., 0].argmax(dim=0)
+    return of_ranks[..., 1].gather(0, best.unsqueeze(0)).squeeze(0).long()
 
 
 @dataclass(frozen=True)
@@ -117,20 +161,31 @@ class _Head:
 class _OutputLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, loss_weight: Tensor, head: _Head, training: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        loss_weight: Tensor,
+        head: _Head,
+        training: bool,
     ) -> Tensor:
-        needs_input, needs_weight = (training and needed for needed in ctx.needs_input_grad[:2])
+        needs_input, needs_weight, needs_bias = (training and needed for needed in ctx.needs_input_grad[:3])
         exact = torch.promote_types(x.dtype, torch.float32)
         scale = _fp16_scale(loss_weight) if x.dtype == torch.float16 else None
         terms = torch.zeros(2 if head.z_loss else 1, dtype=exact, device=x.device)
         input_gradients: list[Tensor] = []
         reduction: Pending | None = None
         weight_gradient = _WeightGradient(weight)
+        bias_gradient = torch.zeros(weight.shape[0], dtype=exact, device=x.device) if needs_bias else None
         logits = weight.new_empty(0)
         for chunk, chunk_labels, chunk_weight in head.chunks(x.flatten(0, 1), labels, loss_weight):
             if logits.shape[0] != chunk.shape[0]:  # the first chunk, and a last one that is shorter
                 logits = weight.new_empty(chunk.shape[0], weight.shape[0])
-            torch.mm(chunk, weight.t(), out=logits)
+            if bias is None:
+                torch.mm(chunk, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, chunk, weight.t(), out=logits)
             terms += _logits_to_gradient(
                 logits, chunk_labels, chunk_weight, head, scale, wants_gradient=needs_input or needs_weight
             )
@@ -141,11 +196,14 @@ class _OutputLoss(torch.autograd.Function):
                 reduction = head.reduce(partial)
             if needs_weight:
                 weight_gradient.add(logits, chunk)
+            if bias_gradient is not None:
+                bias_gradient += logits.sum(dim=0, dtype=exact)
         if reduction is not None:
             input_gradients.append(reduction.wait())
         ctx.save_for_backward(
             torch.cat(input_gradients).view(x.shape) if needs_input else None,
             weight_gradient.total() if needs_weight else None,
+            bias_gradient,
             scale,
         )
         ctx.dtype = x.dtype
@@ -154,7 +212,7 @@ class _OutputLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        input_gradient, weight_gradient, scale = ctx.saved_tensors
+        input_gradient, weight_gradient, bias_gradient, scale = ctx.saved_tensors
         if gradient.numel() > 1:
             torch._assert_async(
                 (gradient == gradient[0]).all(), "terms of the loss are minimised together, with one gradient for all"
@@ -167,7 +225,7 @@ class _OutputLoss(torch.autograd.Function):
                 return None
             return torch.mul(saved, factor, out=torch.empty_like(saved, dtype=ctx.dtype))
 
-        return scaled(input_gradient), scaled(weight_gradient), None, None, None, None
+        return scaled(input_gradient), scaled(weight_gradient), scaled(bias_gradient), None, None, None, None
 
 
 def _logits_to_gradient(

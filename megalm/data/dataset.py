@@ -1,12 +1,16 @@
-"""A prepared dataset as a whole: ``DIR/{train,val}`` and ``DIR/tokenizer.json``. No torch: asked before ranks start."""
+"""A prepared dataset as a whole: ``{train,val}/`` and ``tokenizer.json``, in a folder or elsewhere. No torch."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalm.config.schema import Data
 from megalm.data.index import check_files, read_index
+from megalm.data.store import Cache, MissingFile, Store, open_store
+from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
 
 SPLITS = ("train", "val")
@@ -18,25 +22,22 @@ class DatasetInfo:
     """What a run needs to know of its data before it starts.
 
     Attributes:
-        path: the dataset's folder.
+        location: where the dataset is, as messages name it.
         vocab_size: token ids are below this.
         chunk_tokens: sequence lengths divide this.
+        packed_length: the only sequence length, where documents were packed for one; 0: any.
         train_tokens: valid tokens of the training split.
         val_tokens: valid tokens of the validation split.
         tokenizer_sha256: hash of the tokenizer that made them.
     """
 
-    path: Path
+    location: str
     vocab_size: int
     chunk_tokens: int
+    packed_length: int
     train_tokens: int
     val_tokens: int
     tokenizer_sha256: str
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer that made the tokens."""
-        return self.path / TOKENIZER_FILE
 
 
 def partial_folder(path: Path) -> Path:
@@ -44,44 +45,90 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def inspect_dataset(path: str | Path) -> DatasetInfo:
+def open_datasets(data: Data) -> tuple[Store, ...]:
+    """The datasets that a config names."""
+    cache = Cache(data.cache_dir, data.cache_gib)
+    return tuple(open_store(path, cache) for path in data.path)
+
+
+def inspect_datasets(data: Data) -> tuple[DatasetInfo, ...]:
+    """Inspect every dataset that a config names.
+
+    Raises:
+        DataError: anything is missing, half-written, or does not belong together.
+    """
+    infos = tuple(inspect_dataset(store) for store in open_datasets(data))
+    for info in infos[1:]:
+        if info.tokenizer_sha256 != infos[0].tokenizer_sha256:
+            raise DataError(
+                f"data.path: {infos[0].location} and {info.location} were made by different tokenizers; "
+                f"prepare one of them again with --tokenizer and the {TOKENIZER_FILE} of the other"
+            )
+    return infos
+
+
+def inspect_dataset(store: Store | Path) -> DatasetInfo:
     """Read both indexes and check that every file is there and has its size.
 
     Raises:
         DataError: anything is missing, half-written, or does not belong together.
     """
-    folder = Path(path)
-    if not folder.exists():
-        unfinished = partial_folder(folder)
-        hint = f" ({unfinished} was left by a preparation that was cut off)" if unfinished.exists() else ""
-        raise DataError(f"data.path={path}: no such folder{hint}; prepare one with tools/prepare_data.py --out {path}")
-    if not any((folder / split).exists() for split in SPLITS):
-        raise DataError(
-            f"data.path={path}: has no train/ and val/, so it is no prepared dataset; "
-            "tools/prepare_data.py --out prepares one"
-        )
+    store = open_store(store) if isinstance(store, Path) else store
+    if store.is_local:
+        _check_folder(Path(store.location))
     indexes = {}
     for split in SPLITS:
-        indexes[split] = read_index(folder / split)
-        check_files(indexes[split], folder / split)
+        indexes[split] = read_index(store.below(split))
+        check_files(indexes[split], store.below(split))
     train, val = indexes["train"], indexes["val"]
-    if (train.tokenizer_sha256, train.chunk_tokens) != (val.tokenizer_sha256, val.chunk_tokens):
-        raise DataError(f"data.path={path}: train/ and val/ were prepared differently; prepare the dataset again")
-    _check_tokenizer(folder / TOKENIZER_FILE, train.tokenizer_sha256)
+    same = ("tokenizer_sha256", "chunk_tokens", "packed_length", "eos_id", "vocab_size")
+    if any(getattr(train, name) != getattr(val, name) for name in same):
+        raise DataError(f"data.path={store.location}: train/ and val/ were prepared differently; prepare it again")
+    definition = _read_tokenizer(store)
+    if hashlib.sha256(definition).hexdigest() != train.tokenizer_sha256:
+        raise DataError(
+            f"{store.path_of(TOKENIZER_FILE)}: is not the tokenizer that made these tokens; copy the dataset again"
+        )
     return DatasetInfo(
-        path=folder,
+        location=store.location,
         vocab_size=train.vocab_size,
         chunk_tokens=train.chunk_tokens,
+        packed_length=train.packed_length,
         train_tokens=train.tokens,
         val_tokens=val.tokens,
         tokenizer_sha256=train.tokenizer_sha256,
     )
 
 
-def _check_tokenizer(path: Path, sha256: str) -> None:
+def tokenizer_of(stores: Sequence[Store]) -> Tokenizer:
+    """The tokenizer that made the datasets, with the end of a document that they were made with.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    store = stores[0]
+    definition = _read_tokenizer(store).decode("utf-8", errors="replace")
+    return Tokenizer.parse(definition, store.path_of(TOKENIZER_FILE), eos_id=read_index(store.below("train")).eos_id)
+
+
+def _read_tokenizer(store: Store) -> bytes:
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        raise DataError(f"{path}: missing; copy it from where the dataset was prepared") from None
-    if found != sha256:
-        raise DataError(f"{path}: is not the tokenizer that made these tokens; copy the dataset again")
+        return store.read(TOKENIZER_FILE)
+    except MissingFile:
+        raise DataError(
+            f"{store.path_of(TOKENIZER_FILE)}: missing; copy it from where the dataset was prepared"
+        ) from None
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        unfinished = partial_folder(folder)
+        hint = f" ({unfinished} was left by a preparation that was cut off)" if unfinished.exists() else ""
+        raise DataError(
+            f"data.path={folder}: no such folder{hint}; prepare one with tools/prepare_data.py --out {folder}"
+        )
+    if not any((folder / split).exists() for split in SPLITS):
+        raise DataError(
+            f"data.path={folder}: has no train/ and val/, so it is no prepared dataset; "
+            "tools/prepare_data.py --out prepares one"
+        )

@@ -1,91 +1,88 @@
-"""Corpus ▶ token shards: tokenise in parallel, split into training and validation, write the shards.
+"""Corpus ▶ token shards, split into training and validation.
 
-The output is the same to the last byte for any number of workers: documents are handed out and written in the order of
-the corpus. A dataset appears in one rename; what a killed preparation leaves behind is not mistaken for one.
+In two passes. First any number of workers clean and tokenise blocks of the corpus, each into a file of its own; then
+those files are put together in the order of the corpus: duplicates removed, documents shared out to the splits, shards
+written. So the output is the same to the last byte for any number of workers, a preparation that was cut off goes on
+with the blocks that are missing, and memory holds a few blocks. The blocks take as much disk as the dataset, until it
+is complete. A dataset appears in one rename; what a killed preparation leaves behind is not mistaken for one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megalm.data.corpora import CORPORA, Corpus
+from megalm.data.blocks import BlockResult, Work, texts_of_block, tokenise_block
+from megalm.data.card import write_card
 from megalm.data.dataset import SPLITS, TOKENIZER_FILE, partial_folder
+from megalm.data.document import Block, Corpus
+from megalm.data.duplicates import Duplicates
+from megalm.data.executors import Workers
 from megalm.data.index import Index
-from megalm.data.shards import ShardWriter
-from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe
+from megalm.data.packing import BestFitPacker, Row
+from megalm.data.recipe import Recipe
+from megalm.data.shard_writer import ShardWriter, write_durably
+from megalm.data.summary import Lengths, Summary
+from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
 
 RECIPE_FILE = "recipe.json"
 TOKENIZER_TRAINING_BYTES = 64 * 2**20
-"""A byte-level BPE hardly changes with more text than this, but its training takes memory in proportion."""
-_BATCH_BYTES = 2**20
-"""Text handed to a worker at once."""
-_Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
-"""Tokens of a batch end to end, and the length of each document."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the bytes of a dataset, besides the corpus.
-
-    Attributes:
-        corpus: a name in ``CORPORA``.
-        inputs: files or folders, for corpora that take them.
-        tokenizer: path of a ``tokenizer.json``; None: train one.
-        tokenizer_vocab: vocabulary of the tokenizer to train.
-        val_fraction: share of documents that go to validation, chosen by a hash of their text.
-        chunk_tokens: tokens per chunk; sequence lengths must divide it.
-        chunks_per_shard: chunks per tar file.
-    """
-
-    corpus: str
-    inputs: tuple[str, ...] = ()
-    tokenizer: str | None = None
-    tokenizer_vocab: int | None = None
-    val_fraction: float = 0.02
-    chunk_tokens: int = 8192
-    chunks_per_shard: int = 4096
+"""A tokenizer hardly changes with more text than this, but its training takes memory in proportion."""
+_SIGNATURE_FILE = "signature"
+_BLOCKS_FOLDER = "blocks"
+_MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES, _BLOCKS_PER_CORPUS = 2**19, 2**26, 4096
+"""A block's size follows from the corpus alone, never from the workers: it would otherwise be other blocks."""
 
 
 @dataclass
-class Counts:
-    """What happened to the documents of one preparation."""
+class Done:
+    """How far one pass is.
 
+    Attributes:
+        bytes: of the corpus's files.
+        total: of all of them.
+        documents: so far.
+        tokens: so far.
+        resumed: bytes whose results were there already; they tell nothing of speed.
+    """
+
+    bytes: int
+    total: int
     documents: int = 0
-    bytes: int = 0
     tokens: int = 0
-    empty: int = 0
-    undecodable: int = 0
-    seconds: float = field(default=0.0, compare=False)
+    resumed: int = 0
 
 
-Progress = Callable[[str, int, int, Counts], None]
-"""(phase, bytes done, bytes in all, counts so far)"""
+Progress = Callable[[str, Done], None]
+"""(what is being done, how far it is)"""
 
 
-def prepare(recipe: Recipe, out: Path, *, workers: int, overwrite: bool, progress: Progress) -> Counts | None:
+def prepare(
+    recipe: Recipe, out: Path, *, workers: Workers, overwrite: bool, progress: Progress, command: str
+) -> Summary | None:
     """Write the dataset ``out``; None if it is there already, made by the same recipe from the same files.
+
+    Args:
+        recipe: the corpus and what is done to it.
+        out: the dataset's folder.
+        workers: where blocks are worked on; they see the same files.
+        overwrite: replace a dataset that was made differently.
+        progress: called now and then.
+        command: the command line, for the data card.
 
     Raises:
         DataError: the corpus or the tokenizer cannot be read, a split would be empty, or ``out`` holds something else.
     """
-    corpus = CORPORA[recipe.corpus](recipe.inputs)
-    signature = _signature(recipe, corpus)
+    corpus = recipe.open_corpus()
+    signature = recipe.signature(corpus)
     if out.exists() and not overwrite:
         if _recorded_signature(out) == signature:
             return None
@@ -95,180 +92,260 @@ def prepare(recipe: Recipe, out: Path, *, workers: int, overwrite: bool, progres
         )
     if out.exists() and not (out / RECIPE_FILE).is_file():
         raise DataError(f"{out}: exists and is no prepared dataset, so --overwrite leaves it alone; remove it yourself")
-    partial = partial_folder(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder = _resumable_folder(out, signature)
+    preparation = _Preparation(recipe, corpus, folder, workers, progress)
+    summary = preparation.run()
+    write_card(folder, recipe, summary, command)
+    record = {"signature": signature, "command": command, **summary.to_dict()}
+    write_durably(folder / RECIPE_FILE, (json.dumps(record, indent=1) + "\n").encode())
+    shutil.rmtree(folder / _BLOCKS_FOLDER)
+    (folder / _SIGNATURE_FILE).unlink()
+    _put_in_place(folder, out)
+    return summary
+
+
+def _resumable_folder(out: Path, signature: str) -> Path:
+    """The unfinished preparation of the same dataset, or a new one."""
+    folder = partial_folder(out)
     try:
-        counts = _write_dataset(recipe, corpus, signature, partial, workers, progress)
-    except BaseException:  # an interrupt too: only a kill leaves something behind, and the next run removes that
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _put_in_place(partial, out)
-    return counts
+        unfinished = (folder / _SIGNATURE_FILE).read_text(encoding="utf-8")
+    except OSError:
+        unfinished = None
+    if unfinished != signature:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_durably(folder / _SIGNATURE_FILE, signature.encode())
+    for split in SPLITS:  # putting blocks together starts anew: it is a small part of the work
+        shutil.rmtree(folder / split, ignore_errors=True)
+    return folder
 
 
-def _write_dataset(
-    recipe: Recipe, corpus: Corpus, signature: str, folder: Path, workers: int, progress: Progress
-) -> Counts:
-    started = time.perf_counter()
-    tokenizer = _tokenizer(recipe, corpus, progress)
-    (folder / TOKENIZER_FILE).write_text(tokenizer.definition, encoding="utf-8")
-    counts, indexes = _write_splits(recipe, corpus, tokenizer, folder, workers, progress)
-    counts.seconds = time.perf_counter() - started
-    splits = {split: {"documents": i.documents, "tokens": i.tokens} for split, i in indexes.items()}
-    record = {"signature": signature, "source": corpus.source, **asdict(recipe), "counts": asdict(counts), **splits}
-    (folder / RECIPE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return counts
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
+def _put_in_place(folder: Path, out: Path) -> None:
     """Two renames: ``out`` never holds half a dataset, and the old one goes only when the new one is whole."""
     replaced = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if out.exists():
         out.rename(replaced)
-    partial.rename(out)
+    folder.rename(out)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def documents_of(corpus: Corpus, counts: Counts) -> Iterator[str]:
-    """The documents as text, in order; counts those left out and those whose bytes are no UTF-8, which are replaced."""
-    for data in corpus.documents():
-        counts.bytes += len(data)
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError:
-            text = data.decode("utf-8", errors="replace")
-            counts.undecodable += 1
-        if not text.strip():
-            counts.empty += 1
-            continue
-        counts.documents += 1
-        yield text
+@dataclass(frozen=True)
+class _Preparation:
+    """One preparation in its folder."""
 
+    recipe: Recipe
+    corpus: Corpus
+    folder: Path
+    workers: Workers
+    progress: Progress
 
-def split_of(text: str, val_fraction: float) -> str:
-    """``train`` or ``val``: a function of the text alone, so a document never changes sides when the corpus grows."""
-    digest = hashlib.sha256(text.encode("utf-8", errors="replace")).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+    def run(self) -> Summary:
+        tokenizer = self._tokenizer()
+        count = self._tokenise()
+        return self._assemble(tokenizer, count)
 
+    def _work(self, tokenizer: str | None) -> Work:
+        recipe = self.recipe
+        return Work(
+            recipe.cleaning,
+            recipe.exact_duplicates,
+            recipe.val_fraction,
+            tokenizer,
+            recipe.eos,
+            str(self.folder / _BLOCKS_FOLDER),
+        )
 
-def _tokenizer(recipe: Recipe, corpus: Corpus, progress: Progress) -> Tokenizer:
-    if recipe.tokenizer is not None:
-        return Tokenizer.load(recipe.tokenizer)
-    assert recipe.tokenizer_vocab is not None
-    counts = Counts()
-    total = min(corpus.total_bytes, TOKENIZER_TRAINING_BYTES)
+    def _blocks(self) -> Iterator[Block]:
+        size = self.corpus.total_bytes // _BLOCKS_PER_CORPUS
+        return self.corpus.blocks(min(max(size, _MIN_BLOCK_BYTES), _MAX_BLOCK_BYTES))
 
-    def training_texts() -> Iterator[str]:
-        for text in documents_of(corpus, counts):
-            if counts.bytes > TOKENIZER_TRAINING_BYTES:
-                return
-            progress("training the tokenizer", min(counts.bytes, total), total, counts)
-            if split_of(text, recipe.val_fraction) == "train":
+    def _tokenizer(self) -> Tokenizer:
+        """The given tokenizer, or one trained on the corpus; it lies in the folder from now on."""
+        path = self.folder / TOKENIZER_FILE
+        if not path.exists():
+            if self.recipe.tokenizer is not None:
+                tokenizer = Tokenizer.load(self.recipe.tokenizer, eos=self.recipe.eos)
+            else:
+                assert self.recipe.tokenizer_vocab is not None
+                train = train_wordpiece if self.recipe.tokenizer_kind == "wordpiece" else train_byte_level_bpe
+                tokenizer = train(self._training_texts(), self.recipe.tokenizer_vocab)
+            write_durably(path, tokenizer.definition.encode())
+        return Tokenizer.load(path, eos=self.recipe.eos)
+
+    def _training_texts(self) -> Iterator[str]:
+        done = Done(0, min(self.corpus.total_bytes, TOKENIZER_TRAINING_BYTES))
+        size = 0
+        for texts in self.workers.map(partial(texts_of_block, self._work(None)), self._blocks()):
+            for text in texts:
                 yield text
+                size += len(text)
+                done.documents += 1
+            done.bytes = min(size, done.total)
+            self.progress("reading for the tokenizer", done)
+            if size > TOKENIZER_TRAINING_BYTES:
+                break
+        self.progress("training the tokenizer", done)
 
-    return train_byte_level_bpe(training_texts(), recipe.tokenizer_vocab)
+    def _tokenise(self) -> int:
+        """Results of all blocks that have none yet; returns the number of blocks."""
+        work = self._work(str(self.folder / TOKENIZER_FILE))
+        done = Done(0, self.corpus.total_bytes)
+        count = 0
+
+        def missing() -> Iterator[tuple[int, Block]]:
+            nonlocal count
+            for number, block in enumerate(self._blocks()):
+                count = number + 1
+                if work.path_of(number).exists():
+                    done.bytes += block.bytes
+                    done.resumed += block.bytes
+                else:
+                    yield number, block
+
+        for size, documents, tokens in self.workers.map(partial(_tokenise, work), missing()):
+            done.bytes += size
+            done.documents += documents
+            done.tokens += tokens
+            self.progress("tokenising", done)
+        return count
+
+    def _assemble(self, tokenizer: Tokenizer, count: int) -> Summary:
+        recipe = self.recipe
+        work = self._work(str(self.folder / TOKENIZER_FILE))
+        splits = {
+            split: _Split(
+                ShardWriter(
+                    self.folder / split,
+                    tokenizer_sha256=tokenizer.sha256,
+                    vocab_size=tokenizer.vocab_size,
+                    eos_id=tokenizer.eos_id,
+                    chunk_tokens=recipe.chunk_tokens,
+                    chunks_per_shard=recipe.chunks_per_shard,
+                    masked=recipe.masked,
+                    packed_length=recipe.pack,
+                ),
+                BestFitPacker(recipe.pack, tokenizer.eos_id) if recipe.pack else None,
+            )
+            for split in SPLITS
+        }
+        totals = _Totals()
+        with Duplicates(self.folder / "duplicates.sqlite") as duplicates:
+            for number in range(count):
+                block = BlockResult.load(work.path_of(number))
+                kept = totals.add(block, duplicates)
+                splits["train"].add(block, kept & ~block.validation)
+                splits["val"].add(block, kept & block.validation)
+                self.progress("writing shards", Done(number + 1, count, totals.documents, totals.tokens))
+        if totals.documents == 0:
+            rules = ", ".join(f"{n} {rule}" for rule, n in totals.removed.most_common()) or "none was found"
+            raise DataError(f"{self.corpus.source}: no document is left ({rules}); give other --input or fewer filters")
+        for split, one in splits.items():
+            if one.writer.documents == 0 and not one.has_open_rows:
+                other = "smaller" if split == "train" else "larger"
+                raise DataError(
+                    f"--val-fraction {recipe.val_fraction}: none of the {totals.documents} documents falls into "
+                    f"{split}; a {other} fraction or more documents would fill it"
+                )
+        indexes = {split: one.close() for split, one in splits.items()}
+        return totals.summary(self.corpus, recipe, tokenizer, indexes)
 
 
-def _write_splits(
-    recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int, progress: Progress
-) -> tuple[Counts, dict[str, Index]]:
-    writers = {
-        split: ShardWriter(
-            folder / split,
+def _tokenise(work: Work, task: tuple[int, Block]) -> tuple[int, int, int]:
+    number, block = task
+    _, documents, tokens = tokenise_block(work, number, block)
+    return block.bytes, documents, tokens
+
+
+@dataclass
+class _Split:
+    """One split being written, packed or not."""
+
+    writer: ShardWriter
+    packer: BestFitPacker | None
+    has_open_rows: bool = False
+
+    def add(self, block: BlockResult, chosen: np.ndarray) -> None:
+        """Append the chosen documents of a block."""
+        if not chosen.any():
+            return
+        if self.packer is not None:
+            self._pack(block, chosen)
+            return
+        of_chosen = np.repeat(chosen, block.lengths)
+        mask = None if block.mask is None else block.mask[of_chosen]
+        names = [name for name, taken in zip(block.names, chosen.tolist(), strict=True) if taken]
+        self.writer.add(block.tokens[of_chosen], block.lengths[chosen].tolist(), names, mask)
+
+    def close(self) -> Index:
+        """Write what is left."""
+        if self.packer is not None:
+            self._write(self.packer.close())
+        return self.writer.close()
+
+    def _pack(self, block: BlockResult, chosen: np.ndarray) -> None:
+        assert self.packer is not None
+        ends = np.cumsum(block.lengths)
+        for document in np.flatnonzero(chosen).tolist():
+            part = slice(int(ends[document] - block.lengths[document]), int(ends[document]))
+            mask = None if block.mask is None else block.mask[part]
+            self._write(self.packer.add(block.tokens[part], mask, block.names[document]))
+            self.has_open_rows = True
+
+    def _write(self, rows: Iterator[Row]) -> None:
+        for row in rows:
+            self.writer.add(row.tokens, row.lengths, row.names, row.mask, documents=row.documents)
+
+
+@dataclass
+class _Totals:
+    """What became of all documents."""
+
+    read: int = 0
+    documents: int = 0
+    bytes: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    removed: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    lengths: Lengths = field(default_factory=Lengths)
+
+    def add(self, block: BlockResult, duplicates: Duplicates) -> np.ndarray:
+        """Count a block; [D], which of its documents stay."""
+        self.read += block.read
+        self.bytes += block.bytes
+        self.removed.update(block.removed)
+        self.notes.update(block.notes)
+        kept = np.ones(len(block.names), dtype=bool)
+        if block.digests.size or block.bands.size:
+            for document in range(len(block.names)):
+                rule = duplicates.rule(block.digests[document].tobytes(), block.bands[document].tolist())
+                if rule is not None:
+                    kept[document] = False
+                    self.removed[rule] += 1
+        self.documents += int(kept.sum())
+        self.tokens += int(block.lengths[kept].sum())
+        self.text_bytes += int(block.text_bytes[kept].sum())
+        self.lengths.add(block.lengths[kept])
+        return kept
+
+    def summary(self, corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer, indexes: dict[str, Index]) -> Summary:
+        """What the data card tells."""
+        return Summary(
+            source=corpus.source,
+            recipe=recipe,
+            read=self.read,
+            documents=self.documents,
+            bytes=self.bytes,
+            text_bytes=self.text_bytes,
+            tokens=self.tokens,
+            removed=dict(self.removed.most_common()),
+            notes=dict(self.notes.most_common()),
+            lengths=self.lengths,
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            chunk_tokens=recipe.chunk_tokens,
-            chunks_per_shard=recipe.chunks_per_shard,
+            splits=indexes,
         )
-        for split in SPLITS
-    }
-    counts = Counts()
-    total = corpus.total_bytes
-    for batch, tokens, lengths in _tokenised(documents_of(corpus, counts), tokenizer, workers):
-        ends = np.cumsum(lengths)
-        for text, start, end in zip(batch, (ends - lengths).tolist(), ends.tolist(), strict=True):
-            writers[split_of(text, recipe.val_fraction)].add(tokens[start:end], documents=1)
-        counts.tokens += int(tokens.size)
-        progress("tokenising", min(counts.bytes, total), total, counts)
-    if counts.documents == 0:
-        raise DataError(f"{corpus.source}: no document with any text in it; give other --input")
-    for split, writer in writers.items():
-        if writer.documents == 0:
-            other = "smaller" if split == "train" else "larger"
-            raise DataError(
-                f"--val-fraction {recipe.val_fraction}: none of the {counts.documents} documents falls into {split}; "
-                f"a {other} fraction or more documents would fill it"
-            )
-    return counts, {split: writer.close() for split, writer in writers.items()}
-
-
-def _tokenised(
-    texts: Iterator[str], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[list[str], NDArray[np.uint32], NDArray[np.int64]]]:
-    """Batches of documents with their tokens, in the order of the corpus."""
-    batches = _batches(texts)
-    if workers <= 1:
-        for batch in batches:
-            yield batch, *tokenizer.encode_documents(batch)
-        return
-    # Spawned, not forked: forked children inherit the library's threads. A few batches are in flight, so that memory is
-    # bounded however large the corpus is.
-    # An executor, not a multiprocessing.Pool: when a worker is killed (out of memory), a Pool waits for ever.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer.definition,))
-    in_flight: deque[tuple[list[str], Future[_Encoded]]] = deque()
-    try:
-        for batch in batches:
-            in_flight.append((batch, pool.submit(_encode, batch)))
-            if len(in_flight) > 2 * workers:
-                done, result = in_flight.popleft()
-                yield done, *result.result()
-        while in_flight:
-            done, result = in_flight.popleft()
-            yield done, *result.result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"--workers {workers}: a worker process was killed, most likely for memory; use fewer workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-_worker_tokenizer: dict[str, Tokenizer] = {}
-"""The tokenizer of a worker process, which receives it once instead of with every batch."""
-
-
-def _start_worker(definition: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent alone reports it
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer["current"] = Tokenizer(definition)
-
-
-def _encode(batch: list[str]) -> _Encoded:
-    return _worker_tokenizer["current"].encode_documents(batch)
-
-
-def _signature(recipe: Recipe, corpus: Corpus) -> str:
-    """Changes with anything that would change the dataset."""
-    given = None if recipe.tokenizer is None else Tokenizer.load(recipe.tokenizer).sha256
-    parts = {**asdict(recipe), "tokenizer": given, "inputs": None, "files": corpus.fingerprint()}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _recorded_signature(out: Path) -> str | None:

@@ -1,242 +1,139 @@
-"""Token shards on disk: uncompressed tar files of fixed-size ``.npy`` members. No torch.
+"""Reads token shards: checked random access to the sequences of a split, wherever its files lie. No torch.
 
 Members have a fixed size, so the place of any token is arithmetic, and stock ``webdataset`` reads the same files. Each
-chunk's crc32 is checked whenever it is read from disk for the first time.
+chunk's crc32 is checked when it is read: once where a file is mapped, each time where its bytes are copied.
+
+Shapes: B rows, S sequence length.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import tarfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalm.data.index import BLOCK_BYTES, INDEX_FILE, MEMBER_HEADER_BYTES, Index, Shard, check_files, read_index
+from megalm.data.index import INDEX_FILE, MEMBER_HEADER_BYTES, Index, Shard, check_files, read_index
+from megalm.data.store import OpenFile, Store, open_store
 from megalm.errors import DataError
 
 Tokens = NDArray[np.unsignedinteger[Any]]
+_OPEN_SHARDS = 4096
+"""Shards open at a time, far below the kernel's limit of mappings; a closed one is opened again when needed."""
 
 
-def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    """The smallest of uint16 and uint32 that holds every token id."""
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk's arrays.
 
-
-class ShardWriter:
-    """Writes one split of a dataset: feed tokens with :meth:`add`, then :meth:`close` writes the index, last.
-
-    The bytes written depend on the tokens alone, not on how they were fed.
+    Attributes:
+        tokens: ``chunk_tokens + 1`` ids.
+        mask: as many, 1 where a token carries loss; None: everywhere.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        tokenizer_sha256: str,
-        vocab_size: int,
-        eos_id: int,
-        chunk_tokens: int,
-        chunks_per_shard: int,
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._dtype = dtype_for(vocab_size)
-        self._meta: dict[str, Any] = {"tokenizer_sha256": tokenizer_sha256, "vocab_size": vocab_size, "eos_id": eos_id}
-        self._chunk_tokens = chunk_tokens
-        self._chunks_per_shard = chunks_per_shard
-        self._pending: list[Tokens] = []
-        self._pending_tokens = 0
-        self._documents = 0
-        self._tokens = 0
-        self._chunks = 0
-        self._shards: list[Shard] = []
-        self._open_shard: _OpenShard | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens fed so far."""
-        return self._tokens
-
-    @property
-    def documents(self) -> int:
-        """Documents fed so far."""
-        return self._documents
-
-    def add(self, tokens: NDArray[np.integer[Any]], documents: int) -> None:
-        """Append the tokens of ``documents`` whole documents, each ending with end-of-text."""
-        lowest, highest = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
-        if lowest < 0 or highest >= self._meta["vocab_size"]:
-            wrong = lowest if lowest < 0 else highest
-            raise DataError(f"token id {wrong} is outside the vocabulary of {self._meta['vocab_size']}")
-        self._pending.append(tokens.astype(self._dtype))
-        self._pending_tokens += tokens.size
-        self._tokens += tokens.size
-        self._documents += documents
-        if self._pending_tokens > self._chunk_tokens:
-            self._write_whole_chunks()
-
-    def close(self) -> Index:
-        """Write the padded tail, close the last shard and write the index.
-
-        Raises:
-            DataError: fewer than two tokens were fed, so there is nothing to predict.
-        """
-        if self._tokens < 2:
-            raise DataError(f"{self._folder}: {self._tokens} tokens are too few for a dataset")
-        rest = np.concatenate(self._pending)
-        if rest.size > 1 or self._chunks == 0:
-            padding = self._chunk_tokens + 1 - rest.size
-            self._write_chunk(np.pad(rest, (0, padding), constant_values=self._meta["eos_id"]))
-        self._finish_shard()
-        index = Index(
-            dtype=self._dtype.name,
-            chunk_tokens=self._chunk_tokens,
-            documents=self._documents,
-            tokens=self._tokens,
-            shards=tuple(self._shards),
-            **self._meta,
-        )
-        _write_durably(self._folder / INDEX_FILE, index.to_json().encode())
-        return index
-
-    def _write_whole_chunks(self) -> None:
-        buffer = np.concatenate(self._pending)
-        start = 0
-        while buffer.size - start > self._chunk_tokens:
-            self._write_chunk(buffer[start : start + self._chunk_tokens + 1])
-            start += self._chunk_tokens
-        self._pending = [buffer[start:]]
-        self._pending_tokens = buffer.size - start
-
-    def _write_chunk(self, tokens: Tokens) -> None:
-        if self._open_shard is None:
-            self._open_shard = _OpenShard(self._folder / f"shard-{len(self._shards):06d}.tar")
-        self._open_shard.append(f"{self._chunks:012d}.tokens.npy", tokens)
-        self._chunks += 1
-        if len(self._open_shard.checks) == self._chunks_per_shard:
-            self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        if self._open_shard is not None:
-            self._shards.append(self._open_shard.finish())
-            self._open_shard = None
+    tokens: Tokens
+    mask: NDArray[np.uint8] | None
 
 
+@dataclass(frozen=True)
 class _OpenShard:
-    """A tar file being written, hashed on the way."""
+    """A shard that can be read.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("wb")
-        self._hasher = hashlib.sha256()
-        self._bytes = 0
-        self.checks: list[int] = []
+    Attributes:
+        shard: what the index says of it.
+        file: its bytes.
+        crc32: [chunks].
+        verified: [chunks], whether a chunk's bytes have been checked, and will not change since they are mapped.
+    """
 
-    def append(self, name: str, tokens: Tokens) -> None:
-        body = io.BytesIO()
-        np.lib.format.write_array(body, np.ascontiguousarray(tokens), version=(1, 0))
-        data = body.getvalue()
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime, info.mode = len(data), 0, 0o644  # nothing of the machine or the moment
-        header = info.tobuf(tarfile.USTAR_FORMAT)
-        if len(header) + len(data) - tokens.nbytes != MEMBER_HEADER_BYTES:
-            raise AssertionError("this NumPy writes .npy headers of another size than the format's 128 bytes")
-        self._write(header + data + bytes(-len(data) % BLOCK_BYTES))
-        self.checks.append(zlib.crc32(data[-tokens.nbytes :]))
-
-    def finish(self) -> Shard:
-        self._write(bytes(2 * BLOCK_BYTES))  # a tar file ends with two empty blocks
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        checks = json.dumps({"shard": self._path.name, "chunks": len(self.checks), "crc32": self.checks}).encode()
-        shard = Shard(
-            name=self._path.name,
-            chunks=len(self.checks),
-            bytes=self._bytes,
-            sha256=self._hasher.hexdigest(),
-            checks_sha256=hashlib.sha256(checks).hexdigest(),
-        )
-        _write_durably(self._path.with_name(shard.checks_name), checks)
-        return shard
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hasher.update(data)
-        self._bytes += len(data)
+    shard: Shard
+    file: OpenFile
+    crc32: NDArray[np.uint32]
+    verified: NDArray[np.bool_]
 
 
 class ChunkReader:
-    """Checked random access to the chunks of one split; files are mapped when first touched.
+    """Checked random access to the chunks of one split.
 
     Args:
-        folder: the split.
+        store: the split's folder.
         index: its index.
     """
 
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder = folder
+    def __init__(self, store: Store, index: Index) -> None:
+        self.store = store
         self.index = index
-        self._maps: dict[int, Any] = {}
-        # Arrays, not sets and lists of Python integers: a long run touches tens of millions of chunks in every rank.
-        self._checks: dict[int, NDArray[np.uint32]] = {}
-        self._verified = np.zeros(index.num_chunks, dtype=bool)
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
-    def chunk(self, chunk: int) -> Tokens:
-        """All ``chunk_tokens + 1`` tokens of a chunk: a view of the file, checked when it is read for the first time.
+    def chunk(self, number: int) -> Chunk:
+        """A chunk, a view of the file where it is mapped.
 
         Raises:
             DataError: the file is missing or cut short, or the bytes are not those that were written.
         """
-        shard, within = self._locate(chunk)
-        offset = within * self.index.stride + MEMBER_HEADER_BYTES
-        mapped = self._map(shard)
-        tokens: Tokens = np.frombuffer(mapped, self.index.dtype, self.index.chunk_tokens + 1, offset)
-        if not self._verified[chunk]:
-            self._verify(tokens, shard, within, offset)
-            self._verified[chunk] = True
-        return tokens
+        index = self.index
+        shard_number, within = divmod(number, index.chunks_per_shard)
+        opened = self._opened(shard_number)
+        offset = within * index.stride + MEMBER_HEADER_BYTES
+        mask_offset = within * index.stride + index.mask_offset
+        end = mask_offset + index.chunk_tokens + 1 if index.masked else offset + index.chunk_bytes
+        data = opened.file.view(offset, end - offset)
+        tokens: Tokens = data[: index.chunk_bytes].view(index.dtype)
+        mask = data[mask_offset - offset :] if index.masked else None
+        if not opened.verified[within]:
+            self._verify(tokens, mask, opened, within, offset, end)
+            opened.verified[within] = self.store.is_local
+        return Chunk(tokens, mask)
 
-    def _locate(self, chunk: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self.index.chunk_ends, chunk, side="right"))
-        return shard, chunk - (int(self.index.chunk_ends[shard - 1]) if shard else 0)
+    def read_checks(self, shard: Shard) -> dict[str, Any]:
+        """The hashes beside a shard.
 
-    def _map(self, number: int) -> Any:
-        if number not in self._maps:
-            shard = self.index.shards[number]
-            path = self.folder / shard.name
-            try:
-                mapped = np.memmap(path, dtype=np.uint8, mode="r")
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path}: cannot be read: {error}") from None
-            if mapped.size != shard.bytes:
-                raise DataError(f"{path}: {mapped.size} bytes, the index says {shard.bytes}: cut short or replaced")
-            self._checks[number] = self._read_checks(shard)
-            self._maps[number] = mapped
-        return self._maps[number]
-
-    def _read_checks(self, shard: Shard) -> NDArray[np.uint32]:
-        path = self.folder / shard.checks_name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        Raises:
+            DataError: missing, or not those that the index lists.
+        """
+        data = self.store.read(shard.checks_name)
         if hashlib.sha256(data).hexdigest() != shard.checks_sha256:
-            raise DataError(f"{path}: does not belong to {self.folder / INDEX_FILE}; copy the dataset again")
-        return np.array(json.loads(data)["crc32"], dtype=np.uint32)
+            raise DataError(
+                f"{self.store.path_of(shard.checks_name)}: does not belong to {self.store.path_of(INDEX_FILE)}, so "
+                f"{self.place(shard, 0, shard.chunks)} cannot be checked; copy the dataset again"
+            )
+        contents: dict[str, Any] = json.loads(data)
+        return contents
 
-    def _verify(self, tokens: Tokens, shard: int, within: int, offset: int) -> None:
-        path = self.folder / self.index.shards[shard].name
-        where = f"{path} chunk {within} (bytes {offset} to {offset + tokens.nbytes})"
-        if zlib.crc32(tokens.data) != self._checks[shard][within]:
+    def place(self, shard: Shard, first: int, stop: int) -> str:
+        """Some chunks of a shard as messages name them."""
+        chunks = f"chunk {first}" if stop == first + 1 else f"chunks {first} to {stop - 1}"
+        start, end = first * self.index.stride, stop * self.index.stride
+        return f"{self.store.path_of(shard.name)} {chunks} (bytes {start} to {end})"
+
+    def _opened(self, number: int) -> _OpenShard:
+        opened = self._open.get(number)
+        if opened is None:
+            shard = self.index.shard(number)
+            file = self.store.open(shard.name, shard.bytes)
+            crc32 = np.array(self.read_checks(shard)["crc32"], dtype=np.uint32)
+            opened = self._open[number] = _OpenShard(shard, file, crc32, np.zeros(shard.chunks, dtype=bool))
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end(number)
+        return opened
+
+    def _verify(
+        self, tokens: Tokens, mask: NDArray[np.uint8] | None, opened: _OpenShard, within: int, start: int, end: int
+    ) -> None:
+        where = f"{self.store.path_of(opened.shard.name)} chunk {within} (bytes {start} to {end})"
+        crc = zlib.crc32(tokens.data)
+        if mask is not None:
+            crc = zlib.crc32(mask.data, crc)
+        if crc != opened.crc32[within]:
             raise DataError(f"{where}: corrupt, the checksum differs; copy the shard again or prepare the data again")
         if int(tokens.max()) >= self.index.vocab_size:
             raise DataError(
@@ -251,62 +148,61 @@ class TokenShards:
     labels. Any length that divides ``chunk_tokens`` works without preparing the data again.
 
     Args:
-        folder: the split, such as ``data/quickstart/train``.
+        split: such as ``data/quickstart/train``: a folder, or the store of one.
         sequence_length: tokens per sequence.
 
     Raises:
         DataError: the dataset is missing, half-written or incomplete, or the length does not divide its chunks.
     """
 
-    def __init__(self, folder: str | Path, sequence_length: int) -> None:
-        self.folder = Path(folder)
-        self.index = read_index(self.folder)
-        check_files(self.index, self.folder)
-        if self.index.chunk_tokens % sequence_length:
-            raise DataError(
-                f"model.sequence_length={sequence_length}: does not divide the {self.index.chunk_tokens} tokens of a "
-                f"chunk of {self.folder}; use a divisor, or prepare with another --chunk-tokens"
-            )
+    def __init__(self, split: str | Path | Store, sequence_length: int) -> None:
+        self.store = open_store(split) if isinstance(split, str | Path) else split
+        self.index = read_index(self.store)
+        check_files(self.index, self.store)
+        self.check_length(self.index, sequence_length, self.store.location)
         self.sequence_length = sequence_length
         self._per_chunk = self.index.chunk_tokens // sequence_length
-        self._chunks = ChunkReader(self.folder, self.index)
+        self._chunks = ChunkReader(self.store, self.index)
+
+    @staticmethod
+    def check_length(index: Index, sequence_length: int, where: str) -> None:
+        """Raise DataError if sequences of this length cannot be read."""
+        if index.packed_length not in (0, sequence_length):
+            raise DataError(
+                f"model.sequence_length={sequence_length}: {where} was packed for {index.packed_length}; "
+                "use that, or prepare the data again with another --pack"
+            )
+        if index.chunk_tokens % sequence_length:
+            raise DataError(
+                f"model.sequence_length={sequence_length}: does not divide the {index.chunk_tokens} tokens of a "
+                f"chunk of {where}; use a divisor, or prepare with another --chunk-tokens"
+            )
 
     def __len__(self) -> int:
         return self.index.num_sequences(self.sequence_length)
 
-    def sequence(self, i: int) -> tuple[Tokens, int]:
-        """Sequence ``i``: its ``sequence_length + 1`` tokens, and how many of its labels are valid, not padding."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"sequence {i} of {len(self)}")
-        chunk, within = divmod(i, self._per_chunk)
-        start = within * self.sequence_length
-        tokens = self._chunks.chunk(chunk)[start : start + self.sequence_length + 1]
-        return tokens, min(self.sequence_length, self.index.labels - i * self.sequence_length)
+    def read(self, sequences: NDArray[np.int64], tokens: NDArray[np.int64], mask: NDArray[np.uint8] | None) -> None:
+        """Copy sequences into the rows of arrays.
 
+        Args:
+            sequences: [B], numbers of the sequences.
+            tokens: [B, S + 1], filled.
+            mask: [B, S + 1], filled with 1 where a token carries loss; None: not wanted.
+        """
+        if sequences.size and not 0 <= int(sequences.min()) <= int(sequences.max()) < len(self):
+            raise IndexError(f"sequences {sequences.min()} to {sequences.max()} of {len(self)}")
+        length = self.sequence_length
+        for row, sequence in enumerate(sequences.tolist()):
+            number, within = divmod(sequence, self._per_chunk)
+            chunk = self._chunks.chunk(number)
+            part = slice(within * length, (within + 1) * length + 1)
+            tokens[row] = chunk.tokens[part]
+            if mask is not None:
+                mask[row] = 1 if chunk.mask is None else chunk.mask[part]
 
-def find_corruption(folder: Path) -> Iterator[str]:
-    """Read every byte of one split and describe each fault: file, chunk and bytes."""
-    try:
-        index = read_index(folder)
-    except DataError as error:
-        yield str(error)
-        return
-    reader = ChunkReader(folder, index)
-    first = 0
-    for shard in index.shards:
-        faults = []
-        for chunk in range(first, first + shard.chunks):
-            try:
-                reader.chunk(chunk)
-            except DataError as error:
-                if str(error) not in faults:  # a missing file is one fault, not one per chunk
-                    faults.append(str(error))
-        if not faults and _sha256_of(folder / shard.name) != shard.sha256:
-            faults.append(
-                f"{folder / shard.name}: sha256 differs, though no token does: tar or array headers were changed"
-            )
-        yield from faults
-        first += shard.chunks
+    def valid(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[B]: how many labels of each sequence are valid, not padding."""
+        return np.minimum(self.sequence_length, self.index.labels - sequences * self.sequence_length)
 
 
 def iterate_with_webdataset(folder: str | Path) -> Iterator[Tokens]:
@@ -314,22 +210,7 @@ def iterate_with_webdataset(folder: str | Path) -> Iterator[Tokens]:
     import webdataset
 
     index = read_index(Path(folder))
-    urls = [str(Path(folder) / shard.name) for shard in index.shards]
+    urls = [str(Path(folder) / index.shard(number).name) for number in range(index.num_shards)]
     dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode()
     for sample in dataset:
         yield sample["tokens.npy"]
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """Write, fsync, rename: a reader sees the whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

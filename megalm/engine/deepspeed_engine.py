@@ -97,16 +97,17 @@ class DeepSpeedEngine:
         if scale is not None:
             self._loss_scale = scale.after(overflowed=not math.isfinite(grad_norm))
         return StepResult(
-            loss_sum=self._reported_loss(result) / self.context.data.size,
+            loss_sum=self._reported(result, 1)[0] / self.context.data.size,
             grad_norm=grad_norm,
             loss_scale=None if scale is None else scale.value,
             pipeline=result,
         )
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """This rank's share of the weighted sum of token losses, to be summed over all ranks."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, float]:
+        """This rank's share of the weighted sums of token losses and of right guesses, to be summed over all ranks."""
         self.stage.eval()
-        return self._reported_loss(self.runner.evaluate(micro_batches))
+        loss_sum, correct = self._reported(self.runner.evaluate(micro_batches), 2)
+        return loss_sum, correct
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every parameter that this rank holds a slice of, by name."""
@@ -157,11 +158,12 @@ class DeepSpeedEngine:
                 elif steps:
                     values.copy_(source.read_flat(p.name, kind, p.shard, start, values.numel()))
 
-    def _reported_loss(self, result: PipelineResult) -> float:
-        """The first term of the objective, summed over micro-batches; on one of the ranks that compute the same."""
+    def _reported(self, result: PipelineResult, terms: int) -> list[float]:
+        """The first terms, summed over micro-batches, on one of the ranks that compute the same; zeros elsewhere."""
         if not result.losses or self.context.tp.index:
-            return 0.0
-        return float(torch.stack(result.losses)[:, 0].double().sum())
+            return [0.0] * terms
+        totals: list[float] = torch.stack(result.losses)[:, :terms].double().sum(dim=0).tolist()
+        return totals
 
     def _owns(self, p: DeclaredParameter) -> bool:
         if p.parameter is self.stage.second_tied_copy:

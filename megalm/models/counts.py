@@ -52,8 +52,15 @@ def parameter_count(model: Model, vocab_size: int | None = None) -> ParameterCou
         attention=model.num_layers * attention_parameter_count(model),
         mlp=model.num_layers * mlp_parameter_count(model),
         norm=norm_count(model) * norm_parameter_count(model),
-        output=0 if model.tie_embeddings else vocab * model.hidden_size,
+        output=(0 if model.tie_embeddings else vocab * model.hidden_size) + head_parameter_count(model, vocab),
     )
+
+
+def head_parameter_count(model: Model, vocab_size: int) -> int:
+    """Parameters between the last block and the output embedding: none, or those of BERT's head."""
+    if model.head == "linear":
+        return 0
+    return model.hidden_size * (model.hidden_size + 1) + norm_parameter_count(model) + vocab_size
 
 
 def attention_parameter_count(model: Model) -> int:
@@ -99,8 +106,9 @@ def layer_flops_per_token(model: Model, layer: int = 0) -> int:
 
 
 def head_flops_per_token(model: Model, vocab_size: int | None = None) -> int:
-    """Model FLOPs of the logits, forward and backward, per token: 6·H·V, whether or not the weight is tied."""
-    return 6 * model.hidden_size * resolve_vocab_size(model, vocab_size)
+    """Model FLOPs of the logits, forward and backward, per token: 6·H·V, tied or not; 6·H² more for BERT's head."""
+    dense = model.hidden_size if model.head == "masked_lm" else 0
+    return 6 * model.hidden_size * (resolve_vocab_size(model, vocab_size) + dense)
 
 
 def flops_per_token(model: Model, vocab_size: int | None = None) -> int:

@@ -1,4 +1,5 @@
-"""GPT: a decoder-only Transformer (Radford et al. 2019), whole or the stages of it that one pipeline rank runs.
+"""A decoder-only Transformer (GPT, Radford et al. 2019) or an encoder (BERT, Devlin et al. 2019), whole or the stages
+of it that one pipeline rank runs.
 
 Shapes: B batch, S sequence (this rank's share under context parallelism), H hidden, V vocabulary, T tensor-parallel
 degree. Between stages an activation is [B, S, H], or [B, S/T, H] under sequence parallelism.
@@ -20,7 +21,8 @@ from megalm.core.context_parallel import ContextParallel
 from megalm.core.dropout import Dropout
 from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.groups import ParallelContext
-from megalm.core.loss import output_loss
+from megalm.core.loss import output_loss, output_metrics
+from megalm.core.masked_lm_head import MaskedLMHead
 from megalm.core.norm import make_norm
 from megalm.core.pipeline.schedule import splits_backward
 from megalm.core.place import Place
@@ -161,6 +163,8 @@ class GPT(nn.Module):
             # A post-norm block ends with a norm already.
             has_final_norm = part.has_last and model.residual != "post_norm"
             self.final_norm = make_norm(model, tp) if has_final_norm else None
+            has_transform = part.has_last and model.head == "masked_lm"
+            self.masked_lm = MaskedLMHead(model, vocab_size, tp=tp) if has_transform else None
             self.head = embedding() if part.has_last and not self.tied else None
 
     def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
@@ -170,7 +174,7 @@ class GPT(nn.Module):
         for stage in self.part.stages:
             hidden = self._blocks(stage, hidden, micro_batch)
         assert hidden is not None
-        return self.output_embedding.logits(self._normalised(hidden))
+        return self.output_embedding.logits(self._last_vectors(hidden), self._output_bias)
 
     def run(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         """One stage as the pipeline runner calls it.
@@ -182,20 +186,17 @@ class GPT(nn.Module):
             micro_batch: this micro-batch's tokens, labels and places.
 
         Returns:
-            The same shape for the next stage; on the last stage the terms of the objective, [1]: the weighted sum of
-            token losses, in nats; or [2], with the z-loss.
+            The same shape for the next stage. On the last stage, in training the terms of the objective, [1]: the
+            weighted sum of token losses, in nats; or [2], with the z-loss. In evaluation, [2]: the weighted sums of
+            token losses and of labels that have the largest logit.
         """
         x = self._blocks(stage, hidden, micro_batch)
         if stage != self.part.num_stages - 1:
             return x
-        return output_loss(
-            self._normalised(x),
-            self.output_embedding,
-            micro_batch.labels,
-            micro_batch.loss_weight,
-            chunk_tokens=self.loss_chunk_tokens,
-            z_loss=self.z_loss,
-        )
+        ends = (self._last_vectors(x), self.output_embedding, micro_batch.labels, micro_batch.loss_weight)
+        if not self.training:
+            return output_metrics(*ends, chunk_tokens=self.loss_chunk_tokens, bias=self._output_bias)
+        return output_loss(*ends, chunk_tokens=self.loss_chunk_tokens, z_loss=self.z_loss, bias=self._output_bias)
 
     def _blocks(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         place = micro_batch.place
@@ -206,8 +207,14 @@ class GPT(nn.Module):
             x = self.recompute.run(index, self.blocks[str(layer)], x, place)
         return x
 
-    def _normalised(self, x: Tensor) -> Tensor:
-        return x if self.final_norm is None else self.final_norm(x)
+    def _last_vectors(self, x: Tensor) -> Tensor:
+        """What logits are computed of."""
+        x = x if self.final_norm is None else self.final_norm(x)
+        return x if self.masked_lm is None else self.masked_lm(x)
+
+    @property
+    def _output_bias(self) -> Tensor | None:
+        return None if self.masked_lm is None else self.masked_lm.bias
 
     def _embed(self, micro_batch: MicroBatch, place: Place) -> Tensor:
         """[B, S] ▶ [B, S, H], or [B, S/T, H] under sequence parallelism."""

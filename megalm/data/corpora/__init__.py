@@ -1,15 +1,28 @@
-"""Corpora: named sources of documents, each a deterministic sequence of raw bytes.
+"""Corpora: named sources of documents, each a deterministic sequence of blocks.
 
-To add one, write a module with a function ``(inputs) -> Corpus`` and enter it in ``CORPORA``.
+To add one, write a module with a function ``(CorpusOptions) -> Corpus`` and enter it in ``CORPORA``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from megalm.data.corpora.files import Corpus, stdlib_corpus, text_corpus
+from megalm.data.corpora.files import SPLITS_ON, stdlib_corpus, text_corpus
+from megalm.data.corpora.hf import hf_corpus
+from megalm.data.corpora.jsonl import jsonl_corpus
+from megalm.data.corpora.options import CorpusOptions
+from megalm.data.corpora.sft import sft_corpus
+from megalm.data.corpora.wikipedia import wikipedia_corpus
+from megalm.data.document import Corpus
 
-CORPORA: dict[str, Callable[[Sequence[str]], Corpus]] = {"stdlib": stdlib_corpus, "text": text_corpus}
+CORPORA: dict[str, Callable[[CorpusOptions], Corpus]] = {
+    "stdlib": stdlib_corpus,
+    "text": text_corpus,
+    "jsonl": jsonl_corpus,
+    "wikipedia": wikipedia_corpus,
+    "hf": hf_corpus,
+    "sft": sft_corpus,
+}
 """By the name that ``tools/prepare_data.py --corpus`` takes."""
 
-__all__ = ["CORPORA", "Corpus"]
+__all__ = ["CORPORA", "SPLITS_ON", "Corpus", "CorpusOptions"]

@@ -1,27 +1,51 @@
-"""Corpora whose documents are files: the running Python's standard library, and any text files."""
+"""Text: the running Python's standard library, and any files, one document each or many."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalm.data.corpora.options import CorpusOptions
+from megalm.data.corpora.records import PlainText, RecordCorpus
+from megalm.data.corpora.streams import files_fingerprint, find_files, open_stream, total_size
+from megalm.data.document import Corpus, Document, Rejected
 from megalm.errors import DataError
 
+SPLITS_ON = ("file", "blank-line", "line")
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"})
 """Folders below the standard library that are not written to be read: third parties, generated data, tests."""
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A sequence of documents, one per file.
+class WholeFiles:
+    """Some files, one document each.
 
     Attributes:
-        source: where it comes from, in words.
-        files: one document each, in order.
+        paths: in order.
+        bytes: of all of them, on disk.
+    """
+
+    paths: tuple[Path, ...]
+    bytes: int
+
+    def documents(self) -> Iterator[Document | Rejected]:
+        """Read the files."""
+        for path in self.paths:
+            with open_stream(path) as stream:
+                data = stream.content.read()
+            yield Document.plain(str(path), data)
+
+
+@dataclass(frozen=True)
+class FileCorpus:
+    """Files, one document each.
+
+    Attributes:
+        source: where they come from, in words.
+        files: in order.
     """
 
     source: str
@@ -29,63 +53,52 @@ class Corpus:
 
     @property
     def total_bytes(self) -> int:
-        """Size of all documents, for progress."""
-        return sum(path.stat().st_size for path in self.files)
+        """Size of the files."""
+        return total_size(self.files)
 
     def fingerprint(self) -> str:
-        """Changes when a file is added, removed, renamed, resized or touched; reads no contents."""
-        hasher = hashlib.sha256(self.source.encode())
+        """Of the files, not of their contents."""
+        return files_fingerprint(self.source, self.files)
+
+    def blocks(self, block_bytes: int) -> Iterator[WholeFiles]:
+        """Groups of files of about ``block_bytes``; a larger file is a group of its own."""
+        group: list[Path] = []
+        size = 0
         for path in self.files:
-            status = path.stat()
-            hasher.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        return hasher.hexdigest()
-
-    def documents(self) -> Iterator[bytes]:
-        """The documents' bytes, in order."""
-        for path in self.files:
-            try:
-                yield path.read_bytes()
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            group.append(path)
+            size += path.stat().st_size
+            if size >= block_bytes:
+                yield WholeFiles(tuple(group), size)
+                group, size = [], 0
+        if group:
+            yield WholeFiles(tuple(group), size)
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def stdlib_corpus(inputs: Sequence[str]) -> Corpus:
+def stdlib_corpus(options: CorpusOptions) -> Corpus:
     """The ``.py`` files of the running Python's standard library: real text that every machine has.
 
     Raises:
-        DataError: an input was given, or this Python ships without its library's sources.
+        DataError: an option was given, or this Python ships without its library's sources.
     """
-    if inputs:
-        raise DataError(f"--input {inputs[0]}: the stdlib corpus takes no input; --corpus text reads files")
+    options.check("stdlib")
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in root.rglob("*.py") if not _NOT_LIBRARY & set(path.relative_to(root).parts)]
     if not files:
         raise DataError(f"no .py files below {root}: this Python was installed without its library's sources")
-    return Corpus(f"standard library of Python {platform.python_version()}", tuple(sorted(files)))
+    return FileCorpus(f"standard library of Python {platform.python_version()}", tuple(sorted(files)))
 
 
-def text_corpus(inputs: Sequence[str]) -> Corpus:
-    """Files, and all files below folders, in the order given and then by name; hidden files and folders are left out.
+def text_corpus(options: CorpusOptions) -> Corpus:
+    """Files, and all files below folders; each is a document, or its paragraphs or lines are.
 
     Raises:
-        DataError: no input, or one that does not exist or holds no file.
+        DataError: no input, one that does not exist or holds no file, or an unknown ``split_on``.
     """
-    if not inputs:
-        raise DataError("--corpus text needs --input with files or folders")
-    files: list[Path] = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_file():
-            files.append(path)
-            continue
-        if not path.is_dir():
-            raise DataError(f"--input {name}: no such file or folder")
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
-        if not found:
-            raise DataError(f"--input {name}: the folder holds no files")
-        files += found
-    return Corpus(", ".join(inputs), tuple(files))
+    options.check("text", "inputs", "split_on")
+    if options.split_on not in SPLITS_ON:
+        raise DataError(f"--split-on {options.split_on}: {', '.join(SPLITS_ON)}")
+    source = ", ".join(options.inputs)
+    files = find_files(options.inputs)
+    if options.split_on == "file":
+        return FileCorpus(source, files)
+    return RecordCorpus(source, files, PlainText(), blank_lines=options.split_on == "blank-line")

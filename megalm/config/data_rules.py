@@ -1,0 +1,47 @@
+"""Rules about the data and about what is learnt from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megalm.config.field_rules import Job, value_of
+from megalm.config.violation import Fix, Violation
+
+
+def one_number_per_dataset(job: Job) -> Iterator[Violation]:
+    """Weights and limits are given for every dataset of a blend, or for none."""
+    datasets = len(job.config.data.path)
+    for field in ("data.weights", "data.max_epochs"):
+        value = value_of(job.config, field)
+        if value and len(value) != datasets:
+            yield Violation(
+                field, list(value), f"{len(value)} numbers for the {datasets} of data.path", f"one each, or {field}=[]"
+            )
+
+
+def pipes_name_their_file(job: Job) -> Iterator[Violation]:
+    """A command that fetches a file is told which."""
+    for path in job.config.data.path:
+        if path.startswith("pipe:") and "{file}" not in path:
+            yield Violation(
+                "data.path", path, "no {file} in it, so every file would be the same", "pipe:COMMAND … {file} …"
+            )
+
+
+def objective_fits_attention(job: Job) -> Iterator[Violation]:
+    """Next tokens are predicted by a model that does not see them; masked ones by a model that sees both sides."""
+    objective, causal = job.config.objective.name, job.config.model.causal
+    if objective == "clm" and not causal:
+        yield Violation(
+            "model.causal",
+            causal,
+            "every token would see the next one, which objective.name=clm asks it for",
+            fixes=(Fix("model.causal", (True,)), Fix("objective.name", ("mlm",))),
+        )
+    if objective == "mlm" and causal:
+        yield Violation(
+            "model.causal",
+            causal,
+            "objective.name=mlm recovers a masked token from both sides",
+            fixes=(Fix("model.causal", (False,)), Fix("objective.name", ("clm",))),
+        )

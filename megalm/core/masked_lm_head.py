@@ -1,0 +1,43 @@
+"""BERT's head (Devlin et al. 2019): what comes between the last block and the output embedding, and a bias per word.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary, T tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from megalm.config.schema import Model
+from megalm.core.norm import make_norm
+from megalm.core.sharding import Init, ParallelModule, ShardSpec, padded_range
+from megalm.core.tensor_parallel import TensorParallel
+
+
+class MaskedLMHead(ParallelModule):
+    """A dense layer, GELU and a norm, replicated over tensor-parallel ranks, and the bias, split as the vocabulary is.
+
+    The dense layer is as small as one projection of one block: split, it would cost two collectives.
+
+    Args:
+        model: architecture.
+        vocab_size: true vocabulary, without padding.
+        tp: how weights and activations are split over tensor-parallel ranks.
+    """
+
+    def __init__(self, model: Model, vocab_size: int, *, tp: TensorParallel) -> None:
+        super().__init__()
+        hidden, partial = model.hidden_size, tp.splits_sequence
+        self.weight = self.declare(
+            "weight", ShardSpec.replicated(hidden, hidden), Init.normal(model.init_std), partial=partial
+        )
+        self.dense_bias = self.declare("dense_bias", ShardSpec.replicated(hidden), Init.constant(0.0), partial=partial)
+        self.approximate = "none" if model.activation == "gelu_erf" else "tanh"
+        self.norm = make_norm(model, tp)
+        (start, stop), padding = padded_range(vocab_size, tp.group.index, tp.group.size)
+        self.bias = self.declare("bias", ShardSpec((vocab_size,), 0, ((start, stop),), padding), Init.constant(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, H] ▶ [B, S, H], or [B, S/T, H] ▶ [B, S/T, H] under sequence parallelism."""
+        y: Tensor = self.norm(F.gelu(F.linear(x, self.weight, self.dense_bias), approximate=self.approximate))
+        return y

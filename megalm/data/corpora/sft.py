@@ -1,0 +1,103 @@
+"""Supervised data: JSON Lines of prompts with completions, or of conversations; only answers are learnt."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from typing import Any
+
+from megalm.data.corpora.jsonl import SUFFIXES, lookup, parse_record
+from megalm.data.corpora.options import CorpusOptions, option_name
+from megalm.data.corpora.records import RecordCorpus
+from megalm.data.corpora.streams import find_files
+from megalm.data.document import Corpus, Document, Rejected, Segment
+from megalm.errors import DataError
+
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+"""Special tokens around a turn of a conversation."""
+_ROLES = frozenset({"system", "user", "assistant", "tool"})
+_LEARNT_ROLE = "assistant"
+
+
+@dataclass(frozen=True)
+class SupervisedRecord:
+    """A record is a conversation (``messages``) or has a prompt and a completion.
+
+    Attributes:
+        prompt: name of a field, or text with ``{fields}`` in it.
+        completion: the same.
+    """
+
+    prompt: str
+    completion: str
+
+    def __call__(self, name: str, data: bytes) -> Document | Rejected:
+        """Read a line."""
+        record = parse_record(data)
+        if record is None:
+            return Rejected(name, "malformed JSON")
+        if "messages" in record:
+            return _conversation(name, record["messages"])
+        texts = []
+        for template in (self.prompt, self.completion):
+            text = _fill(template, record)
+            if text is None:
+                return Rejected(name, f"no {template!r}")
+            texts.append(text)
+        if not texts[1].strip():
+            return Rejected(name, "empty completion")
+        return Document(name, (Segment(texts[0], learnt=False), Segment(texts[1])))
+
+
+def sft_corpus(options: CorpusOptions) -> Corpus:
+    """Files of JSON Lines, and all such files below folders.
+
+    Raises:
+        DataError: no input, one that does not exist or holds no such file, or a template with a fault.
+    """
+    options.check("sft", "inputs", "prompt", "completion")
+    for field in ("prompt", "completion"):
+        try:
+            list(string.Formatter().parse(getattr(options, field)))
+        except ValueError as error:
+            raise DataError(f"{option_name(field)} {getattr(options, field)!r}: {error}; {{field}} names one") from None
+    reader = SupervisedRecord(options.prompt, options.completion)
+    return RecordCorpus(", ".join(options.inputs), find_files(options.inputs, SUFFIXES), reader)
+
+
+def _fill(template: str, record: dict[str, Any]) -> str | None:
+    """The text that a field or template gives; None where a field is missing or no text."""
+    if "{" not in template:
+        value = lookup(record, template)
+        return value if isinstance(value, str) else None
+    parts = []
+    for literal, field, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if field is not None:
+            value = lookup(record, field)
+            if not isinstance(value, str):
+                return None
+            parts.append(value)
+    return "".join(parts)
+
+
+def _conversation(name: str, messages: Any) -> Document | Rejected:
+    if not isinstance(messages, list) or not messages:
+        return Rejected(name, "messages are no list")
+    segments: list[Segment] = []
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        content = message.get("content") if isinstance(message, dict) else None
+        if role not in _ROLES or not isinstance(content, str):
+            return Rejected(name, "a message without role or content")
+        learnt = role == _LEARNT_ROLE
+        segments += [
+            Segment(TURN_START, learnt=False, special=True),
+            Segment(f"{role}\n", learnt=False),
+            Segment(content, learnt=learnt),
+            Segment(TURN_END, learnt=learnt, special=True),
+            Segment("\n", learnt=False),
+        ]
+    if not any(segment.learnt for segment in segments):
+        return Rejected(name, "no answer to learn")
+    return Document(name, tuple(segments))

@@ -1,0 +1,83 @@
+"""What decides the bytes of a prepared dataset. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megalm.data.clean import Cleaning
+from megalm.data.corpora import CORPORA, CorpusOptions
+from megalm.data.document import Corpus
+from megalm.data.index import VERSION
+from megalm.data.tokenizer import Tokenizer
+from megalm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A corpus and all that is done to it.
+
+    Attributes:
+        corpus: a name in ``CORPORA``.
+        options: what the corpus is told.
+        cleaning: what is done to each document.
+        exact_duplicates: remove documents whose text is that of an earlier one.
+        tokenizer: path of a ``tokenizer.json``; None: train one.
+        eos: name of the token that ends a document; None: the tokenizer's own.
+        tokenizer_vocab: vocabulary of the tokenizer to train.
+        tokenizer_kind: ``bpe`` (byte-level) or ``wordpiece``.
+        val_fraction: share of documents that go to validation, chosen by a hash of their text.
+        chunk_tokens: tokens per chunk; sequence lengths must divide it.
+        chunks_per_shard: chunks per tar file.
+        pack: sequence length to pack whole documents for (best fit); 0: concatenate them.
+    """
+
+    corpus: str
+    options: CorpusOptions = field(default_factory=CorpusOptions)
+    cleaning: Cleaning = field(default_factory=Cleaning)
+    exact_duplicates: bool = False
+    tokenizer: str | None = None
+    eos: str | None = None
+    tokenizer_vocab: int | None = None
+    tokenizer_kind: str = "bpe"
+    val_fraction: float = 0.02
+    chunk_tokens: int = 8192
+    chunks_per_shard: int = 4096
+    pack: int = 0
+
+    @property
+    def masked(self) -> bool:
+        """Whether tokens need a loss mask beside them."""
+        return self.corpus == "sft" or self.pack > 0
+
+    def open_corpus(self) -> Corpus:
+        """The corpus.
+
+        Raises:
+            DataError: an input is missing or an option does not apply.
+        """
+        return CORPORA[self.corpus](self.options)
+
+    def signature(self, corpus: Corpus) -> str:
+        """Changes with anything that would change the dataset."""
+        given = None if self.tokenizer is None else Tokenizer.load(self.tokenizer, eos=self.eos).sha256
+        evaluation = [_sha256_of(name) for name in self.cleaning.decontaminate]
+        parts = {
+            **asdict(self),
+            "options": {**asdict(self.options), "inputs": None},
+            "tokenizer": given,
+            "files": corpus.fingerprint(),
+            "evaluation": evaluation,
+            "format": VERSION,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256_of(name: str) -> str:
+    try:
+        with Path(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"--decontaminate {name}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,107 @@
+"""What came of preparing a corpus: counts that the console, ``recipe.json`` and the data card tell alike. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalm.data.index import Index
+from megalm.data.recipe import Recipe
+
+_BINS_PER_DOUBLING = 4
+_DOUBLINGS = 40
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long documents are, in bins that grow by a quarter of a doubling: a histogram of bounded size.
+
+    Attributes:
+        counts: [160], documents of 2^(i/4) up to 2^((i+1)/4) tokens.
+    """
+
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS_PER_DOUBLING * _DOUBLINGS, dtype=np.int64))
+
+    def add(self, lengths: NDArray[np.int64]) -> None:
+        """Count some documents."""
+        bins = np.floor(np.log2(np.maximum(lengths, 1)) * _BINS_PER_DOUBLING).astype(np.int64)
+        self.counts[:] += np.bincount(bins, minlength=self.counts.size)[: self.counts.size]
+
+    @property
+    def edges(self) -> NDArray[np.float64]:
+        """[161], tokens at which bins begin and end."""
+        return np.exp2(np.arange(self.counts.size + 1) / _BINS_PER_DOUBLING)
+
+    def quantile(self, share: float) -> float:
+        """Tokens below which this share of documents is, to within a bin."""
+        total = int(self.counts.sum())
+        if total == 0:
+            return 0.0
+        return float(self.edges[int(np.searchsorted(np.cumsum(self.counts), share * total)) + 1])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One finished preparation.
+
+    Attributes:
+        source: the corpus, in words.
+        recipe: what was done to it.
+        read: documents that were read.
+        documents: documents that stayed.
+        bytes: text that was read.
+        text_bytes: text that stayed, after cleaning.
+        tokens: of the documents that stayed, end-of-document tokens included.
+        removed: how many documents each rule removed.
+        notes: how often something was changed in documents.
+        lengths: tokens per document.
+        tokenizer_sha256: hash of the tokenizer.
+        vocab_size: of the tokenizer.
+        splits: index of each split.
+    """
+
+    source: str
+    recipe: Recipe
+    read: int
+    documents: int
+    bytes: int
+    text_bytes: int
+    tokens: int
+    removed: dict[str, int]
+    notes: dict[str, int]
+    lengths: Lengths
+    tokenizer_sha256: str
+    vocab_size: int
+    splits: dict[str, Index]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Contents of ``recipe.json`` and ``data_card.json``."""
+        contents = {
+            name: getattr(self, name)
+            for name in (
+                "source",
+                "read",
+                "documents",
+                "bytes",
+                "text_bytes",
+                "tokens",
+                "removed",
+                "notes",
+                "tokenizer_sha256",
+                "vocab_size",
+            )
+        }
+        splits = {
+            split: {
+                "documents": index.documents,
+                "tokens": index.tokens,
+                "loss_tokens": index.loss_tokens,
+                "shards": index.num_shards,
+                "fingerprint": index.fingerprint,
+            }
+            for split, index in self.splits.items()
+        }
+        return {**contents, "splits": splits, "recipe": asdict(self.recipe)}
