@@ -1,74 +1,135 @@
 #!/usr/bin/env python3
-"""Prepare a corpus for training: documents ▶ tokens ▶ shards, split into training and validation.
+r"""Prepare a corpus for training: documents ▶ tokens ▶ shards, split into training and validation.
 
     tools/prepare_data.py --corpus stdlib --tokenizer-vocab 4096 --out data/quickstart
-    tools/prepare_data.py --corpus text --input books/ --tokenizer tokenizer.json --out data/books
+    tools/prepare_data.py --corpus text --input books/ --split-on blank-line --tokenizer tokenizer.json --out data/books
+    tools/prepare_data.py --corpus wikipedia --input enwiki-pages-articles.xml.bz2 --tokenizer-vocab 32768 \
+        --dedup exact --quality gopher --scrub-pii --out data/wikipedia
+    tools/prepare_data.py --corpus sft --input dialogues.jsonl --prompt '{dialogue}\n\nSummary:\n' \
+        --completion summary --tokenizer data/books/tokenizer.json --pack 2048 --out data/summaries
+    mpirun -n 64 tools/prepare_data.py --executor mpi ...       srun --mpi=pmix tools/prepare_data.py --executor mpi ...
     tools/prepare_data.py --verify data/books
 
-Exit codes: 0 done, 2 bad arguments, 3 bad data.
+A preparation that was cut off goes on where it ended when the same command is given again.
+Exit codes: 0 done, 2 bad arguments, 3 bad data, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
-from megalm.data.corpora import CORPORA
+from megalm.data.clean import QUALITY, Cleaning
+from megalm.data.corpora import CORPORA, SPLITS_ON, CorpusOptions
+from megalm.data.corruption import find_corruption
 from megalm.data.dataset import SPLITS, inspect_dataset
-from megalm.data.prepare import Recipe, prepare
-from megalm.data.progress import PrepareProgress, summary
-from megalm.data.shards import find_corruption
+from megalm.data.executors import Workers, local_workers, mpi_workers
+from megalm.data.prepare import prepare
+from megalm.data.progress import PrepareProgress, summary_lines
+from megalm.data.recipe import Recipe
+from megalm.data.store import open_store
 from megalm.data.tokenizer import SMALLEST_VOCABULARY
 from megalm.errors import ExitCode, MegalmError
+
+_DUPLICATES = ("exact", "near")
+_KINDS = ("bpe", "wordpiece")
+_NORMAL_FORMS = ("NFC", "NFKC")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     try:
-        return _verify(Path(options.verify)) if options.verify else _prepare(parser, options)
+        if options.verify:
+            return _verify(options.verify)
+        if problems := _problems(options):
+            parser.error("\n".join(problems))
+        command = shlex.join(["tools/prepare_data.py", *arguments])
+        if options.executor == "local":
+            with local_workers(options.workers) as workers:
+                return _prepare(options, workers, command)
+        with mpi_workers() as ranks:
+            return ExitCode.DONE if ranks is None else _prepare(options, ranks, command)
     except MegalmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; the same command goes on where this one ended", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except OSError as error:  # no permission, disk full
         print(f"{error.filename or options.out}: {error.strerror}", file=sys.stderr)
         return ExitCode.BAD_DATA
 
 
-def _prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    if problems := _problems(options):
-        parser.error("\n".join(problems))
-    recipe = Recipe(
+def _prepare(options: argparse.Namespace, workers: Workers, command: str) -> int:
+    out, started = Path(options.out), time.perf_counter()
+    with PrepareProgress() as progress:
+        summary = prepare(
+            _recipe(options),
+            out,
+            workers=workers,
+            overwrite=options.overwrite,
+            progress=progress.update,
+            command=command,
+        )
+    info = inspect_dataset(out)
+    if summary is None:
+        sizes = f"{info.train_tokens:,} training and {info.val_tokens:,} validation tokens"
+        print(f"{out}: up to date ({sizes}, vocabulary {info.vocab_size:,})")
+    else:
+        print(*summary_lines(str(out), summary, time.perf_counter() - started), sep="\n")
+    return ExitCode.DONE
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    return Recipe(
         corpus=options.corpus,
-        inputs=tuple(options.input),
+        options=CorpusOptions(
+            inputs=tuple(options.input),
+            split_on=options.split_on,
+            text_field=options.text_field,
+            prompt=_unescaped(options.prompt),
+            completion=_unescaped(options.completion),
+            hf_config=options.hf_config,
+            hf_split=options.hf_split,
+        ),
+        cleaning=Cleaning(
+            normalise=options.normalise,
+            quality=tuple(options.quality),
+            scrub_pii=options.scrub_pii,
+            decontaminate=tuple(options.decontaminate),
+            ngram=options.ngram,
+            max_document_bytes=options.max_document_bytes,
+            near_duplicates="near" in options.dedup,
+        ),
+        exact_duplicates=bool(options.dedup),  # an exact duplicate is a near one too, and found for less
         tokenizer=options.tokenizer,
+        eos=options.eos,
         tokenizer_vocab=options.tokenizer_vocab,
+        tokenizer_kind=options.tokenizer_kind,
         val_fraction=options.val_fraction,
         chunk_tokens=options.chunk_tokens,
+        pack=options.pack,
     )
-    out = Path(options.out)
-    with PrepareProgress() as progress:
-        counts = prepare(recipe, out, workers=options.workers, overwrite=options.overwrite, progress=progress.update)
-    info = inspect_dataset(out)
-    print(summary(info, counts))
-    return ExitCode.DONE
 
 
-def _verify(folder: Path) -> int:
-    faults = [fault for split in SPLITS for fault in find_corruption(folder / split)]
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if faults:
-        return ExitCode.BAD_DATA
-    print(f"{folder}: every chunk of {' and '.join(SPLITS)} is as it was written")
-    return ExitCode.DONE
+def _verify(location: str) -> int:
+    store = open_store(location)
+    faults = [fault for split in SPLITS for fault in find_corruption(store.below(split))]
+    if not faults:
+        inspect_dataset(store)  # the tokenizer, and that all belongs together
+        print(f"{location}: every chunk of {' and '.join(SPLITS)} is as it was written")
+        return ExitCode.DONE
+    print(*faults, sep="\n", file=sys.stderr)
+    print(f"{location}: {len(faults)} faults", file=sys.stderr)
+    return ExitCode.BAD_DATA
 
 
 def _problems(options: argparse.Namespace) -> list[str]:
@@ -81,11 +142,22 @@ def _problems(options: argparse.Namespace) -> list[str]:
         problems.append(f"--tokenizer-vocab {options.tokenizer_vocab}: must be at least {SMALLEST_VOCABULARY}")
     if not 0.0 < options.val_fraction < 1.0:
         problems.append(f"--val-fraction {options.val_fraction}: must lie between 0 and 1")
-    if options.chunk_tokens < 1:
-        problems.append(f"--chunk-tokens {options.chunk_tokens}: must be positive")
-    if options.workers < 1:
-        problems.append(f"--workers {options.workers}: must be at least 1")
+    for name in ("chunk_tokens", "workers", "ngram"):
+        value = getattr(options, name)
+        if value < 1:
+            problems.append(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if options.max_document_bytes is not None and options.max_document_bytes < 1:
+        problems.append(f"--max-document-bytes {options.max_document_bytes}: must be at least 1")
+    if options.pack < 0 or options.pack == 1:
+        problems.append(f"--pack {options.pack}: must be a sequence length of at least 2, or 0")
+    elif options.pack and options.chunk_tokens >= 1 and options.chunk_tokens % options.pack:
+        problems.append(f"--pack {options.pack}: must divide --chunk-tokens {options.chunk_tokens}")
     return problems
+
+
+def _unescaped(text: str) -> str:
+    r"""A template in which ``\n`` and ``\t`` may be written as in most languages."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,20 +169,51 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--corpus", choices=sorted(CORPORA), help="kind of corpus")
-    parser.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files or folders (corpus text)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to use")
-    parser.add_argument("--tokenizer-vocab", type=int, metavar="N", help="train a byte-level BPE of N tokens instead")
-    parser.add_argument("--out", metavar="DIR", help="dataset to write")
-    parser.add_argument("--val-fraction", type=float, default=Recipe.val_fraction, help="share of validation documents")
-    parser.add_argument(
-        "--chunk-tokens", type=int, default=Recipe.chunk_tokens, help="tokens per chunk; sequence lengths divide it"
+    add = parser.add_argument
+    add("--corpus", choices=sorted(CORPORA), help="kind of corpus")
+    add(
+        "--input", nargs="+", default=[], metavar="PATH", help="files or folders; hf: parquet files or a dataset's name"
     )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes; does not change the output"
+    add("--out", metavar="DIR", help="dataset to write")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; the output stays the same")
+    add(
+        "--executor",
+        choices=("local", "mpi"),
+        default="local",
+        help="processes of this machine, or ranks of an MPI job",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it was prepared differently")
-    parser.add_argument("--verify", metavar="DIR", help="read all of a dataset and name each corrupt chunk")
+    add("--overwrite", action="store_true", help="replace DIR if it was prepared differently")
+    add("--verify", metavar="DIR", help="read all of a dataset and name each corrupt chunk")
+
+    corpus = parser.add_argument_group("what a document is")
+    defaults = CorpusOptions()
+    add = corpus.add_argument
+    add("--split-on", choices=SPLITS_ON, default=defaults.split_on, help="text: what ends a document (default: file)")
+    add("--text-field", default=defaults.text_field, metavar="NAME", help="jsonl, hf: where a record's text is")
+    add("--prompt", default=defaults.prompt, metavar="TEXT", help="sft: a field, or a template with {fields}")
+    add("--completion", default=defaults.completion, metavar="TEXT", help="sft: the same; this is what is learnt")
+    add("--hf-config", metavar="NAME", help="hf: configuration of a named dataset")
+    add("--hf-split", default=defaults.hf_split, metavar="NAME", help="hf: its split (default: train)")
+
+    cleaning = parser.add_argument_group("cleaning (all of it is counted in data_card.md)")
+    add = cleaning.add_argument
+    add("--normalise", choices=_NORMAL_FORMS, help="Unicode normal form")
+    add("--dedup", nargs="+", choices=_DUPLICATES, default=[], help="remove exact, or also near duplicates (MinHash)")
+    add("--quality", nargs="+", choices=QUALITY, default=[], help="rules that documents must pass")
+    add("--scrub-pii", action="store_true", help="replace e-mail, phone, IP, card and id numbers by placeholders")
+    add("--decontaminate", nargs="+", default=[], metavar="FILE", help="remove documents that overlap with these")
+    add("--ngram", type=int, default=Cleaning.ngram, metavar="N", help="words that make an overlap (default: 13)")
+    add("--max-document-bytes", type=int, metavar="N", help="remove longer documents")
+
+    tokens = parser.add_argument_group("tokens")
+    add = tokens.add_argument
+    add("--tokenizer", metavar="FILE", help="tokenizer.json to use")
+    add("--eos", metavar="TOKEN", help="its token that ends a document, where that has no usual name")
+    add("--tokenizer-vocab", type=int, metavar="N", help="train a tokenizer of N tokens instead")
+    add("--tokenizer-kind", choices=_KINDS, default="bpe", help="which kind to train (default: byte-level bpe)")
+    add("--val-fraction", type=float, default=Recipe.val_fraction, help="share of validation documents (default: 0.02)")
+    add("--chunk-tokens", type=int, default=Recipe.chunk_tokens, help="tokens per chunk; sequence lengths divide it")
+    add("--pack", type=int, default=0, metavar="LENGTH", help="fit whole documents into sequences of this length")
     return parser
 
 

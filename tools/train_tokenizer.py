@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Train a byte-level BPE tokenizer on text files or folders of them.
+"""Train a tokenizer on a corpus, or take one that is there.
 
     tools/train_tokenizer.py books/ --vocab-size 32768 --out tokenizer.json
+    tools/train_tokenizer.py dump.xml.bz2 --corpus wikipedia --kind wordpiece --vocab-size 30522 --out bert.json
+    tools/train_tokenizer.py chats/ --vocab-size 32768 --special-token '<|im_start|>' '<|im_end|>' --out chat.json
+    tools/train_tokenizer.py --from downloaded/tokenizer.json --out tokenizer.json
 
 Exit codes: 0 done, 2 bad arguments, 3 bad data.
 """
@@ -10,37 +13,136 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-from megalm.data.corpora import CORPORA
-from megalm.data.prepare import Counts, documents_of
-from megalm.data.tokenizer import train_byte_level_bpe
+from rich.console import Console
+
+from megalm.data.clean import Cleaned, Cleaner, Cleaning
+from megalm.data.corpora import CORPORA, SPLITS_ON, CorpusOptions
+from megalm.data.document import Document
+from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe, train_wordpiece
 from megalm.errors import ExitCode, MegalmError
+
+_BLOCK_BYTES = 2**22
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("input", nargs="+", metavar="INPUT", help="text files or folders, one document per file")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, special ones included")
-    parser.add_argument("--out", required=True, metavar="FILE", help="tokenizer.json to write")
+    parser = _parser()
     options = parser.parse_args(arguments)
-    counts = Counts()
+    if problems := _problems(options):
+        parser.error("\n".join(problems))
+    out = Path(options.out)
     try:
-        tokenizer = train_byte_level_bpe(documents_of(CORPORA["text"](options.input), counts), options.vocab_size)
+        if options.source is not None:
+            tokenizer, trained_on = Tokenizer.load(options.source, eos=options.eos), ""
+        else:
+            tokenizer, trained_on = _train(options)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(tokenizer.definition, encoding="utf-8")
     except MegalmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(tokenizer.definition, encoding="utf-8")
-    print(
-        f"{out}: {tokenizer.vocab_size:,} tokens, "
-        f"trained on {counts.documents:,} documents ({counts.bytes / 1e6:.1f} MB)"
-    )
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except OSError as error:
+        print(f"{error.filename or out}: {error.strerror}", file=sys.stderr)
+        return ExitCode.BAD_DATA
+    names = {number: name for name, number in tokenizer.special_tokens.items()}
+    print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{trained_on}")
+    print(f"special tokens: {', '.join(names.values())}; documents end with {names[tokenizer.eos_id]}")
     return ExitCode.DONE
+
+
+def _train(options: argparse.Namespace) -> tuple[Tokenizer, str]:
+    texts = _Texts(options)
+    with Console(stderr=True).status("reading and counting"):
+        if options.kind == "bpe":
+            tokenizer = train_byte_level_bpe(texts, options.vocab_size, options.special_token)
+        else:
+            tokenizer = train_wordpiece(texts, options.vocab_size, options.special_token, lowercase=options.lowercase)
+    sample = "".join(texts.sample)
+    per_token = len(sample.encode()) / max(len(tokenizer.encode(sample)), 1)
+    return (
+        tokenizer,
+        f", trained on {texts.documents:,} documents ({texts.megabytes:.1f} MB), {per_token:.2f} bytes a token",
+    )
+
+
+class _Texts:
+    """The texts of a corpus, and a count of them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self.documents = 0
+        self.megabytes = 0.0
+        self.sample: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        cleaner = Cleaner(Cleaning())
+        corpus = CORPORA[self._options.corpus](_corpus_options(self._options))
+        for block in corpus.blocks(_BLOCK_BYTES):
+            for document in block.documents():
+                cleaned = cleaner.clean(document) if isinstance(document, Document) else document
+                if not isinstance(cleaned, Cleaned):
+                    continue
+                text = cleaned.document.text
+                self.documents += 1
+                self.megabytes += len(text.encode("utf-8", "replace")) / 1e6
+                if len(self.sample) < 100:
+                    self.sample.append(text[:10_000])
+                yield text
+
+
+def _corpus_options(options: argparse.Namespace) -> CorpusOptions:
+    inputs = tuple(options.input)
+    if options.corpus == "text":
+        return CorpusOptions(inputs, split_on=options.split_on)
+    if options.corpus in ("jsonl", "hf"):
+        return CorpusOptions(inputs, text_field=options.text_field)
+    return CorpusOptions(inputs)
+
+
+def _problems(options: argparse.Namespace) -> list[str]:
+    if options.source is not None:
+        given = [name for name in ("vocab_size", "lowercase", "special_token") if getattr(options, name)]
+        problems = [f"--{name.replace('_', '-')} is for training; --from takes a tokenizer as it is" for name in given]
+        return [*problems, *(["INPUT and --from: give one of them"] if options.input else [])]
+    problems = []
+    if not options.input and options.corpus != "stdlib":
+        problems.append("INPUT is needed: files or folders to learn from (or --from tokenizer.json)")
+    if options.vocab_size is None:
+        problems.append("--vocab-size is needed: how many tokens to learn, special ones included")
+    if options.lowercase and options.kind != "wordpiece":
+        problems.append("--lowercase: only --kind wordpiece folds case; a byte-level BPE loses nothing")
+    return problems
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as lines that say what would be right."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ExitCode.BAD_CONFIG, f"{message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("input", nargs="*", metavar="INPUT", help="files or folders")
+    add("--corpus", choices=sorted(CORPORA), default="text", help="kind of corpus (default: text)")
+    add("--split-on", choices=SPLITS_ON, default="file", help="text: what ends a document")
+    add("--text-field", default="text", metavar="NAME", help="jsonl, hf: where a record's text is")
+    add("--kind", choices=("bpe", "wordpiece"), default="bpe", help="byte-level BPE (GPT-2) or WordPiece (BERT)")
+    add("--vocab-size", type=int, metavar="N", help="tokens, special ones included")
+    add("--special-token", nargs="+", default=[], metavar="TOKEN", help="besides the usual ones")
+    add("--lowercase", action="store_true", help="wordpiece: fold case and strip accents")
+    add("--from", dest="source", metavar="FILE", help="take this tokenizer.json as it is, after a check")
+    add("--eos", metavar="TOKEN", help="with --from: its token that ends a document, where that has no usual name")
+    add("--out", required=True, metavar="FILE", help="tokenizer.json to write")
+    return parser
 
 
 if __name__ == "__main__":

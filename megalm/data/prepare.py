@@ -47,18 +47,20 @@ class Done:
     """How far one pass is.
 
     Attributes:
-        bytes: of the corpus's files.
-        total: of all of them.
+        total: bytes of the corpus's files, or blocks.
+        done: of them, so far.
         documents: so far.
         tokens: so far.
-        resumed: bytes whose results were there already; they tell nothing of speed.
+        resumed: what was there already, which tells nothing of speed.
+        in_bytes: whether bytes are counted, or blocks.
     """
 
-    bytes: int
     total: int
+    done: int = 0
     documents: int = 0
     tokens: int = 0
     resumed: int = 0
+    in_bytes: bool = True
 
 
 Progress = Callable[[str, Done], None]
@@ -174,14 +176,14 @@ class _Preparation:
         return Tokenizer.load(path, eos=self.recipe.eos)
 
     def _training_texts(self) -> Iterator[str]:
-        done = Done(0, min(self.corpus.total_bytes, TOKENIZER_TRAINING_BYTES))
+        done = Done(min(self.corpus.total_bytes, TOKENIZER_TRAINING_BYTES))
         size = 0
         for texts in self.workers.map(partial(texts_of_block, self._work(None)), self._blocks()):
             for text in texts:
                 yield text
                 size += len(text)
                 done.documents += 1
-            done.bytes = min(size, done.total)
+            done.done = min(size, done.total)
             self.progress("reading for the tokenizer", done)
             if size > TOKENIZER_TRAINING_BYTES:
                 break
@@ -190,7 +192,7 @@ class _Preparation:
     def _tokenise(self) -> int:
         """Results of all blocks that have none yet; returns the number of blocks."""
         work = self._work(str(self.folder / TOKENIZER_FILE))
-        done = Done(0, self.corpus.total_bytes)
+        done = Done(self.corpus.total_bytes)
         count = 0
 
         def missing() -> Iterator[tuple[int, Block]]:
@@ -198,13 +200,13 @@ class _Preparation:
             for number, block in enumerate(self._blocks()):
                 count = number + 1
                 if work.path_of(number).exists():
-                    done.bytes += block.bytes
+                    done.done += block.bytes
                     done.resumed += block.bytes
                 else:
                     yield number, block
 
         for size, documents, tokens in self.workers.map(partial(_tokenise, work), missing()):
-            done.bytes += size
+            done.done += size
             done.documents += documents
             done.tokens += tokens
             self.progress("tokenising", done)
@@ -236,7 +238,8 @@ class _Preparation:
                 kept = totals.add(block, duplicates)
                 splits["train"].add(block, kept & ~block.validation)
                 splits["val"].add(block, kept & block.validation)
-                self.progress("writing shards", Done(number + 1, count, totals.documents, totals.tokens))
+                done = Done(count, number + 1, totals.documents, totals.tokens, in_bytes=False)
+                self.progress("writing shards", done)
         if totals.documents == 0:
             rules = ", ".join(f"{n} {rule}" for rule, n in totals.removed.most_common()) or "none was found"
             raise DataError(f"{self.corpus.source}: no document is left ({rules}); give other --input or fewer filters")

@@ -9,8 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalm.data.dataset import DatasetInfo
-from megalm.data.prepare import Counts
+from megalm.data.prepare import Done
+from megalm.data.summary import Summary
 
 _LINE_EVERY_SECONDS = 15.0
 _MEGA = 1e6
@@ -44,39 +44,43 @@ class PrepareProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, phase: str, done: int, total: int, counts: Counts) -> None:
+    def update(self, phase: str, done: Done) -> None:
         """Called by :func:`megalm.data.prepare.prepare`."""
         now = time.perf_counter()
         if phase != self._phase:
-            self._phase, self._phase_started, self._last_line = phase, now, now
-            if self._bar is not None:
-                for task in self._bar.task_ids:
-                    self._bar.remove_task(task)
-                self._bar.add_task(phase, total=total, speed="")
+            self._begin(phase, done, now)
         seconds = max(now - self._phase_started, 1e-9)
-        speed = f"{done / _MEGA / seconds:.1f} MB/s"
-        if counts.tokens:
-            speed += f" · {counts.tokens / _MEGA / seconds:.2f} Mtok/s"
+        worked = done.done - done.resumed
+        speed = f"{worked / _MEGA / seconds:.1f} MB/s" if done.in_bytes else f"{done.done:,} of {done.total:,}"
+        if done.tokens:
+            speed += f" · {done.tokens / _MEGA / seconds:.2f} Mtok/s"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total, speed=speed)
+            self._bar.update(self._bar.task_ids[0], completed=done.done, total=done.total, speed=speed)
         elif now - self._last_line > _LINE_EVERY_SECONDS:
             self._last_line = now
-            left = seconds * (total - done) / max(done, 1)
-            print(f"{phase}: {done / max(total, 1):.0%} · {speed} · {left:.0f} s left", file=sys.stderr, flush=True)
+            left = seconds * (done.total - done.done) / max(worked, 1)
+            share = done.done / max(done.total, 1)
+            print(f"{phase}: {share:.0%} · {speed} · {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def _begin(self, phase: str, done: Done, now: float) -> None:
+        self._phase, self._phase_started, self._last_line = phase, now, now
+        if self._bar is not None:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task(phase, total=done.total, speed="")
+        if done.resumed:
+            print(f"{phase}: goes on at {done.resumed / max(done.total, 1):.0%}", file=sys.stderr, flush=True)
 
 
-def summary(info: DatasetInfo, counts: Counts | None) -> str:
-    """What a user reads at the end; ``counts`` is None where the dataset was there already."""
-    sizes = f"{info.train_tokens:,} training and {info.val_tokens:,} validation tokens, vocabulary {info.vocab_size:,}"
-    if counts is None:
-        return f"{info.path}: up to date ({sizes})"
+def summary_lines(out: str, summary: Summary, seconds: float) -> list[str]:
+    """What a user reads at the end."""
+    train, val = summary.splits["train"], summary.splits["val"]
     lines = [
-        f"{info.path}: {counts.documents:,} documents, {counts.bytes / _MEGA:.1f} MB ▶ {sizes}",
-        f"{counts.seconds:.1f} s, {counts.bytes / _MEGA / counts.seconds:.1f} MB/s",
+        f"{out}: {summary.documents:,} documents, {summary.bytes / _MEGA:.1f} MB ▶ {train.tokens:,} training and "
+        f"{val.tokens:,} validation tokens, vocabulary {summary.vocab_size:,}",
+        f"{seconds:.1f} s, {summary.bytes / _MEGA / seconds:.1f} MB/s, {summary.tokens / _MEGA / seconds:.2f} Mtok/s",
     ]
-    if counts.empty or counts.undecodable:
-        lines.append(
-            f"{counts.empty} empty documents left out, "
-            f"{counts.undecodable} with bytes that are no UTF-8 (replaced by U+FFFD)"
-        )
-    return "\n".join(lines)
+    for title, counts in (("removed", summary.removed), ("changed", summary.notes)):
+        if counts:
+            lines.append(f"{title}: " + ", ".join(f"{count:,} {rule}" for rule, count in counts.items()))
+    return lines

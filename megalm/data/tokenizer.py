@@ -42,7 +42,7 @@ class Tokenizer:
     """
 
     def __init__(self, definition: str, *, eos: str | None = None, eos_id: int | None = None) -> None:
-        """Take the text of a ``tokenizer.json``, and the name or id of the token that ends a document (None: a usual)."""
+        """Take the text of a ``tokenizer.json``; the end of a document by name, by id, or (None) by its usual names."""
         # One process per core is how megalm tokenises; threads inside each would only compete.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers

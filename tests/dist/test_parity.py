@@ -33,7 +33,15 @@ LLAMA = replace(
 """The Llama and Qwen families' choices, on layers that two stages cannot share evenly."""
 
 NEOX = replace(MODEL, position="rotary", rotary_fraction=0.25, residual="parallel", activation="gelu_erf", qk_norm=True)
-BERT = replace(MODEL, residual="post_norm", token_types=2, embedding_norm=True, activation="gelu_erf")
+BERT = replace(
+    MODEL,
+    causal=False,
+    residual="post_norm",
+    token_types=2,
+    embedding_norm=True,
+    activation="gelu_erf",
+    head="masked_lm",
+)
 GPT3 = replace(MODEL, attention_windows=(0, 5))
 MQA = replace(LLAMA, num_kv_heads=1, rotary_scaling="yarn", attention_windows=(0, 3))
 DROPOUT = at_dropout(MODEL, 0.2)
@@ -89,6 +97,10 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(cp=2, tp=2, model=MQA, name="mqa"),
         Layout(tp=2, sp=True, pp=2, model=NEOX, name="neox"),
         Layout(tp=2, sp=True, pp=2, schedule="zb_h1", model=BERT, name="bert"),
+        Layout(tp=2, pp=2, model=BERT, name="bert"),
+        Layout(tp=2, dp=2, zero_stage=2, dtype="bf16", model=BERT, name="bert"),
+        Layout(cp=2, pp=2, cp_attention="ring", model=replace(BERT, tie_embeddings=False), name="bert untied"),
+        Layout(dp=4, zero_stage=3, model=BERT, name="bert"),
         Layout(tp=2, cp=2, cp_attention="ring", model=GPT3, name="banded"),
         # 16-bit formats, against one process of the same format.
         Layout(tp=2, pp=2, dtype="bf16"),

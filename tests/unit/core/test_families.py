@@ -16,7 +16,9 @@ from megalm.models.gpt import build_full_model
 
 BASE = Model(num_layers=3, hidden_size=48, num_heads=4, sequence_length=20, vocab_size=67)
 NEOX = replace(BASE, residual="parallel", position="rotary", rotary_fraction=0.5, activation="gelu_erf", qk_norm=True)
-BERT = replace(BASE, residual="post_norm", token_types=2, embedding_norm=True, activation="gelu_erf")
+BERT = replace(
+    BASE, causal=False, residual="post_norm", token_types=2, embedding_norm=True, activation="gelu_erf", head="masked_lm"
+)
 GPT3 = replace(BASE, attention_windows=(0, 4))
 QWEN = replace(BASE, bias=False, qkv_bias=True, norm="rmsnorm", num_kv_heads=2)
 
@@ -48,6 +50,7 @@ def attention(x: torch.Tensor, w: dict[str, torch.Tensor], model: Model, layer: 
     q, k, v = linear(x, w, "attention.qkv").split((model.num_heads * d, model.kv_heads * d, model.kv_heads * d), -1)
     window = model.attention_window(layer) or x.shape[1]
     hidden = torch.tensor([[not 0 <= i - j < window for j in range(x.shape[1])] for i in range(x.shape[1])])
+    hidden &= model.causal  # BERT sees everything
     heads = []
     for head in range(model.num_heads):
         s, t = slice(head * d, (head + 1) * d), slice(head // group * d, (head // group + 1) * d)
@@ -88,6 +91,9 @@ def logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor, model: Model)
             x = x + from_attention + mlp(norm(x, w, "mlp_norm", model), w, model)
     if model.residual != "post_norm":
         x = norm(x, weights, "final_norm", model)
+    if model.head == "masked_lm":
+        x = F.gelu(x @ weights["masked_lm.weight"].T + weights["masked_lm.dense_bias"])
+        return norm(x, weights, "masked_lm.norm", model) @ weights["embedding.weight"].T + weights["masked_lm.bias"]
     return x @ weights["embedding.weight"].T
 
 

@@ -1,0 +1,107 @@
+"""The data card: what a dataset is made of, for people (``data_card.md``), programs (``.json``) and eyes (``.png``)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megalm.data.recipe import Recipe
+from megalm.data.shard_writer import write_durably
+from megalm.data.summary import Lengths, Summary
+
+CARD_FILE, CARD_DATA_FILE, LENGTHS_FILE = "data_card.md", "data_card.json", "document_lengths.png"
+_COLOUR = "#3366a8"
+
+
+def write_card(folder: Path, recipe: Recipe, summary: Summary, command: str) -> None:
+    """Write all three files into a dataset's folder."""
+    contents = {"command": command, **summary.to_dict(), "document_tokens": _quantiles(summary.lengths)}
+    write_durably(folder / CARD_DATA_FILE, (json.dumps(contents, indent=1, ensure_ascii=False) + "\n").encode())
+    write_durably(folder / CARD_FILE, card_text(recipe, summary, command).encode())
+    plot_lengths(summary.lengths, folder / LENGTHS_FILE, title=summary.source)
+
+
+def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
+    """The card as Markdown."""
+    lines = [
+        "# Data card",
+        "",
+        f"Made by `megalm` from the corpus `{recipe.corpus}`: {summary.source}.",
+        "",
+        "```",
+        command,
+        "```",
+        "",
+        "| | |",
+        "| --- | ---: |",
+        f"| documents read | {summary.read:,} |",
+        f"| documents kept | {summary.documents:,} |",
+        f"| text read | {summary.bytes:,} bytes |",
+        f"| text kept | {summary.text_bytes:,} bytes |",
+        f"| tokens, ends of documents included | {summary.tokens:,} |",
+        f"| bytes per token | {summary.text_bytes / max(summary.tokens, 1):.2f} |",
+        "",
+        "| split | documents | tokens | with loss | shards |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for split, index in summary.splits.items():
+        lines.append(
+            f"| {split} | {index.documents:,} | {index.tokens:,} | {index.loss_tokens:,} | {index.num_shards:,} |"
+        )
+    lines += ["", f"Tokenizer: {summary.vocab_size:,} tokens, sha256 `{summary.tokenizer_sha256}`.", ""]
+    lines += _counts("Removed documents", "rule", summary.removed)
+    lines += _counts("Changes inside documents", "change", summary.notes)
+    quantiles = ", ".join(f"{share} {tokens:,}" for share, tokens in _quantiles(summary.lengths).items())
+    lines += ["## Tokens per document", "", f"{quantiles} (to within a fifth).", "", f"![lengths]({LENGTHS_FILE})"]
+    return "\n".join(lines) + "\n"
+
+
+def plot_lengths(lengths: Lengths, path: Path, *, title: str) -> None:
+    """A histogram of document lengths, on a logarithmic axis, to a PNG of 960 x 480 pixels."""
+    figure = _new_figure()
+    axes = figure.add_subplot()
+    counts, edges = lengths.counts, lengths.edges
+    used = counts.nonzero()[0]
+    first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 1)
+    axes.stairs(counts[first:last], edges[first : last + 1], fill=True, color=_COLOUR)
+    axes.set_xscale("log", base=2)
+    from matplotlib.ticker import FuncFormatter
+
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+    axes.set_xlabel("tokens per document")
+    axes.set_ylabel("documents")
+    axes.set_title(title if len(title) <= 70 else title[:69] + "…", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    figure.savefig(temporary, metadata={"Software": None})  # the same picture from the same data
+    temporary.replace(path)
+
+
+def _counts(title: str, what: str, counts: dict[str, int]) -> list[str]:
+    if not counts:
+        return [f"## {title}", "", "None.", ""]
+    rows = [f"| {name} | {count:,} |" for name, count in counts.items()]
+    return [f"## {title}", "", f"| {what} | count |", "| --- | ---: |", *rows, ""]
+
+
+def _quantiles(lengths: Lengths) -> dict[str, int]:
+    return {f"{share:.0%}": round(lengths.quantile(share)) for share in (0.05, 0.25, 0.5, 0.75, 0.95)}
+
+
+def _new_figure() -> Any:
+    """An empty figure that needs no display, no configuration and no writable home folder."""
+    if "MPLCONFIGDIR" not in os.environ and not os.access(Path.home(), os.W_OK):
+        os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a first start announces that it builds a font cache
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
