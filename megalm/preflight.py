@@ -10,12 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.start import StartMode, resolve_start, run_folder
+from megalm.checkpoint.manifest import read_manifest
+from megalm.checkpoint.start import StartMode, StartPoint, resolve_start, run_folder
 from megalm.compose import compose
 from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.rules import data_violations, violations, world_size_of
 from megalm.config.schema import Config
-from megalm.data.dataset import inspect_dataset
+from megalm.data.batch_size import BatchSize
+from megalm.data.dataset import DatasetInfo, inspect_datasets
+from megalm.data.order import BlendedOrder
+from megalm.data.phases import DataState, too_many_epochs
 from megalm.errors import ConfigError
 from megalm.hardware import device_violations
 
@@ -67,13 +71,36 @@ def make_plan(overrides: Sequence[str], world_size: int | None = None) -> Plan:
     config = compose(overrides)
     ranks = world_size_of(config) if world_size is None else world_size
     check_config(config, ranks)
-    dataset = inspect_dataset(config.data.path)
-    problems = [*data_violations(config, dataset.vocab_size, dataset.chunk_tokens), *_compiler_violations(config)]
+    datasets = inspect_datasets(config.data)
+    problems = _compiler_violations(config)
+    for dataset in datasets:
+        problems += data_violations(
+            config, dataset.location, dataset.vocab_size, dataset.chunk_tokens, dataset.packed_length
+        )
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
     start = resolve_start(config, run_folder(config))
+    if problems := _epoch_violations(config, datasets, start):
+        raise ConfigError(problems)
     complete = start.mode is StartMode.RESUME and start.step >= config.train.steps
     return Plan(config, ranks, start.notes, complete)
+
+
+def _epoch_violations(config: Config, datasets: Sequence[DatasetInfo], start: StartPoint) -> list[str]:
+    """Weights that are too small to be drawn, and datasets that the run would read more often than it may."""
+    length = config.model.sequence_length
+    sizes = [-(-(dataset.train_tokens - 1) // length) for dataset in datasets]
+    try:
+        order = BlendedOrder.of(sizes, config.data.weights, seed=config.run.seed)
+    except ValueError as error:
+        return [f"data.weights={list(config.data.weights)}: {error}"]
+    before = 0
+    if start.path is not None and start.mode is StartMode.RESUME:
+        state = DataState.from_dict(read_manifest(start.path).data)
+        before = state.consumed_samples if config.data.phase > state.current.number else state.current.start
+    samples = BatchSize.of(config.train, length).samples_after(config.train.steps) - before
+    paths = [dataset.location for dataset in datasets]
+    return too_many_epochs(order, paths, config.data.max_epochs, samples)
 
 
 def _compiler_violations(config: Config) -> list[str]:

@@ -26,7 +26,10 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Many small documents, so that a twentieth of them is a validation split that is never empty and quickly run through.
     """
-    from megalm.data.prepare import Recipe, prepare
+    from megalm.data.corpora import CorpusOptions
+    from megalm.data.executors import Workers
+    from megalm.data.prepare import prepare
+    from megalm.data.recipe import Recipe
 
     folder = tmp_path_factory.mktemp("data")
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "megalm" / "core").rglob("*.py")))
@@ -35,10 +38,10 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / ".prepared" / "tiny"
     recipe = Recipe(
         corpus="text",
-        inputs=(str(folder),),
+        options=CorpusOptions((str(folder),)),
         tokenizer_vocab=300,
         val_fraction=0.05,
         chunk_tokens=256,
     )
-    prepare(recipe, out, workers=1, overwrite=False, progress=lambda *_: None)
+    prepare(recipe, out, workers=Workers(None, 1), overwrite=False, progress=lambda *_: None, command="a test")
     return out

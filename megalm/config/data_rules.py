@@ -45,3 +45,14 @@ def objective_fits_attention(job: Job) -> Iterator[Violation]:
             "objective.name=mlm recovers a masked token from both sides",
             fixes=(Fix("model.causal", (False,)), Fix("objective.name", ("clm",))),
         )
+
+
+def prompts_are_for_decoders(job: Job) -> Iterator[Violation]:
+    """A closing sample continues a text, which an encoder does not."""
+    if not job.config.model.causal and job.config.report.prompt is not None:
+        yield Violation(
+            "report.prompt",
+            job.config.report.prompt,
+            "model.causal=false continues no text",
+            fixes=(Fix("report.prompt", (None,)),),
+        )

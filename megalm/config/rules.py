@@ -48,6 +48,7 @@ RULES: tuple[Rule, ...] = (
     data_rules.one_number_per_dataset,
     data_rules.pipes_name_their_file,
     data_rules.objective_fits_attention,
+    data_rules.prompts_are_for_decoders,
 )
 
 _MOST_VALUES = 6
@@ -88,13 +89,17 @@ def find_violations(config: Config, world_size: int) -> list[Violation]:
     return [_with_tried_fixes(job, broken, violation, found.keys()) for broken, violation in found.items()]
 
 
-def data_violations(config: Config, vocab_size: int, chunk_tokens: int) -> list[str]:
+def data_violations(
+    config: Config, location: str, vocab_size: int, chunk_tokens: int, packed_length: int = 0
+) -> list[str]:
     """Everything in ``config`` that does not fit a dataset.
 
     Args:
         config: the run.
+        location: of the dataset, as a user names it.
         vocab_size: words of the dataset's tokenizer.
         chunk_tokens: tokens per chunk of the dataset, of which a sequence takes a whole fraction.
+        packed_length: the only sequence length of a dataset that was packed; 0: it was not.
     """
     found = []
     model = config.model
@@ -103,17 +108,26 @@ def data_violations(config: Config, vocab_size: int, chunk_tokens: int) -> list[
             Violation(
                 "model.vocab_size",
                 model.vocab_size,
-                f"the dataset {config.data.path} has {vocab_size} words",
+                f"the dataset {location} has {vocab_size} words",
                 fixes=(Fix("model.vocab_size", (vocab_size, None)),),
             )
         )
-    if chunk_tokens % model.sequence_length:
+    if packed_length not in (0, model.sequence_length):
+        found.append(
+            Violation(
+                "model.sequence_length",
+                model.sequence_length,
+                f"the dataset {location} was packed for sequences of {packed_length} tokens",
+                fixes=(Fix("model.sequence_length", (packed_length,)),),
+            )
+        )
+    elif chunk_tokens % model.sequence_length:
         lengths = _nearest(divisors(chunk_tokens), model.sequence_length)
         found.append(
             Violation(
                 "model.sequence_length",
                 model.sequence_length,
-                f"does not divide the chunks of {chunk_tokens} tokens of the dataset {config.data.path}",
+                f"does not divide the chunks of {chunk_tokens} tokens of the dataset {location}",
                 fixes=(Fix("model.sequence_length", lengths),),
             )
         )

@@ -6,7 +6,7 @@ rows past V on the last ranks are padding: zero, never looked up, masked in the 
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalm.core.collectives import reduce_from_group, reduce_scatter
@@ -46,7 +46,7 @@ class VocabParallelEmbedding(ParallelModule):
             return reduce_scatter(x, self.tp.group, SEQUENCE)
         return reduce_from_group(x, self.tp.group)
 
-    def logits(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def logits(self, x: Tensor, bias: nn.Parameter | None = None) -> Tensor:
         """This rank's columns of the logits, for evaluation: training takes :func:`megalm.core.loss.output_loss`.
 
         [B, S, H], or [B, S/T, H] under sequence parallelism ▶ [B, S, ceil(V/T)], padding columns at minus infinity.

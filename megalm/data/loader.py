@@ -1,6 +1,6 @@
 """Batches of one data-parallel replica. What changes is the number of samples that the trainer has taken, nothing else.
 
-Shapes: B rows of this replica, S sequence length. Replica ``r`` of ``n`` takes the samples ``g`` with ``g mod n = r``,
+Shapes: B rows of this replica, S sequence length, V vocabulary. Replica ``r`` of ``n`` takes the samples ``g`` with ``g mod n = r``,
 so the union over replicas does not depend on ``n``.
 """
 
@@ -158,6 +158,11 @@ def validation_batches(
         batch = _make_batch(corpora, objective, corpus[real], sequences[real], numbers, per_round)
         inside = torch.from_numpy(numbers < sequences.size)
         yield replace(batch, loss_mask=batch.loss_mask * inside[:, None])
+
+
+def label_counts(batch: Batch, vocab_size: int) -> Tensor:
+    """[V] fp64: how often each word is a label that carries loss."""
+    return torch.bincount(batch.labels.flatten(), batch.loss_mask.flatten().double(), minlength=vocab_size)
 
 
 def _make_batch(

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from megalm.data.loader import Batch, validation_batches
-from megalm.data.objectives import OBJECTIVES
-from megalm.data.shards import TokenShards
+from megalm.data.dataset import open_datasets
+from megalm.data.loader import Batch, label_counts, validation_batches
+from megalm.data.objectives import make_objective
+from megalm.data.sequences import Corpora
 from megalm.errors import DataError
 from megalm.generate.load import TrainedModel, load_full_model
 
@@ -29,8 +30,9 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
             ``train.micro_batch_size`` sets the batch.
 
     Returns:
-        ``run``, ``checkpoint`` and ``data`` as text; ``val_loss`` in nats per token; ``val_perplexity``; ``tokens``
-        that the loss is the mean of.
+        ``run``, ``checkpoint`` and ``data`` as text; ``val_loss`` in nats per token; ``val_perplexity``;
+        ``val_accuracy``, the share of tokens that the model holds most likely; ``val_commonest``, that of always
+        guessing the commonest token; ``tokens`` that these are the means of.
 
     Raises:
         ConfigError, CheckpointError, DataError: see :func:`megalm.generate.load.load_full_model`; and the data are not
@@ -38,45 +40,52 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     """
     trained = load_full_model(run_dir, overrides)
     config = trained.config
-    folder = Path(config.data.path) / "val"
-    dataset = TokenShards(folder, config.model.sequence_length)
-    if dataset.index.tokenizer_sha256 != trained.tokenizer.sha256:
+    datasets = open_datasets(config.data)
+    corpora = Corpora.open([dataset.below("val") for dataset in datasets], config.model.sequence_length)
+    where = ", ".join(dataset.location for dataset in datasets)
+    if corpora.shards[0].index.tokenizer_sha256 != trained.tokenizer.sha256:
         raise DataError(
-            f"data.path={config.data.path}: made by another tokenizer than the run's, so its perplexity would mean "
+            f"data.path={where}: made by another tokenizer than the run's, so its perplexity would mean "
             "nothing; prepare the text with the tokenizer.json of the run"
         )
     batches = validation_batches(
-        dataset,
+        corpora,
         None,
         config.train.micro_batch_size,
         dp_rank=0,
         dp_size=1,
-        objective=OBJECTIVES[config.objective.name](),
+        objective=make_objective(config.objective, config.run.seed, trained.tokenizer),
     )
-    loss, tokens = mean_loss(trained, batches)
+    loss, accuracy, commonest, tokens = scores(trained, batches, corpora.vocab_size)
     return {
         "run": str(run_dir),
         "checkpoint": str(trained.checkpoint),
-        "data": str(folder),
+        "data": where,
         "val_loss": loss,
         "val_perplexity": _perplexity(loss),
+        "val_accuracy": accuracy,
+        "val_commonest": commonest,
         "tokens": tokens,
     }
 
 
 @torch.inference_mode()
-def mean_loss(trained: TrainedModel, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Mean cross-entropy over the loss tokens of all batches, in nats, and how many they are."""
-    loss_sum, tokens = 0.0, 0
+def scores(trained: TrainedModel, batches: Iterable[Batch], vocab_size: int) -> tuple[float, float, float, int]:
+    """Over all loss tokens: mean cross-entropy in nats, accuracy, that of the commonest token, and their number."""
+    loss_sum, correct = 0.0, 0.0
+    counts = torch.zeros(vocab_size, dtype=torch.float64)
     for batch in batches:
         logits = trained.model(batch.tokens.to(trained.device)).float()  # [B, S, V]
         losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.to(trained.device).flatten(), reduction="none")
         mask = batch.loss_mask.to(trained.device).flatten()  # [B·S]
         loss_sum += float((losses * mask).double().sum())
-        tokens += int(mask.sum())
+        right = logits.argmax(-1).flatten() == batch.labels.to(trained.device).flatten()
+        correct += float((right * mask).double().sum())
+        counts += label_counts(batch, vocab_size)
+    tokens = int(counts.sum())
     if tokens == 0:
         raise DataError("the validation split has no tokens that a loss could be computed of; prepare more text")
-    return loss_sum / tokens, tokens
+    return loss_sum / tokens, correct / tokens, float(counts.max()) / tokens, tokens
 
 
 def _perplexity(loss: float) -> float:

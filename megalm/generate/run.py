@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megalm.errors import ConfigError
 from megalm.generate.generation import generate_tokens
 from megalm.generate.load import TrainedModel, load_full_model
 from megalm.generate.sampling import Sampling
@@ -36,6 +37,8 @@ def run_generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
     trained = load_full_model(run_dir, overrides)
+    if not trained.config.model.causal:
+        raise ConfigError(f"{run_dir}: model.causal=false: an encoder recovers masked tokens, it continues no text")
     return prompt + continue_text(trained, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
 
 

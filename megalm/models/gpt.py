@@ -213,7 +213,7 @@ class GPT(nn.Module):
         return x if self.masked_lm is None else self.masked_lm(x)
 
     @property
-    def _output_bias(self) -> Tensor | None:
+    def _output_bias(self) -> nn.Parameter | None:
         return None if self.masked_lm is None else self.masked_lm.bias
 
     def _embed(self, micro_batch: MicroBatch, place: Place) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from megalm.config.rules import topology_of
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
 from megalm.data.batch_size import BatchSize
-from megalm.data.dataset import TOKENIZER_FILE
+from megalm.data.dataset import SPLITS, TOKENIZER_FILE, open_datasets, tokenizer_of
 from megalm.data.loader import TrainLoader
-from megalm.data.objectives import OBJECTIVES
-from megalm.data.shards import TokenShards
+from megalm.data.objectives import make_objective
+from megalm.data.sequences import Corpora
+from megalm.data.tokenizer import Tokenizer
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.lr_schedule import LearningRate
 from megalm.hardware import match_device, peak_flops
@@ -47,9 +47,13 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
     run_dir = run_folder(config)
     start = resolve_start(config, run_dir)
     context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
-    train_data = TokenShards(Path(config.data.path) / "train", config.model.sequence_length)
-    val_data = TokenShards(Path(config.data.path) / "val", config.model.sequence_length)
-    vocab_size = config.model.vocab_size or train_data.index.vocab_size
+    datasets = open_datasets(config.data)
+    train_data, val_data = (
+        Corpora.open([dataset.below(split) for dataset in datasets], config.model.sequence_length) for split in SPLITS
+    )
+    tokenizer = tokenizer_of(datasets)
+    objective = make_objective(config.objective, config.run.seed, tokenizer)
+    vocab_size = config.model.vocab_size or train_data.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
 
     stage = build_gpt(config, vocab_size, context=context, dtype=_DTYPES[config.engine.dtype])
@@ -59,7 +63,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
     loader = TrainLoader(
         train_data,
         config.data,
-        objective=OBJECTIVES[config.objective.name](),
+        objective=objective,
         batch_size=batch_size,
         dp_rank=context.coordinates.dp,
         dp_size=context.topology.dp,
@@ -71,7 +75,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
     peak = peak_flops(peak_name, config.engine.dtype)
     callbacks = CallbackList(_make_callbacks(config) if context.rank == 0 else [])
     if context.rank == 0:
-        _prepare_run_folder(config, run_dir)
+        _prepare_run_folder(config, run_dir, tokenizer)
     callbacks.on_start(
         RunContext(
             config=config,
@@ -90,7 +94,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
         context=context,
         engine=engine,
         loader=loader,
-        validator=Validator(config, context, val_data),
+        validator=Validator(config, context, val_data, objective),
         saver=Saver(config, context, run_dir),
         callbacks=callbacks,
         learning_rate=LearningRate(config.optim, batch_size.tokens_after(config.train.steps)),
@@ -120,12 +124,11 @@ def _make_callbacks(config: Config) -> list[Callback]:
     return [*callbacks, ConsoleLog(config.logging.every), ClosingReport()]
 
 
-def _prepare_run_folder(config: Config, run_dir: Path) -> None:
+def _prepare_run_folder(config: Config, run_dir: Path, tokenizer: Tokenizer) -> None:
     """A run folder is whole in itself: config and tokenizer lie beside the weights."""
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
-    tokenizer = Path(config.data.path) / TOKENIZER_FILE
-    shutil.copyfile(tokenizer, run_dir / TOKENIZER_FILE)
+    (run_dir / TOKENIZER_FILE).write_text(tokenizer.definition, encoding="utf-8")
 
 
 def _peak_name(config: Config, device: torch.device) -> str | None:

@@ -151,14 +151,16 @@ class Trainer:
         return _STOPS.index(Outcome.INTERRUPTED if signal == "INT" else Outcome.REQUEUE)
 
     def _validate(self, samples: int | None) -> None:
-        loss = self._validator.loss(self._engine, samples)
+        scores = self._validator.scores(self._engine, samples)
         self._callbacks.on_validation(
             ValidationMetrics(
                 step=self.progress.step,
                 samples=self.progress.samples,
                 tokens=self.progress.tokens,
-                val_loss=loss,
-                val_perplexity=perplexity(loss),
+                val_loss=scores.loss,
+                val_perplexity=perplexity(scores.loss),
+                val_accuracy=scores.accuracy,
+                val_commonest=scores.commonest,
             )
         )
         self._timer.restart()

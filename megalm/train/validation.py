@@ -1,15 +1,21 @@
-"""Validation on all ranks: the training pipeline, forward only."""
+"""Validation on all ranks: the training pipeline, forward only.
+
+Shapes: V vocabulary.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
-from megalm.data.loader import validation_batches
-from megalm.data.shards import TokenShards
+from megalm.data.loader import label_counts, validation_batches
+from megalm.data.objectives import DataObjective
+from megalm.data.sequences import Corpora
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.micro_batches import validation_micro_batch
 
@@ -17,35 +23,63 @@ _MICRO_BATCHES_PER_STAGE = 4
 """Micro-batches per pass and stage: enough to keep the forward-only pipeline full, few enough to hold at once."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How good a model is on some sequences, by tokens that carry loss.
+
+    Attributes:
+        loss: mean cross-entropy, in nats.
+        accuracy: share of tokens that the model holds most likely.
+        commonest: the same of a model that always guesses the commonest token.
+        tokens: how many tokens those are the means of.
+    """
+
+    loss: float
+    accuracy: float
+    commonest: float
+    tokens: int
+
+    @classmethod
+    def of(cls, loss_sum: float, correct: float, label_counts: Tensor) -> Scores:
+        """From sums over all tokens, and how often each word is a label, [V]."""
+        tokens = float(label_counts.sum())
+        return cls(loss_sum / tokens, correct / tokens, float(label_counts.max()) / tokens, round(tokens))
+
+
 class Validator:
-    """Mean loss over the validation split.
+    """Scores over the validation split.
 
     Args:
         config: micro-batch size.
         context: this rank's place and groups.
-        dataset: the validation split.
+        corpora: the validation splits.
+        objective: what is learnt.
     """
 
-    def __init__(self, config: Config, context: ParallelContext, dataset: TokenShards) -> None:
+    def __init__(self, config: Config, context: ParallelContext, corpora: Corpora, objective: DataObjective) -> None:
         self._config = config
         self._context = context
-        self._dataset = dataset
+        self._corpora = corpora
+        self._objective = objective
 
-    def loss(self, engine: DeepSpeedEngine, samples: int | None) -> float:
-        """Mean loss per token, in nats, over the first ``samples`` sequences (None: all); the same on every rank."""
+    def scores(self, engine: DeepSpeedEngine, samples: int | None) -> Scores:
+        """Over the first ``samples`` sequences (None: all); the same on every rank."""
         batches = validation_batches(
-            self._dataset,
+            self._corpora,
             samples,
             self._config.train.micro_batch_size,
             dp_rank=self._context.coordinates.dp,
             dp_size=self._context.topology.dp,
+            objective=self._objective,
         )
-        totals = torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(2 + self._corpora.vocab_size, dtype=torch.float64)
         per_pass = _MICRO_BATCHES_PER_STAGE * self._context.topology.pp
         while chunk := list(islice(batches, per_pass)):
             micro_batches = [validation_micro_batch(batch, self._context, engine.stage.cp) for batch in chunk]
-            totals[0] += engine.evaluate(micro_batches)
-            if self._context.model.index == 0:  # of the ranks that see the same tokens, one counts them
-                totals[1] += sum(float(b.loss_weight.sum()) for b in micro_batches)
-        loss_sum, tokens = self._context.world.all_reduce(totals.to(self._context.device)).tolist()
-        return loss_sum / tokens
+            totals[:2] += torch.tensor(engine.evaluate(micro_batches), dtype=torch.float64)
+            if self._context.model.index == 0 and self._context.cp.index == 0:
+                # Of the ranks that see the same sequences, one counts their labels.
+                for batch in chunk:
+                    totals[2:] += label_counts(batch, self._corpora.vocab_size)
+        totals = self._context.world.all_reduce(totals.to(self._context.device)).cpu()
+        return Scores.of(float(totals[0]), float(totals[1]), totals[2:])

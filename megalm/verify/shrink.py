@@ -112,7 +112,7 @@ def shrink(config: Config, world_size: int) -> Shrunk:
         ),
         launch=replace(config.launch, ranks=0, device="cpu"),
         cluster=replace(config.cluster, gpus=0, gpu=None),
-        data=replace(config.data, path="synthetic"),
+        data=replace(config.data, path=("synthetic",), weights=(), max_epochs=()),
     )
     layout = _checked(Case(small, dp))
     return Shrunk(layout, tuple(_notes(config, topology, layout)))

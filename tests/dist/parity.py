@@ -73,7 +73,7 @@ class Layout:
         return Config(
             run=Run(name="parity", seed=7),
             model=self.model,
-            data=Data(path="unused"),
+            data=Data(path=("unused",)),
             objective=Objective(z_loss=self.z_loss),
             optim=Optim(lr=self.learning_rate, clip_grad_norm=CLIP),
             train=Train(steps=STEPS, micro_batch_size=2, global_batch_size=GLOBAL_BATCH),

@@ -87,6 +87,8 @@ class ValidationMetrics:
         tokens: tokens trained on since the start of the run.
         val_loss: mean cross-entropy per loss token of the validation sequences, in nats.
         val_perplexity: ``exp(val_loss)``.
+        val_accuracy: share of loss tokens that the model holds most likely.
+        val_commonest: the same of always guessing the commonest of them.
     """
 
     step: int
@@ -94,6 +96,8 @@ class ValidationMetrics:
     tokens: int
     val_loss: float
     val_perplexity: float
+    val_accuracy: float
+    val_commonest: float
 
 
 class Outcome(StrEnum):

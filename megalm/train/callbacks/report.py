@@ -65,6 +65,11 @@ class ClosingReport(Callback):
             f"result   validation perplexity {format_number(last['val_perplexity'], ',.1f')} "
             f"(untrained: about {vocab_size:,}, the size of the vocabulary)"
         )
+        what = "tokens predicted" if context.config.model.causal else "masked tokens recovered"
+        self._print(
+            f"result   {last['val_accuracy']:.1%} of {what} "
+            f"(always guessing the commonest token: {last['val_commonest']:.1%})"
+        )
 
     def _sample(self, context: RunContext) -> None:
         report = context.config.report

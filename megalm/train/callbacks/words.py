@@ -16,13 +16,14 @@ def banner(context: RunContext) -> list[str]:
     rise = f"{batch_size.start} rising to " if len(batch_size.sizes) > 1 else ""
     tokens = format_count(batch_size.tokens_after(context.total_steps))
     zero = f", ZeRO-{config.engine.zero_stage}" if config.engine.zero_stage else ""
+    kind = "GPT" if model.causal else "BERT"
     peak = f", MFU relative to {context.mfu_peak}" if context.mfu_peak else ""
     lines = [
-        f"megalm   {config.run.name}: GPT, {format_count(context.parameters)} parameters ({model.num_layers} layers, "
-        f"hidden {model.hidden_size}, {model.num_heads} heads), {config.engine.dtype}",
+        f"megalm   {config.run.name}: {kind}, {format_count(context.parameters)} parameters "
+        f"({model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads), {config.engine.dtype}",
         f"layout   {context.topology} on {context.device}{zero}{peak}",
         f"batch    {rise}{config.train.global_batch_size} x {model.sequence_length} tokens; "
-        f"{context.total_steps:,} steps = {tokens} tokens of {config.data.path}",
+        f"{context.total_steps:,} steps = {tokens} tokens of {', '.join(config.data.path)}",
         f"output   {context.run_dir}",
     ]
     if context.resumed_from is not None:
@@ -60,7 +61,7 @@ def validation_line(metrics: ValidationMetrics, total_steps: int) -> str:
     """The result of a validation."""
     return (
         f"{_step(metrics.step, total_steps)}  validation loss {format_number(metrics.val_loss, '.4f')}  "
-        f"perplexity {format_number(metrics.val_perplexity, ',.2f')}"
+        f"perplexity {format_number(metrics.val_perplexity, ',.2f')}  accuracy {metrics.val_accuracy:.1%}"
     )
 
 

@@ -23,7 +23,7 @@ def config(tmp_path: Path) -> Config:
     return Config(
         run=Run(name="try1", dir=str(tmp_path)),
         model=Model(num_layers=2, hidden_size=64, num_heads=4, sequence_length=32),
-        data=Data(path="data"),
+        data=Data(path=("data",)),
         optim=Optim(lr=1e-3),
         train=Train(steps=4, micro_batch_size=1, global_batch_size=2),
     )

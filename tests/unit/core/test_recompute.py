@@ -22,7 +22,7 @@ def build(engine: Engine, model: Model = MODEL) -> GPT:
     config = Config(
         run=Run(name="x"),
         model=model,
-        data=Data(path="x"),
+        data=Data(path=("x",)),
         optim=Optim(lr=1.0),
         train=Train(steps=1, micro_batch_size=2, global_batch_size=2),
         engine=engine,

@@ -19,7 +19,7 @@ from megalm.data.objectives import CausalLM
 from megalm.data.shards import ShardWriter, TokenShards
 from megalm.errors import DataError
 
-SETTINGS = Data(path="unused", block_sequences=2, lanes=3, window_blocks=2)
+SETTINGS = Data(path=("unused",), block_sequences=2, lanes=3, window_blocks=2)
 GLOBAL_BATCH = 12
 CONSTANT = BatchSize(GLOBAL_BATCH, GLOBAL_BATCH, GLOBAL_BATCH, 0, sequence_length=8)
 RAMP = BatchSize(final=24, start=6, increment=6, ramp_tokens=36 * 8, sequence_length=8)

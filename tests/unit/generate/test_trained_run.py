@@ -14,7 +14,8 @@ from megalm.compose import save_config
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config, Data, Engine, Launch, Model, Optim, Report, Run, Train
 from megalm.core.sharding import StatePiece, declared_parameters
-from megalm.data.shards import ShardWriter
+from megalm.data.document import Document
+from megalm.data.shard_writer import ShardWriter
 from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe
 from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.evaluate.perplexity import run_evaluate
@@ -40,7 +41,7 @@ def config(root):
     return Config(
         run=Run(name="counting", dir=str(root / "runs")),
         model=Model(num_layers=2, hidden_size=32, num_heads=2, vocab_size=ROWS, sequence_length=32),
-        data=Data(path=str(root / "data")),
+        data=Data(path=(str(root / "data"),)),
         optim=Optim(lr=1e-2),
         train=Train(steps=60, micro_batch_size=3, global_batch_size=8),
         engine=Engine(dtype="fp32", zero_stage=0),
@@ -89,8 +90,8 @@ def write_split(folder, tokenizer):
         chunk_tokens=64,
         chunks_per_shard=2,
     )
-    tokens, lengths = tokenizer.encode_documents([SENTENCE * 7])
-    writer.add(tokens, len(lengths))
+    tokens, lengths, _ = tokenizer.encode_documents([Document.plain("a", SENTENCE * 7)])
+    writer.add(tokens, lengths.tolist(), ["a"])
     writer.close()
 
 

@@ -9,7 +9,7 @@ def config():
     return Config(
         run=Run(name="try1"),
         model=Model(num_layers=2, hidden_size=32, num_heads=2, vocab_size=300, sequence_length=64),
-        data=Data(path="data/quickstart"),
+        data=Data(path=("data/quickstart",)),
         optim=Optim(lr=1e-3),
         train=Train(steps=100, micro_batch_size=2, global_batch_size=8),
         engine=Engine(dtype="fp32"),
