@@ -47,6 +47,28 @@ def objective_fits_attention(job: Job) -> Iterator[Violation]:
         )
 
 
+def documents_are_seen_whole(job: Job) -> Iterator[Violation]:
+    """Attention within documents needs whole sequences on one rank, and no graph of a fixed shape."""
+    config = job.config
+    if not config.data.reset_at_documents:
+        return
+    off = Fix("data.reset_at_documents", (False,))
+    if config.parallel.cp > 1 and config.parallel.cp_attention == "ring":
+        yield Violation(
+            "parallel.cp_attention",
+            "ring",
+            "sends keys round without knowing of data.reset_at_documents",
+            fixes=(Fix("parallel.cp_attention", ("ulysses",)), off),
+        )
+    if config.engine.compile:
+        yield Violation(
+            "engine.compile",
+            True,
+            "would compile again for every new set of lengths under data.reset_at_documents",
+            fixes=(Fix("engine.compile", (False,)), off),
+        )
+
+
 def prompts_are_for_decoders(job: Job) -> Iterator[Violation]:
     """A closing sample continues a text, which an encoder does not."""
     if not job.config.model.causal and job.config.report.prompt is not None:

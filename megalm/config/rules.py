@@ -48,6 +48,7 @@ RULES: tuple[Rule, ...] = (
     data_rules.one_number_per_dataset,
     data_rules.pipes_name_their_file,
     data_rules.objective_fits_attention,
+    data_rules.documents_are_seen_whole,
     data_rules.prompts_are_for_decoders,
 )
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalm.core.cpu_attention import causal_attention
+from megalm.core.documents import Documents
 from megalm.core.dropout import attention_keep_mask, stream_key
 
 
@@ -35,7 +36,15 @@ class AttentionCore(nn.Module):
         key = torch.tensor(stream_key(seed, layer, "attention_probabilities"), dtype=torch.int32)
         self.register_buffer("key", key, persistent=False)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, heads: Tensor, samples: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: Tensor,
+        samples: Tensor | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Attention over whole sequences.
 
         Args:
@@ -44,12 +53,20 @@ class AttentionCore(nn.Module):
             value: [B, K, S, D].
             heads: [N], the numbers of these query heads in the whole model.
             samples: [B], global numbers of the samples; None: no dropout.
+            documents: a query sees its own document only; None: rows are one document each.
 
         Returns:
             [B, N, S, D].
         """
         if self.drops(samples):
-            return self._explicit(query, key, value, heads, samples)
+            return self._explicit(query, key, value, heads, samples, documents)
+        if documents is None:
+            return self._whole(query, key, value)
+        if query.device.type == "cpu":  # flex attention has no backward there
+            return documents.attend_each(self._whole, query, key, value)
+        return documents.attend_in_blocks(query, key, value, causal=self.causal, window=self.window)
+
+    def _whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
         if self.window:
             positions = torch.arange(query.shape[2], device=query.device)
@@ -76,13 +93,24 @@ class AttentionCore(nn.Module):
         mask = attention_keep_mask(self.dropout, self.key, samples, heads, query_positions, key_positions)
         return mask * (1.0 / (1.0 - self.dropout))
 
-    def _explicit(self, query: Tensor, key: Tensor, value: Tensor, heads: Tensor, samples: Tensor | None) -> Tensor:
+    def _explicit(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: Tensor,
+        samples: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
         """With every probability in memory, in fp32, since each is dropped by a mask of its own."""
         assert samples is not None
         groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (key, value))
         positions = torch.arange(query.shape[2], device=query.device)
         scores = (query @ key.mT).float() / math.sqrt(query.shape[-1])
-        scores = scores.masked_fill(~self.sees(positions, positions), float("-inf"))
+        seen = self.sees(positions, positions)
+        if documents is not None:
+            seen = seen & (documents.numbers[:, None, :, None] == documents.numbers[:, None, None, :])
+        scores = scores.masked_fill(~seen, float("-inf"))
         probabilities = scores.softmax(dim=-1) * self.keeps(samples, heads, positions, positions)
         return probabilities.to(value.dtype) @ value

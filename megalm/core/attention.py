@@ -95,7 +95,8 @@ class SelfAttention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
-            query, key = self.rotary(query, place.positions), self.rotary(key, place.positions)
+            positions = place.within_documents
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
         if self.recompute_core and torch.is_grad_enabled():
             mixed = checkpoint(self._mix, query, key, value, place, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megalm.core.documents import Documents
+
 
 @dataclass(frozen=True)
 class Place:
@@ -16,10 +18,17 @@ class Place:
         positions: [S] int64, the place of each of this rank's tokens in the whole sequence. S is the rank's share under
             context parallelism; sequence parallelism splits activations further, not this.
         samples: [B] int64, global number of each sample, the key of its dropout masks; None: no dropout (evaluation).
+        documents: where documents begin, which attention does not look past; None: each row is one document.
     """
 
     positions: Tensor
     samples: Tensor | None = None
+    documents: Documents | None = None
+
+    @property
+    def within_documents(self) -> Tensor:
+        """The place of each token in its document, which position embeddings are of: [S], or [B, S]."""
+        return self.positions if self.documents is None else self.documents.within
 
     @classmethod
     def from_start(cls, length: int, device: torch.device | str = "cpu") -> Place:

@@ -26,7 +26,7 @@ class LearnedPosition(ParallelModule):
         self.weight = self.declare("weight", shard, Init.normal(std), partial=partial)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Positions [S] ▶ [S, H]; S may be shorter than the trained length."""
+        """Positions [S] ▶ [S, H], or [B, S] ▶ [B, S, H]; S may be shorter than the trained length."""
         return F.embedding(positions, self.weight)
 
 
@@ -46,7 +46,8 @@ class RotaryPosition(nn.Module):
         self.sin = (angle.sin() * amplitude).float().to(device)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """[B, N, S, D] and the positions [S] of its rows ▶ [B, N, S, D], in x's dtype."""
+        """[B, N, S, D] and the positions [S] or [B, S] of its tokens ▶ [B, N, S, D], in x's dtype."""
+        positions = positions if positions.ndim == 1 else positions.unsqueeze(1)  # the same for all heads
         cos, sin = self.cos[positions], self.sin[positions]
         first, second = x[..., : self.rotated].float().chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

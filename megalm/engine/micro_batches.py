@@ -6,8 +6,10 @@ Shapes: B rows of this replica, b of a micro-batch, S sequence length, C context
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from megalm.core.context_parallel import ContextParallel
+from megalm.core.documents import Documents
 from megalm.core.groups import ParallelContext
 from megalm.core.place import Place
 from megalm.data.loader import Batch
@@ -15,7 +17,7 @@ from megalm.models.gpt import MicroBatch
 
 
 def training_micro_batches(
-    batch: Batch, micro_batch_size: int, context: ParallelContext, cp: ContextParallel
+    batch: Batch, micro_batch_size: int, context: ParallelContext, cp: ContextParallel, *, eos_id: int | None = None
 ) -> list[MicroBatch]:
     """Split a batch; weigh each token so that the mean of the data-parallel ranks' gradients is the global mean's.
 
@@ -27,6 +29,7 @@ def training_micro_batches(
         micro_batch_size: b, which divides B.
         context: this rank's place and groups.
         cp: which part of each sequence this rank holds.
+        eos_id: ends a document, with which attention and positions begin anew; None: rows are one document each.
 
     Returns:
         B / b micro-batches of [b, S/C] on the context's device.
@@ -38,7 +41,10 @@ def training_micro_batches(
     positions = torch.arange(batch.tokens.shape[1], device=device)
     return [
         MicroBatch(
-            tokens.to(device), labels.to(device), weights.to(device), Place(positions, samples.to(device))
+            tokens.to(device),
+            labels.to(device),
+            weights.to(device),
+            Place(positions, samples.to(device), _documents(tokens, eos_id, device)),
         ).share_of(cp)
         for tokens, labels, weights, samples in zip(
             batch.tokens.split(micro_batch_size),
@@ -50,7 +56,19 @@ def training_micro_batches(
     ]
 
 
-def validation_micro_batch(batch: Batch, context: ParallelContext, cp: ContextParallel) -> MicroBatch:
+def validation_micro_batch(
+    batch: Batch, context: ParallelContext, cp: ContextParallel, *, eos_id: int | None = None
+) -> MicroBatch:
     """This rank's share of a batch, each token weighed by the mask alone, without dropout."""
     device = context.device
-    return MicroBatch(batch.tokens.to(device), batch.labels.to(device), batch.loss_mask.to(device)).share_of(cp)
+    place = evaluation_place(batch.tokens, eos_id, device)
+    return MicroBatch(batch.tokens.to(device), batch.labels.to(device), batch.loss_mask.to(device), place).share_of(cp)
+
+
+def evaluation_place(tokens: Tensor, eos_id: int | None, device: torch.device) -> Place:
+    """Where the tokens [B, S] of whole rows lie, without dropout."""
+    return Place(torch.arange(tokens.shape[1], device=device), documents=_documents(tokens, eos_id, device))
+
+
+def _documents(tokens: Tensor, eos_id: int | None, device: torch.device) -> Documents | None:
+    return None if eos_id is None else Documents.from_tokens(tokens, eos_id).to(device)

@@ -17,6 +17,7 @@ from megalm.data.dataset import open_datasets
 from megalm.data.loader import Batch, label_counts, validation_batches
 from megalm.data.objectives import make_objective
 from megalm.data.sequences import Corpora
+from megalm.engine.micro_batches import evaluation_place
 from megalm.errors import DataError
 from megalm.generate.load import TrainedModel, load_full_model
 
@@ -56,7 +57,7 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
         dp_size=1,
         objective=make_objective(config.objective, config.run.seed, trained.tokenizer),
     )
-    loss, accuracy, commonest, tokens = scores(trained, batches, corpora.vocab_size)
+    loss, accuracy, commonest, tokens = scores(trained, batches, corpora)
     return {
         "run": str(run_dir),
         "checkpoint": str(trained.checkpoint),
@@ -70,18 +71,20 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
 
 
 @torch.inference_mode()
-def scores(trained: TrainedModel, batches: Iterable[Batch], vocab_size: int) -> tuple[float, float, float, int]:
+def scores(trained: TrainedModel, batches: Iterable[Batch], corpora: Corpora) -> tuple[float, float, float, int]:
     """Over all loss tokens: mean cross-entropy in nats, accuracy, that of the commonest token, and their number."""
     loss_sum, correct = 0.0, 0.0
-    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    counts = torch.zeros(corpora.vocab_size, dtype=torch.float64)
+    eos_id = corpora.eos_id if trained.config.data.reset_at_documents else None
     for batch in batches:
-        logits = trained.model(batch.tokens.to(trained.device)).float()  # [B, S, V]
+        place = evaluation_place(batch.tokens, eos_id, trained.device)
+        logits = trained.model(batch.tokens.to(trained.device), place).float()  # [B, S, V]
         losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.to(trained.device).flatten(), reduction="none")
         mask = batch.loss_mask.to(trained.device).flatten()  # [B·S]
         loss_sum += float((losses * mask).double().sum())
         right = logits.argmax(-1).flatten() == batch.labels.to(trained.device).flatten()
         correct += float((right * mask).double().sum())
-        counts += label_counts(batch, vocab_size)
+        counts += label_counts(batch, corpora.vocab_size)
     tokens = int(counts.sum())
     if tokens == 0:
         raise DataError("the validation split has no tokens that a loss could be computed of; prepare more text")

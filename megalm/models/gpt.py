@@ -58,11 +58,12 @@ class MicroBatch:
         """The part of whole sequences that a context-parallel rank holds."""
         positions = cp.positions(self.tokens.shape[1], self.tokens.device)
         samples = None if self.place is None else self.place.samples
+        documents = None if self.place is None else self.place.documents
         return MicroBatch(
             self.tokens[:, positions],
             self.labels[:, positions],
             self.loss_weight[:, positions],
-            Place(positions, samples),
+            Place(positions, samples, None if documents is None else documents.share(positions)),
             None if self.token_types is None else self.token_types[:, positions],
         )
 
@@ -222,15 +223,19 @@ class GPT(nn.Module):
         x: Tensor = self.embedding(micro_batch.tokens)
         positions = self.tp.own_tokens(place.positions)
         if self.position is not None:
-            x = x + self.position(positions)
+            x = x + self.position(self._own_part(place.within_documents))
         if self.token_type is not None:
             types = micro_batch.token_types
             types = torch.zeros_like(micro_batch.tokens) if types is None else types
-            x = x + self.token_type(self.tp.own_tokens(types.T).T)
+            x = x + self.token_type(self._own_part(types))
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         embedded: Tensor = self.embedding_dropout(x, place, positions)
         return embedded
+
+    def _own_part(self, per_token: Tensor) -> Tensor:
+        """[S] or [B, S] of all tokens ▶ those of this rank under sequence parallelism."""
+        return self.tp.own_tokens(per_token.T).T if per_token.ndim == 2 else self.tp.own_tokens(per_token)
 
     @property
     def output_embedding(self) -> VocabParallelEmbedding:

@@ -53,6 +53,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
     )
     tokenizer = tokenizer_of(datasets)
     objective = make_objective(config.objective, config.run.seed, tokenizer)
+    eos_id = train_data.eos_id if config.data.reset_at_documents else None
     vocab_size = config.model.vocab_size or train_data.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
 
@@ -94,13 +95,14 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
         context=context,
         engine=engine,
         loader=loader,
-        validator=Validator(config, context, val_data, objective),
+        validator=Validator(config, context, val_data, objective, eos_id=eos_id),
         saver=Saver(config, context, run_dir),
         callbacks=callbacks,
         learning_rate=LearningRate(config.optim, batch_size.tokens_after(config.train.steps)),
         utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),
         stop=stop,
         progress=progress,
+        eos_id=eos_id,
     )
     return trainer, callbacks
 

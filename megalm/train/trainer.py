@@ -42,7 +42,10 @@ class Utilisation:
 
 
 class Trainer:
-    """Steps, validates, saves and stops; see :meth:`fit`."""
+    """Steps, validates, saves and stops; see :meth:`fit`.
+
+    ``eos_id`` ends a document, with which attention and positions begin anew; None: rows are one document each.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Trainer:
         utilisation: Utilisation,
         stop: StopRequest,
         progress: Progress,
+        eos_id: int | None = None,
     ) -> None:
         self._config = config
         self._context = context
@@ -70,6 +74,7 @@ class Trainer:
         self._utilisation = utilisation
         self._stop = stop
         self.progress = progress
+        self._eos_id = eos_id
         self._timer = StepTimer()
 
     def fit(self) -> Outcome:
@@ -102,7 +107,7 @@ class Trainer:
         tokens = batch.global_size * self._config.model.sequence_length
         rate = self._learning_rate.at(self.progress.tokens, tokens)
         micro_batches = training_micro_batches(
-            batch, self._config.train.micro_batch_size, self._context, self._engine.stage.cp
+            batch, self._config.train.micro_batch_size, self._context, self._engine.stage.cp, eos_id=self._eos_id
         )
         result = self._engine.train_step(micro_batches, rate)
         self.progress = self.progress.after(batch.global_size, tokens)

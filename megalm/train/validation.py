@@ -54,13 +54,23 @@ class Validator:
         context: this rank's place and groups.
         corpora: the validation splits.
         objective: what is learnt.
+        eos_id: ends a document, with which attention and positions begin anew; None: rows are one document each.
     """
 
-    def __init__(self, config: Config, context: ParallelContext, corpora: Corpora, objective: DataObjective) -> None:
+    def __init__(
+        self,
+        config: Config,
+        context: ParallelContext,
+        corpora: Corpora,
+        objective: DataObjective,
+        *,
+        eos_id: int | None,
+    ) -> None:
         self._config = config
         self._context = context
         self._corpora = corpora
         self._objective = objective
+        self._eos_id = eos_id
 
     def scores(self, engine: DeepSpeedEngine, samples: int | None) -> Scores:
         """Over the first ``samples`` sequences (None: all); the same on every rank."""
@@ -75,7 +85,9 @@ class Validator:
         totals = torch.zeros(2 + self._corpora.vocab_size, dtype=torch.float64)
         per_pass = _MICRO_BATCHES_PER_STAGE * self._context.topology.pp
         while chunk := list(islice(batches, per_pass)):
-            micro_batches = [validation_micro_batch(batch, self._context, engine.stage.cp) for batch in chunk]
+            micro_batches = [
+                validation_micro_batch(batch, self._context, engine.stage.cp, eos_id=self._eos_id) for batch in chunk
+            ]
             totals[:2] += torch.tensor(engine.evaluate(micro_batches), dtype=torch.float64)
             if self._context.model.index == 0 and self._context.cp.index == 0:
                 # Of the ranks that see the same sequences, one counts their labels.

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from megalm.config.schema import Config
 from megalm.core.context_parallel import ContextParallel
+from megalm.core.documents import Documents
 from megalm.core.groups import ParallelContext
 from megalm.core.place import Place
 from megalm.data.loader import Batch
@@ -28,6 +29,10 @@ from megalm.models.gpt import MicroBatch, build_full_model, build_gpt
 from megalm.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_EOS_ID = 0
+"""Ends a document of the synthetic batches, where a config's attention begins anew with each."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ def synthetic_batch(config: Config, step: int) -> GlobalBatch:
     rows = torch.randint(0, vocab_size, (batch, length + 1), generator=generator)
     mask = (torch.rand(batch, length, generator=generator) < 0.9).float()
     mask[3::4, length // 3 :] = 0.0
+    if config.data.reset_at_documents:
+        rows[torch.rand(rows.shape, generator=generator) < 0.2] = _EOS_ID
     samples = torch.arange(step * batch, (step + 1) * batch)
     return GlobalBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask, samples)
 
@@ -101,7 +108,8 @@ def train_plainly(config: Config, *, steps: int | None = None) -> Trace:
     losses, norms = [], []
     for step in range(config.train.steps if steps is None else steps):
         batch = synthetic_batch(config, step)
-        logits = model(batch.tokens, Place(torch.arange(length), batch.samples)).float()  # [B, S, V]
+        documents = Documents.from_tokens(batch.tokens, _EOS_ID) if config.data.reset_at_documents else None
+        logits = model(batch.tokens, Place(torch.arange(length), batch.samples, documents)).float()  # [B, S, V]
         token_losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
         tokens = batch.loss_mask.sum()
         loss = (token_losses * batch.loss_mask.flatten()).sum() / tokens
@@ -142,7 +150,8 @@ def micro_batches_of_rank(config: Config, step: int, context: ParallelContext, c
     rows = Batch(
         batch.tokens[mine], batch.labels[mine], batch.loss_mask[mine], batch.samples[mine].numpy(), len(batch.samples)
     )
-    return training_micro_batches(rows, config.train.micro_batch_size, context, cp)
+    eos_id = _EOS_ID if config.data.reset_at_documents else None
+    return training_micro_batches(rows, config.train.micro_batch_size, context, cp, eos_id=eos_id)
 
 
 def _put_in_full(engine: DeepSpeedEngine) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ class Layout:
     recompute_every: int = 1
     compile: bool = False
     z_loss: float = 0.0
+    reset_at_documents: bool = False
     model: Model = field(default=MODEL)
     name: str = ""
     """What is special about the model."""
@@ -48,7 +49,7 @@ class Layout:
         parts += [
             f"{item.name}={getattr(self, item.name)}"
             for item in fields(self)
-            if item.name in ("v", "stage_layers", "offload", "recompute", "recompute_every", "compile", "z_loss")
+            if item.name in ("v", "stage_layers", "offload", "recompute", "recompute_every", "compile", "z_loss", "reset_at_documents")
             and getattr(self, item.name) != getattr(default, item.name)
         ]
         if self.cp > 1:
@@ -67,13 +68,15 @@ class Layout:
     @property
     def reference(self) -> Layout:
         """The same computation in one process; layouts that share it share a reference run."""
-        return Layout(dtype=self.dtype, z_loss=self.z_loss, model=self.model)
+        return Layout(
+            dtype=self.dtype, z_loss=self.z_loss, reset_at_documents=self.reset_at_documents, model=self.model
+        )
 
     def config(self) -> Config:
         return Config(
             run=Run(name="parity", seed=7),
             model=self.model,
-            data=Data(path=("unused",)),
+            data=Data(path=("unused",), reset_at_documents=self.reset_at_documents),
             objective=Objective(z_loss=self.z_loss),
             optim=Optim(lr=self.learning_rate, clip_grad_norm=CLIP),
             train=Train(steps=STEPS, micro_batch_size=2, global_batch_size=GLOBAL_BATCH),

@@ -101,6 +101,11 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(tp=2, dp=2, zero_stage=2, dtype="bf16", model=BERT, name="bert"),
         Layout(cp=2, pp=2, cp_attention="ring", model=replace(BERT, tie_embeddings=False), name="bert untied"),
         Layout(dp=4, zero_stage=3, model=BERT, name="bert"),
+        # Attention and positions that begin anew with each document of a packed row.
+        Layout(tp=2, sp=True, pp=2, recompute="selective", reset_at_documents=True),
+        Layout(cp=2, pp=2, reset_at_documents=True, model=LLAMA, name="llama"),
+        Layout(tp=2, dp=2, dtype="bf16", reset_at_documents=True),
+        Layout(tp=2, pp=2, reset_at_documents=True, model=BERT, name="bert"),
         Layout(tp=2, cp=2, cp_attention="ring", model=GPT3, name="banded"),
         # 16-bit formats, against one process of the same format.
         Layout(tp=2, pp=2, dtype="bf16"),

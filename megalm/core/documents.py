@@ -1,0 +1,112 @@
+"""Where the documents of packed sequences begin, so that attention and positions begin anew with each.
+
+The mask that this makes is block-diagonal and never held: on the CPU each document is an attention of its own,
+elsewhere flex attention (Dong et al. 2024) skips the blocks between documents. Either way the cost is the sum of the
+squares of the documents' lengths, not the square of the sequence's.
+
+Shapes: B batch, S whole sequence, s a context-parallel rank's share, N query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of a micro-batch's rows.
+
+    Attributes:
+        numbers: [B, S] int32, the number of each token's document within its row.
+        within: [B, s] int64, the place of each of this rank's tokens in its document.
+        lengths: of each row's documents, in order; on the host.
+    """
+
+    numbers: Tensor
+    within: Tensor
+    lengths: tuple[tuple[int, ...], ...]
+    _block_masks: dict[tuple[bool, int], Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def from_tokens(cls, tokens: Tensor, eos_id: int) -> Documents:
+        """Documents end with ``eos_id``; a run of it after that, which is padding, counts as one more document.
+
+        Args:
+            tokens: whole rows, [B, S], on the host.
+            eos_id: the token that ends a document.
+        """
+        ends = tokens == eos_id
+        begins = torch.zeros_like(ends)
+        begins[:, 1:] = ends[:, :-1]
+        begins[:, 2:] &= ~(ends[:, 2:] & ends[:, 1:-1] & ends[:, :-2])
+        begins[:, 0] = True
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        starts = torch.where(begins, positions, 0).cummax(dim=1).values
+        lengths = []
+        for row in begins:
+            edges = [*row.nonzero().flatten().tolist(), tokens.shape[1]]
+            lengths.append(tuple(stop - start for start, stop in pairwise(edges)))
+        return cls((begins.cumsum(dim=1) - 1).int(), positions - starts, tuple(lengths))
+
+    def to(self, device: torch.device) -> Documents:
+        """The same on a device; nothing is waited for."""
+        return replace(
+            self,
+            numbers=self.numbers.to(device, non_blocking=True),
+            within=self.within.to(device, non_blocking=True),
+            _block_masks={},
+        )
+
+    def share(self, positions: Tensor) -> Documents:
+        """The same for a context-parallel rank that holds these positions, [s], of each row."""
+        return replace(self, within=self.within[:, positions], _block_masks={})
+
+    def attend_each(
+        self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """An attention of its own for each document: [B, N, S, D], [B, K, S, D] twice ▶ [B, N, S, D]."""
+        rows = []
+        for row, lengths in enumerate(self.lengths):
+            parts = [t[row : row + 1].split(lengths, dim=2) for t in (query, key, value)]
+            rows.append(torch.cat([attend(*document) for document in zip(*parts, strict=True)], dim=2))
+        return torch.cat(rows)
+
+    def attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, window: int) -> Tensor:
+        """One flex attention for all documents; shapes as :meth:`attend_each`."""
+        mask = self._block_masks.get((causal, window))
+        if mask is None:  # all layers of a kind share it
+            mask = self._block_masks[causal, window] = self._block_mask(causal, window)
+        mixed: Tensor = _flex_attention(query.device.type)(
+            query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return mixed
+
+    def _block_mask(self, causal: bool, window: int) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        numbers = self.numbers
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - flex asks so
+            seen = numbers[batch, query] == numbers[batch, key]
+            if causal:
+                seen = seen & (query >= key)
+            return seen & ((query - key).abs() < window) if window else seen
+
+        batch, length = numbers.shape
+        return create_block_mask(sees, batch, None, length, length, device=str(numbers.device))
+
+
+@lru_cache(maxsize=2)
+def _flex_attention(device_type: str) -> Callable[..., Tensor]:
+    """Compiled where there is a kernel; on the CPU it only runs forward, for tests."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attention: Callable[..., Any] = flex_attention
+    return attention if device_type == "cpu" else torch.compile(attention, dynamic=False)
