@@ -161,6 +161,21 @@ def _generate(options: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def _data(options: argparse.Namespace) -> int:
+    from megalm.data_show import show_lines
+
+    lines = show_lines(
+        _run_dir(options.run),
+        step=options.step,
+        document=options.document,
+        as_json=options.json,
+        overrides=options.overrides,
+    )
+    for line in lines:
+        print(line)
+    return ExitCode.DONE
+
+
 def _run_dir(run: str) -> Path:
     """The folder of a run that is given as one, or by its name where that is no folder but ``runs/NAME`` is."""
     folder, by_name = Path(run), Path("runs") / run
@@ -173,6 +188,14 @@ def _no_options(parser: argparse.ArgumentParser) -> None:  # noqa: ARG001 - one 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a run, such as runs/quickstart, or its name in runs/")
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["show"], help="the only one there is")
+    _run_options(parser)
+    parser.add_argument("--step", type=int, metavar="N", help="list the documents and shards of this step")
+    parser.add_argument("--document", metavar="NAME", help="list the steps so far that saw this document")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +221,7 @@ _COMMANDS = {
     ),
     "evaluate": _Command("Loss and perplexity of a run over its whole validation split.", _run_options, _evaluate),
     "generate": _Command("Let a run continue a prompt.", _generate_options, _generate),
+    "data": _Command("Which documents a step of a run saw, and which steps saw a document.", _data_options, _data),
     "verify": _Command(
         "Prove that a config's layout trains like one process: shrunk, on this machine's CPU, in a minute.",
         _verify_options,

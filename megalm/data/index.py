@@ -81,7 +81,7 @@ class Index:
         tokens: valid tokens; padding at the end not counted.
         loss_tokens: tokens that carry loss.
         checks: for each shard, the sha256 of its file of hashes.
-        fingerprint: hash of ``index.json``, and so, through the shards' hashes, of every token.
+        fingerprint: hash of all this, and so, through the shards' hashes, of every token; checked when it is read.
     """
 
     dtype: str
@@ -141,7 +141,13 @@ class Index:
     def to_json(self) -> str:
         """Text of ``index.json``."""
         contents = {key: value for key, value in asdict(self).items() if key != "fingerprint"}
-        return json.dumps({"format": FORMAT, "version": VERSION, "stride": self.stride, **contents}, indent=0) + "\n"
+        return json.dumps(signed({"format": FORMAT, "version": VERSION, "stride": self.stride, **contents}), indent=0)
+
+
+def signed(contents: dict[str, Any]) -> dict[str, Any]:
+    """Contents of an index with their hash."""
+    plain = {key: value for key, value in contents.items() if key != "fingerprint"}
+    return {**plain, "fingerprint": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
 def read_index(split: Store | Path) -> Index:
@@ -160,7 +166,7 @@ def read_index(split: Store | Path) -> Index:
         contents = json.loads(data)
     except ValueError as error:
         raise DataError(f"{where}: cannot be read as JSON ({error}); prepare the dataset again") from None
-    return _parse(contents, where, hashlib.sha256(data).hexdigest())
+    return _parse(contents, where)
 
 
 def check_files(index: Index, store: Store) -> None:
@@ -192,7 +198,7 @@ def _member_bytes(array_bytes: int) -> int:
     return -(-(MEMBER_HEADER_BYTES + array_bytes) // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def _parse(contents: Any, where: str, fingerprint: str) -> Index:
+def _parse(contents: Any, where: str) -> Index:
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise DataError(f"{where}: not the index of a {FORMAT} dataset")
     if contents.get("version") != VERSION:
@@ -200,10 +206,11 @@ def _parse(contents: Any, where: str, fingerprint: str) -> Index:
             f"{where}: format version {contents.get('version')}; this megalm reads version {VERSION}: "
             "prepare the dataset again"
         )
+    if signed(contents) != contents:
+        raise DataError(f"{where}: damaged: its contents are not those that its fingerprint is of; copy it again")
     try:
-        names = [each.name for each in fields(Index) if each.name not in ("checks", "fingerprint")]
-        checks = tuple(map(str, contents["checks"]))
-        index = Index(checks=checks, fingerprint=fingerprint, **{name: contents[name] for name in names})
+        names = [each.name for each in fields(Index) if each.name != "checks"]
+        index = Index(checks=tuple(map(str, contents["checks"])), **{name: contents[name] for name in names})
         _check_types(index)
         stride = contents["stride"]
     except (KeyError, TypeError) as error:

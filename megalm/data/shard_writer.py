@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalm.data.index import BLOCK_BYTES, INDEX_FILE, MEMBER_HEADER_BYTES, Index
+from megalm.data.index import BLOCK_BYTES, INDEX_FILE, MEMBER_HEADER_BYTES, Index, read_index
 from megalm.errors import DataError
 
 _Array = NDArray[np.unsignedinteger[Any]]
@@ -170,7 +170,7 @@ class ShardWriter:
             **self._meta,
         )
         write_durably(self._folder / INDEX_FILE, index.to_json().encode())
-        return index
+        return read_index(self._folder)
 
     def _join(self) -> tuple[_Array, _Array]:
         tokens, masks = zip(*self._pending, strict=True)

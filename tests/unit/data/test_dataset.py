@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megalm.data.dataset import inspect_dataset
+from megalm.data.index import signed
 from megalm.errors import DataError
 
 
@@ -24,7 +25,7 @@ def refused(folder: Path, message: str) -> None:
 
 def test_a_sound_dataset(dataset: Path) -> None:
     info = inspect_dataset(dataset)
-    assert (info.vocab_size, info.chunk_tokens, info.tokenizer_path) == (300, 256, dataset / "tokenizer.json")
+    assert (info.vocab_size, info.chunk_tokens, info.location) == (300, 256, str(dataset))
     assert info.train_tokens > info.val_tokens > 0
 
 
@@ -57,7 +58,7 @@ def test_a_missing_tokenizer(dataset: Path) -> None:
 
 def edit_index(dataset: Path, **changes) -> None:
     path = dataset / "val" / "index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps(signed({**json.loads(path.read_text()), **changes})))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def edit_index(dataset: Path, **changes) -> None:
         ({"tokens": "many"}, "tokens is 'many', not a count"),
         ({"vocab_size": 3.5}, "vocab_size is 3.5, not a count"),
         ({"chunk_tokens": 0}, "incomplete or damaged"),
-        ({"shards": ["x"]}, "incomplete or damaged"),
+        ({"checks": 5}, "incomplete or damaged"),
     ],
 )
 def test_a_changed_index_is_refused(dataset: Path, changes, message: str) -> None:
@@ -75,8 +76,7 @@ def test_a_changed_index_is_refused(dataset: Path, changes, message: str) -> Non
     refused(dataset, message)
 
 
-def test_a_chunk_count_that_does_not_fit_the_file_is_refused(dataset: Path) -> None:
-    shards = json.loads((dataset / "val" / "index.json").read_text())["shards"]
-    shards[0]["chunks"] += 1
-    edit_index(dataset, shards=shards)
-    refused(dataset, r"shard-000000\.tar: \d+ chunks do not take \d+ bytes")
+def test_a_number_of_tokens_that_does_not_fit_the_files_is_refused(dataset: Path) -> None:
+    tokens = json.loads((dataset / "val" / "index.json").read_text())["tokens"]
+    edit_index(dataset, tokens=tokens + 256)
+    refused(dataset, r"shard-000000\.tar: \d+ bytes, index\.json says \d+: cut short")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalm.data.document import Document
 from megalm.data.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, Tokenizer, train_byte_level_bpe
 from megalm.errors import DataError
 
@@ -32,7 +33,8 @@ def test_text_that_spells_a_special_token_stays_text() -> None:
 
 
 def test_documents_are_joined_with_end_of_text() -> None:
-    flat, lengths = TOKENIZER.encode_documents(["one", "", "two\n"])
+    flat, lengths, mask = TOKENIZER.encode_documents([Document.plain("", text) for text in ("one", "", "two\n")])
+    assert mask is None
     expected = [*TOKENIZER.encode("one"), 0, 0, *TOKENIZER.encode("two\n"), 0]
     assert TOKENIZER.eos_id == 0
     assert flat.tolist() == expected
@@ -70,7 +72,7 @@ def test_a_tokenizer_that_cuts_texts_loses_no_tokens_here() -> None:
     text = "a text of more than four tokens"
     cutting = Tokenizer(json.dumps(definition))
     assert cutting.decode(cutting.encode(text)) == text
-    assert cutting.encode_documents([text])[0].tolist() == [*TOKENIZER.encode(text), TOKENIZER.eos_id]
+    assert cutting.encode_documents([Document.plain("", text)])[0].tolist() == [*TOKENIZER.encode(text), TOKENIZER.eos_id]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_a_tokenizer_that_cuts_texts_loses_no_tokens_here() -> None:
         (b"{}", "is not a tokenizer.json"),
         (b"\xff\xfe\x00", "is not a tokenizer.json"),
         (b"not json", "is not a tokenizer.json"),
-        (TOKENIZER.definition.replace(END_OF_TEXT, "<eos>").encode(), f"no {END_OF_TEXT.replace('|', '.')} token"),
+        (TOKENIZER.definition.replace(END_OF_TEXT, "<end>").encode(), r"no token of it is known to end .*has <end>"),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
