@@ -27,7 +27,7 @@ from typing import NoReturn
 from megalm.data.clean import QUALITY, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, CorpusOptions
 from megalm.data.corruption import find_corruption
-from megalm.data.dataset import SPLITS, inspect_dataset
+from megalm.data.dataset import SPLITS, check_folder, inspect_dataset
 from megalm.data.executors import Workers, local_workers, mpi_workers
 from megalm.data.prepare import prepare
 from megalm.data.progress import PrepareProgress, summary_lines
@@ -122,6 +122,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _verify(location: str) -> int:
     store = open_store(location)
+    check_folder(store)
     faults = [fault for split in SPLITS for fault in find_corruption(store.below(split))]
     if not faults:
         inspect_dataset(store)  # the tokenizer, and that all belongs together

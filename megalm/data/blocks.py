@@ -33,6 +33,7 @@ class Work:
         exact_duplicates: whether texts are hashed.
         val_fraction: share of documents that go to validation.
         tokenizer: path of the ``tokenizer.json``; None: texts are wanted, not tokens.
+        tokenizer_sha256: its hash, so that a process that outlives one preparation does not keep its tokenizer.
         eos: name of the token that ends a document; None: the tokenizer's own.
         folder: where results go.
     """
@@ -41,6 +42,7 @@ class Work:
     exact_duplicates: bool
     val_fraction: float
     tokenizer: str | None
+    tokenizer_sha256: str | None
     eos: str | None
     folder: str
 
@@ -126,7 +128,7 @@ def tokenise_block(work: Work, number: int, block: Block) -> tuple[int, int, int
         (bytes of text, documents, tokens), for progress.
     """
     assert work.tokenizer is not None
-    tokenizer = _tokenizer(work.tokenizer, work.eos)
+    tokenizer = _tokenizer(work.tokenizer, work.tokenizer_sha256, work.eos)
     reading = _Reading()
     documents = list(reading.cleaned(work, block))
     texts = [document.text for document in documents]
@@ -205,5 +207,5 @@ def _cleaner(cleaning: Cleaning) -> Cleaner:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str, eos: str | None) -> Tokenizer:
+def _tokenizer(path: str, sha256: str | None, eos: str | None) -> Tokenizer:  # noqa: ARG001 - part of the key
     return Tokenizer.load(path, eos=eos)

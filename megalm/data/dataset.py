@@ -74,8 +74,7 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
         DataError: anything is missing, half-written, or does not belong together.
     """
     store = open_store(store) if isinstance(store, Path) else store
-    if store.is_local:
-        _check_folder(Path(store.location))
+    check_folder(store)
     indexes = {}
     for split in SPLITS:
         indexes[split] = read_index(store.below(split))
@@ -120,7 +119,11 @@ def _read_tokenizer(store: Store) -> bytes:
         ) from None
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(store: Store) -> None:
+    """Raise DataError if a local folder is not there, or is no dataset."""
+    folder = Path(store.location)
+    if not store.is_local:
+        return
     if not folder.exists():
         unfinished = partial_folder(folder)
         hint = f" ({unfinished} was left by a preparation that was cut off)" if unfinished.exists() else ""

@@ -144,16 +144,17 @@ class _Preparation:
 
     def run(self) -> Summary:
         tokenizer = self._tokenizer()
-        count = self._tokenise()
+        count = self._tokenise(tokenizer)
         return self._assemble(tokenizer, count)
 
-    def _work(self, tokenizer: str | None) -> Work:
+    def _work(self, tokenizer: Tokenizer | None) -> Work:
         recipe = self.recipe
         return Work(
             recipe.cleaning,
             recipe.exact_duplicates,
             recipe.val_fraction,
-            tokenizer,
+            None if tokenizer is None else str(self.folder / TOKENIZER_FILE),
+            None if tokenizer is None else tokenizer.sha256,
             recipe.eos,
             str(self.folder / _BLOCKS_FOLDER),
         )
@@ -189,9 +190,9 @@ class _Preparation:
                 break
         self.progress("training the tokenizer", done)
 
-    def _tokenise(self) -> int:
+    def _tokenise(self, tokenizer: Tokenizer) -> int:
         """Results of all blocks that have none yet; returns the number of blocks."""
-        work = self._work(str(self.folder / TOKENIZER_FILE))
+        work = self._work(tokenizer)
         done = Done(self.corpus.total_bytes)
         count = 0
 
@@ -214,7 +215,7 @@ class _Preparation:
 
     def _assemble(self, tokenizer: Tokenizer, count: int) -> Summary:
         recipe = self.recipe
-        work = self._work(str(self.folder / TOKENIZER_FILE))
+        work = self._work(tokenizer)
         splits = {
             split: _Split(
                 ShardWriter(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megalm.data.corpora.options import CorpusOptions
 from megalm.data.corpora.records import PlainText, RecordCorpus
-from megalm.data.corpora.streams import files_fingerprint, find_files, open_stream, total_size
+from megalm.data.corpora.streams import files_fingerprint, find_files, open_stream, size_of, total_size
 from megalm.data.document import Corpus, Document, Rejected
 from megalm.errors import DataError
 
@@ -66,7 +66,7 @@ class FileCorpus:
         size = 0
         for path in self.files:
             group.append(path)
-            size += path.stat().st_size
+            size += size_of(path)
             if size >= block_bytes:
                 yield WholeFiles(tuple(group), size)
                 group, size = [], 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from megalm.data.corpora.jsonl import lookup
 from megalm.data.corpora.options import CorpusOptions
-from megalm.data.corpora.streams import files_fingerprint, find_files, total_size
+from megalm.data.corpora.streams import files_fingerprint, find_files, size_of, total_size
 from megalm.data.document import Block, Corpus, Document, Rejected
 from megalm.errors import DataError
 
@@ -76,7 +76,7 @@ class ParquetCorpus:
                 columns = ", ".join(file.schema_arrow.names)
                 raise DataError(f"--text-field {self.field}: {path} has no such column; it has {columns}")
             metadata, row = file.metadata, 0
-            share = path.stat().st_size // max(metadata.num_row_groups, 1)
+            share = size_of(path) // max(metadata.num_row_groups, 1)
             for number in range(metadata.num_row_groups):
                 yield RowGroup(path, number, row, self.field, share)
                 row += metadata.row_group(number).num_rows

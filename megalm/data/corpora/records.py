@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megalm.data.corpora.streams import files_fingerprint, is_compressed, open_stream, total_size
+from megalm.data.corpora.streams import files_fingerprint, is_compressed, open_stream, size_of, total_size
 from megalm.data.document import Block, Document, Rejected
 
 
@@ -119,7 +119,7 @@ class RecordCorpus:
 
     def _stretches(self, path: Path, block_bytes: int) -> Iterator[Stretch]:
         with open_stream(path) as stream:
-            file, size, start = stream.content, path.stat().st_size, 0
+            file, size, start = stream.content, size_of(path), 0
             while start < size:
                 file.seek(min(start + block_bytes, size))
                 file.readline()  # most likely the rest of a line

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import hashlib
 import io
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,18 +88,34 @@ def find_files(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> tuple[Pat
     return tuple(files)
 
 
+def size_of(path: Path) -> int:
+    """Bytes on disk.
+
+    Raises:
+        DataError: the file is gone.
+    """
+    return _status(path).st_size
+
+
 def total_size(files: Iterable[Path]) -> int:
-    """Bytes on disk."""
-    return sum(path.stat().st_size for path in files)
+    """Bytes on disk of all files."""
+    return sum(map(size_of, files))
 
 
 def files_fingerprint(source: str, files: Iterable[Path]) -> str:
     """Changes when a file is added, removed, renamed, resized or touched."""
     hasher = hashlib.sha256(source.encode())
     for path in files:
-        status = path.stat()
+        status = _status(path)
         hasher.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return hasher.hexdigest()
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _decompressed(raw: BinaryIO, suffix: str) -> IO[bytes]:

@@ -11,7 +11,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
 from megalm.data.corpora.options import CorpusOptions
-from megalm.data.corpora.streams import files_fingerprint, find_files, open_stream, total_size
+from megalm.data.corpora.streams import files_fingerprint, find_files, open_stream, size_of, total_size
 from megalm.data.corpora.wikitext import UnreadableWikitext, to_prose
 from megalm.data.document import Corpus, Document, Rejected
 from megalm.errors import DataError
@@ -87,7 +87,7 @@ class WikipediaCorpus:
                 if size >= block_bytes:
                     yield Pages(tuple(pages), position - consumed)
                     pages, size, consumed = [], 0, position
-            yield Pages(tuple(pages), path.stat().st_size - consumed)
+            yield Pages(tuple(pages), size_of(path) - consumed)
 
 
 def wikipedia_corpus(options: CorpusOptions) -> Corpus:

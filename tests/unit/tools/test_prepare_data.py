@@ -44,8 +44,8 @@ def test_an_interrupt_says_what_is_true(tool, tmp_path: Path, capsys, monkeypatc
     monkeypatch.setattr(tool.PrepareProgress, "update", interrupt)
     code = tool.main(["--corpus", "stdlib", "--tokenizer-vocab", "300", "--out", str(tmp_path / "d"), "--workers", "1"])
     assert code == 130
-    assert "nothing was written" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert "interrupted; the same command goes on where this one ended" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".d.partial"]
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tool, tmp_path: Path, capsys) -> None:
