@@ -38,13 +38,19 @@ def scrub(text: str, notes: Counter[str]) -> str:
             continue
 
         def replaced(match: re.Match[str], kind: _Kind = kind) -> str:
-            if not kind.is_real(match[0]):
+            before = match.string[max(match.start() - _LABEL_LENGTH, 0) : match.start()]
+            if _OTHER_NUMBER.search(before) or not kind.is_real(match[0]):
                 return match[0]
             notes[f"PII: {kind.name}"] += 1
             return kind.placeholder
 
         text = kind.pattern.sub(replaced, text)
     return text
+
+
+_OTHER_NUMBER = re.compile(r"(?:ISBN|ISSN|OCLC|DOI|arXiv|PMID|version)(?:-1[03])?[:\s]*$", re.IGNORECASE)
+"""What says of the number after it that it names a book, an article or a program."""
+_LABEL_LENGTH = 16
 
 
 def _digits(text: str) -> str:
@@ -159,7 +165,7 @@ _KINDS = (
     _kind("id number", "<ID>", r"(?<![\w-])(?:\d{8}|[XYZ]-?\d{7})-?[A-HJ-NP-TV-Z](?![\w-])", _is_spanish_id),
     _kind("id number", "<ID>", r"(?<![\w.-])\d{2} ?\d{3} ?\d{3} ?\d{3}(?![\w-]|\.\d)", _is_german_tax_id),
     _kind("id number", "<ID>", r"(?<![\w.-])\d{3}-\d{2}-\d{4}(?![\w-])", _is_us_social_security_number),
-    _kind("IP address", "<IP>", r"(?<![\w.:])(?<![vV]ersion )(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)", _is_global_ip),
+    _kind("IP address", "<IP>", r"(?<![\w.:])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)", _is_global_ip),
     _kind("IP address", "<IP>", r"(?<![\w.:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])", _is_global_ip),
     _kind(
         "phone",

@@ -1,7 +1,8 @@
 """Quality rules of Gopher (Rae et al. 2021, appendix A1) and C4 (Raffel et al. 2020, section 2.2), run by datatrove.
 
-Words and sentences are told apart without any model, so nothing is downloaded. Gopher's rule about stop words is for
-English; ``gopher-any`` leaves it out. C4's rules expect Latin punctuation.
+Words are told apart by spaces and sentences by their ends, without any model, so nothing is downloaded. Gopher's rule
+about stop words is for English; ``gopher-any`` leaves it out. C4's rules expect Latin punctuation, and neither is for
+scripts without spaces.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from megalm.data.document import Document
 from megalm.errors import DataError
 
 QUALITY = ("gopher", "gopher-any", "c4")
-_WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*\s+")
 _RULES = {
     "gopher_short_doc": "gopher: too few words",
@@ -87,7 +87,7 @@ def _splitter() -> Any:
 
     class Splitter(WordTokenizer):  # type: ignore[misc]
         def word_tokenize(self, text: str) -> list[str]:
-            return _WORD.findall(text)
+            return text.split()
 
         def sent_tokenize(self, text: str) -> list[str]:
             return [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
