@@ -4,6 +4,7 @@
     tools/bench.py cpu                 one process against Hugging Face's GPT-2 (pip install 'megalm[bench]')
     tools/bench.py pipeline            bubbles of every schedule, and DeepSpeed's PipelineEngine on the same stages
     tools/bench.py memory              activations that a layer keeps, against Korthikanti et al. 2022
+    tools/bench.py data                preparing, reading and starting on data, with other readers beside it
     tools/bench.py gpu                 utilisation of one CUDA device by GPT-3 1.3B and 125M, and what bounds the step
     tools/bench.py all --json out.json
 
@@ -75,6 +76,12 @@ def _memory(_: argparse.Namespace) -> Report:
     return memory.run()
 
 
+def _data(options: argparse.Namespace) -> Report:
+    from benchmarks import data
+
+    return data.run(data.Options(rounds=options.rounds or data.Options.rounds))
+
+
 def _gpu(options: argparse.Namespace) -> Report:
     from benchmarks import gpu
 
@@ -85,6 +92,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "cpu": _cpu,
     "pipeline": _pipeline,
     "memory": _memory,
+    "data": _data,
     "gpu": _gpu,
 }
 
