@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import zstandard
 
@@ -124,10 +124,38 @@ def _decompressed(raw: BinaryIO, suffix: str) -> IO[bytes]:
     if suffix == ".bz2":
         return cast(IO[bytes], bz2.BZ2File(raw))
     if suffix == ".zst":
-        # Files written in several steps hold several frames.
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(cast(io.RawIOBase, reader), buffer_size=2**20)
+        return io.BufferedReader(_ZstdReader(raw), buffer_size=2**20)
     return raw
+
+
+class _ZstdReader(io.RawIOBase):
+    """All frames of a file; the library's own reader takes a file that ends within a frame for a whole one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._packed = self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            if not self._packed:
+                self._packed = self._raw.read(2**18)
+                if not self._packed:
+                    if self._frame is not None:
+                        raise EOFError("it ends within a zstd frame")
+                    return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._plain = self._frame.decompress(self._packed)
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._plain))
+        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
+        return size
 
 
 def _plain_suffix(path: Path) -> str:

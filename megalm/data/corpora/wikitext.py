@@ -64,7 +64,7 @@ _LEFT_OVER = re.compile(
     re.IGNORECASE,
 )
 _TABLE_LINE = re.compile(r"^\s*(?:\{\||\|\}|\|-|\||!).*$", re.MULTILINE)
-_LIST_MARK = re.compile(r"^[*#:;]+\s*", re.MULTILINE)
+_LIST_MARK = re.compile(r"^ ?[*#:;]+ ?", re.MULTILINE)
 _EMPTY_BRACKETS = re.compile(r"\(\s*(?:[,;:–-]\s*)*\)|\[\s*\]")
 _BRACKET_START = re.compile(r"\(\s*(?:[,;:]\s*)+")
 _BRACKET_END = re.compile(r"(?:\s*[,;:])+\s*\)")
@@ -142,8 +142,8 @@ def _tidy(text: str) -> str:
     text = _TABLE_LINE.sub("", text)
     text = _BROKEN_PICTURE.sub("", text)
     text = _LEFT_OVER.sub("", text)
-    text = _LIST_MARK.sub("", text)
     text = _SPACES.sub(" ", text)
+    text = _LIST_MARK.sub("", text)
     text = _EMPTY_BRACKETS.sub("", text)
     text = _BRACKET_START.sub("(", text)
     text = _BRACKET_END.sub(")", text)
@@ -158,7 +158,7 @@ def _tidy(text: str) -> str:
 def _without_empty_sections(lines: list[str]) -> list[str]:
     """Headings with something below them, unmarked, and all other lines."""
     kept: list[str] = []
-    needed = 7  # a heading stays if text or a deeper heading that stays comes before the next of its level
+    needed = 0  # a heading stays if its level is below this: if text, or a deeper heading that stays, follows it
     for line in reversed(lines):
         if not line.startswith(_HEADING):
             if any(map(str.isalnum, line)):
