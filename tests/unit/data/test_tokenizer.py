@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.data.document import Document
-from megalm.data.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, Tokenizer, train_byte_level_bpe
+from megalm.data.document import Document, Segment
+from megalm.data.tokenizer import (
+    END_OF_TEXT,
+    SMALLEST_VOCABULARY,
+    Tokenizer,
+    train_byte_level_bpe,
+    train_wordpiece,
+)
 from megalm.errors import DataError
 
 TEXTS = ["def main():\n    return 0\n" * 20, "for x in range(10): print(x)\n" * 20, "naïve café\n"]
@@ -92,3 +98,65 @@ def test_a_bad_file_is_one_line(tmp_path: Path, content: bytes | None, message: 
     with pytest.raises(DataError, match=message) as caught:
         Tokenizer.load(path)
     assert "\n" not in str(caught.value)
+
+
+WORDPIECE = train_wordpiece([*TEXTS, "the quick brown fox jumps over lazy dogs"] * 3, 150, ["<|im_start|>"])
+
+
+def test_a_wordpiece_has_the_tokens_of_bert() -> None:
+    assert WORDPIECE.kind == "WordPiece"
+    assert list(WORDPIECE.special_tokens) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<|im_start|>"]
+    assert (WORDPIECE.eos_id, WORDPIECE.start_id, WORDPIECE.mask_id) == (3, 2, 4)
+    assert WORDPIECE.decode(WORDPIECE.encode("the fox")) == "the fox"
+    tokens, lengths, _ = WORDPIECE.encode_documents([Document.plain("", "the fox"), Document.plain("", "dogs")])
+    assert tokens[0] == 2 and tokens[lengths[0] - 1] == 3 and tokens[lengths[0]] == 2 and tokens[-1] == 3
+    with pytest.raises(DataError, match=r"vocab_size=90: too small .* at least 105"):
+        train_wordpiece(TEXTS, 90)
+
+
+@pytest.mark.parametrize("spelt", ["[MASK]", "[SEP]", "[CLS]", "<|im_start|>"])
+def test_words_that_spell_special_tokens_stay_words(spelt: str) -> None:
+    ids = WORDPIECE.encode(f"the {spelt} fox")
+    assert not set(ids) & set(WORDPIECE.special_tokens.values()) - {WORDPIECE.special_tokens["[UNK]"]}
+
+
+def test_case_is_kept_unless_asked_for() -> None:
+    lower = train_wordpiece(["The Quick CAFÉ"] * 5, 150, lowercase=True)
+    assert lower.decode(lower.encode("THE café")) == "the cafe"
+
+
+def test_segments_and_their_masks() -> None:
+    tokenizer = train_byte_level_bpe(TEXTS, 300, ["<|im_start|>"])
+    plain = Document.plain("", "for x")
+    chat = Document("", (Segment("<|im_start|>", False, special=True), Segment("ask", False), Segment("return 0")))
+    cut = Document("", (Segment("a"), Segment("b", learnt=False)))
+    tokens, lengths, mask = tokenizer.encode_documents([plain, chat, cut])
+    ask, answer = tokenizer.encode("ask"), tokenizer.encode("return 0")
+    second = tokens[lengths[0] : lengths[0] + lengths[1]].tolist()
+    assert second == [tokenizer.special_tokens["<|im_start|>"], *ask, *answer, 0]
+    assert mask.tolist() == [1] * lengths[0] + [0] * (1 + len(ask)) + [1] * (len(answer) + 1) + [1, 0, 0]
+    assert tokenizer.encode_documents([plain])[2] is None
+    with pytest.raises(DataError, match=r"has no token <\|im_start\|>, .*--special-token"):
+        TOKENIZER.encode_documents([chat])
+
+
+def test_which_tokens_go_on_with_a_word() -> None:
+    ids = TOKENIZER.encode("def main(): return")
+    words = [TOKENIZER.decode([i]) for i in ids]
+    starts = [not TOKENIZER.continues_word[i] for i in ids]
+    assert all(start for word, start in zip(words, starts, strict=True) if not word[0].isalnum())
+    assert not TOKENIZER.continues_word[TOKENIZER.special_ids].any()
+    assert WORDPIECE.continues_word.sum() == sum(
+        WORDPIECE.decode([i]).startswith("##") or "##" in str(WORDPIECE._tokenizer.id_to_token(i)) for i in range(150)
+    )
+
+
+def test_the_end_of_a_document_has_many_names(tmp_path: Path) -> None:
+    renamed = TOKENIZER.definition.replace(END_OF_TEXT, "<the-end>")
+    path = tmp_path / "t.json"
+    path.write_text(renamed)
+    assert Tokenizer.load(path, eos="<the-end>").eos_id == 0
+    with pytest.raises(DataError, match="--eos </s>: it has no such token; it has <the-end>"):
+        Tokenizer.load(path, eos="</s>")
+    for name in ("</s>", "<eos>", "<|end_of_text|>"):
+        assert Tokenizer(TOKENIZER.definition.replace(END_OF_TEXT, name)).eos_id == 0
