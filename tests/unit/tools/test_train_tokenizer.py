@@ -1,0 +1,80 @@
+"""tools/train_tokenizer.py, called in this process."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megalm.data.tokenizer import Tokenizer
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "train_tokenizer.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("train_tokenizer_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "eos"), [("bpe", "<|endoftext|>"), ("wordpiece", "[SEP]")])
+def test_train_and_take_again_as_it_is(tool, text: Path, tmp_path: Path, capsys, kind: str, eos: str) -> None:
+    out, copy = tmp_path / "new" / "a.json", tmp_path / "b.json"
+    arguments = [str(text), "--kind", kind, "--vocab-size", "280", "--special-token", "<|im_start|>"]
+    assert tool.main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "trained on 1 documents" in printed
+    assert f"<|im_start|>; documents end with {eos}" in printed
+    assert "<|im_start|>" in Tokenizer.load(out).special_tokens
+    assert tool.main(["--from", str(out), "--out", str(copy)]) == 0
+    assert copy.read_bytes() == out.read_bytes()
+
+
+def test_lines_of_a_corpus_are_documents(tool, text: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "a.json"
+    assert tool.main([str(text), "--split-on", "line", "--vocab-size", "270", "--out", str(out)]) == 0
+    assert "trained on 50 documents" in capsys.readouterr().out
+
+
+def test_all_mistakes_at_once(tool, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["--lowercase", "--out", str(tmp_path / "a.json")])
+    assert stopped.value.code == 2
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == [
+        "INPUT",
+        "--vocab-size",
+        "--lowercase:",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["x", "--from", "y", "--vocab-size", "300", "--out", str(tmp_path / "a.json")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "--vocab-size is for training; --from takes a tokenizer as it is",
+        "INPUT and --from: give one of them",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere", "--vocab-size", "300"], "--input /nowhere: no such file or folder"),
+        (["--from", "/nowhere.json"], "tokenizer /nowhere.json cannot be read"),
+        ([__file__, "--vocab-size", "10"], "vocab_size=10: too small"),
+    ],
+)
+def test_bad_data_is_one_line(tool, tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
+    assert tool.main([*arguments, "--out", str(tmp_path / "a.json")]) == 3
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "a.json").exists()
