@@ -49,8 +49,10 @@ class Quality:
         self.name = name
         try:
             from datatrove.pipeline.filters import C4QualityFilter, GopherQualityFilter
-        except ImportError:
-            raise DataError(f"--quality {name}: needs datatrove; pip install 'megalm[quality]'") from None
+        except ImportError as error:
+            raise DataError(
+                f"--quality {name}: needs datatrove, and {error.name} is not installed; pip install 'megalm[quality]'"
+            ) from None
         if name == "c4":
             self._filter: Any = C4QualityFilter(language=_splitter())
         else:

@@ -18,7 +18,7 @@ SOUND: dict[str, Any] = {
     "model.num_heads": 4,
     "model.vocab_size": 100,
     "model.sequence_length": 32,
-    "data.path": "data/none",
+    "data.path": ("data/none",),
     "optim.lr": 1e-3,
     "train.steps": 10,
     "train.micro_batch_size": 2,
@@ -155,7 +155,7 @@ FAULTS: tuple[st.SearchStrategy[Fault], ...] = (
     _single("run.name", "", "a/b", "..", "two words", "../up", "x" * 300),
     _single("run.seed", -1, 2**63),
     _single("run.dir", "", "  "),
-    _single("data.path", "", "\t"),
+    _single("data.path", ("",), ("data/none", "\t"), ("pipe:cat index.json",)),
     _single("logging.wandb_project", ""),
     _single("optim.beta1", 1, 1.5, -0.1),
     _single("optim.beta2", 1, 2, -1),
@@ -164,6 +164,13 @@ FAULTS: tuple[st.SearchStrategy[Fault], ...] = (
     _single("engine.zero_stage", -1, 4, 17),
     _relation("engine.zero_stage", st.sampled_from([2, 3]), "parallel.pp", "engine.dtype"),
     _relation("engine.zero_stage", st.just(0), "parallel.pp", "engine.dtype"),
+    _relation("data.weights", st.sampled_from([(0.5, 0.5), (-1.0,), (0.0,)]), "data.path"),
+    _relation("data.max_epochs", st.sampled_from([(1.0, 2.0), (-1.0,), (0.0,)]), "data.path"),
+    _single("data.phase", -1, -7),
+    _single("data.cache_gib", 0, -1.5),
+    _single("objective.mask_probability", 0, -0.1, 1.5),
+    _relation("objective.name", st.just("mlm"), "model.causal", named="model.causal"),
+    _relation("model.causal", st.just(False), "objective.name"),
     _relation("model.num_heads", st.sampled_from([3, 5, 6, 7, 63]), "model.hidden_size"),
     _relation("model.num_kv_heads", st.sampled_from([3, 8]), "model.num_heads"),
     _relation(
@@ -278,5 +285,5 @@ def _spell(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return str(list(value))
+        return f"[{','.join(map(_spell, value))}]"
     return "'" + value + "'" if isinstance(value, str) else str(value)

@@ -54,8 +54,12 @@ def test_every_experiment_is_valid_on_its_own_ranks(name: str) -> None:
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_every_option_composes_and_says_what_it_is_for(group: str, name: str) -> None:
-    model = "" if group in ("model", "experiment") else "model=gpt3_175b"
-    config = compose([*filter(None, [model]), f"{group}={name}"])
+    # An encoder and what it learns belong together: neither stands alone.
+    encoder = name in ("quickstart_bert", "mlm")
+    partner = "objective=mlm" if encoder else "objective=clm"
+    model = "model=quickstart_bert" if encoder else "model=gpt3_175b"
+    choices = {"model": model, "objective": partner} | {group: f"{group}={name}"}
+    config = compose([f"experiment={name}"] if group == "experiment" else list(choices.values()))
     assert violations(config, planned_world_size_of(config)) == []
     assert (conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8").startswith("# ")
 

@@ -33,6 +33,9 @@ def test_round_trip_of_any_values(data: st.DataObject) -> None:
         float: st.floats(allow_nan=False, allow_infinity=False),
         bool: st.booleans(),
         str: st.text(),
+        tuple[str, ...]: st.lists(st.text().filter(lambda value: value != "???"), min_size=1),
+        tuple[int, ...]: st.lists(st.integers(-(2**70), 2**70)),
+        tuple[float, ...]: st.lists(st.floats(allow_nan=False, allow_infinity=False)),
     }
     for path, kind in field_paths().items():
         if kind in by_type and data.draw(st.booleans()):
@@ -42,7 +45,7 @@ def test_round_trip_of_any_values(data: st.DataObject) -> None:
     mapping = config_to_dict(config)
     for path, value in values.items():
         section, name = path.split(".")
-        assert mapping[section][name] == value
+        assert mapping[section][name] == (list(value) if isinstance(value, tuple) else value)
 
 
 def test_integral_numbers_convert_and_nothing_else_does() -> None:

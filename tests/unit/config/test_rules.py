@@ -229,12 +229,16 @@ def test_world_sizes() -> None:
 
 def test_data_violations() -> None:
     good = config(model__vocab_size=100, model__sequence_length=32)
-    assert data_violations(good, 100, 128) == []
-    assert data_violations(with_value(good, "model.vocab_size", None), 5000, 128) == []
-    too_small, uneven = data_violations(with_value(good, "model.sequence_length", 48), 101, 128)
+    assert data_violations(good, "data/none", 100, 128) == []
+    assert data_violations(good, "data/none", 100, 128, packed_length=32) == []
+    assert data_violations(with_value(good, "model.vocab_size", None), "data/none", 5000, 128) == []
+    too_small, uneven = data_violations(with_value(good, "model.sequence_length", 48), "data/none", 101, 128)
     assert too_small == "model.vocab_size=100: the dataset data/none has 101 words; model.vocab_size=101 or null"
     assert uneven.startswith("model.sequence_length=48: does not divide the chunks of 128 tokens")
     assert uneven.endswith("; model.sequence_length=2, 4, 8, 16, 32 or 64")
+    assert data_violations(good, "data/none", 100, 128, packed_length=64) == [
+        "model.sequence_length=32: the dataset data/none was packed for sequences of 64 tokens; model.sequence_length=64"
+    ]
 
 
 def test_rules_do_not_change_the_config() -> None:

@@ -210,7 +210,17 @@ def report_of(context, outcome, with_record=True):
         record.on_start(context)
         for step in (1, 2):
             record.on_step(step_metrics(step))
-        record.on_validation(ValidationMetrics(step=2, samples=2, tokens=2, val_loss=0.5, val_perplexity=1.6487))
+        record.on_validation(
+            ValidationMetrics(
+                step=2,
+                samples=2,
+                tokens=2,
+                val_loss=0.5,
+                val_perplexity=1.6487,
+                val_accuracy=0.871,
+                val_commonest=0.1,
+            )
+        )
         record.close()
     stream = io.StringIO()
     report = ClosingReport(stream=stream)
@@ -255,6 +265,7 @@ def test_the_closing_report_shows_curve_quality_and_sample(context, run_dir, cap
     assert (run_dir / "loss.png").stat().st_size > 10_000
     assert f"curve    {run_dir}/loss.png" in text
     assert "validation perplexity 1.6 (untrained: about 400, the size of the vocabulary)" in text
+    assert "result   87.1% of tokens predicted (always guessing the commonest token: 10.0%)" in text
     assert "    one two three four five six" in text
     assert capfd.readouterr().err == ""
 

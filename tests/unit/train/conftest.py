@@ -64,5 +64,11 @@ def step_metrics(step, **changes):
 
 def validation_metrics(step, val_loss=2.0, val_perplexity=7.389):
     return ValidationMetrics(
-        step=step, samples=8 * step, tokens=512 * step, val_loss=val_loss, val_perplexity=val_perplexity
+        step=step,
+        samples=8 * step,
+        tokens=512 * step,
+        val_loss=val_loss,
+        val_perplexity=val_perplexity,
+        val_accuracy=0.25,
+        val_commonest=0.05,
     )
