@@ -142,6 +142,8 @@ def _describe_value(value: Any) -> str:
         return "no integer" if math.isfinite(value) else "not finite"
     if isinstance(value, bool):
         return "true or false"
+    if value == []:
+        return "an empty list"
     return {int: "an integer", str: "text", list: "a list", type(None): "null"}.get(type(value), type(value).__name__)
 
 

@@ -14,7 +14,7 @@ import pytest
 from cli_runs import TINY
 
 from megalm.cli import _run_dir, main
-from tests.unit.config.random_invalid import SOUND
+from tests.unit.config.random_invalid import SOUND, overrides_of
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def refused(code: int, *arguments: str) -> str:
 
 
 def test_a_sound_config_passes_the_check() -> None:
-    code, out, err = megalm("check", *(f"{path}={value}" for path, value in SOUND.items()))
+    code, out, err = megalm("check", *overrides_of(SOUND))
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "ok"
 
