@@ -57,7 +57,10 @@ class DataState:
             DataError: another version of megalm wrote it.
         """
         if state.get("version") != STATE_VERSION:
-            raise DataError(f"data state has version {state.get('version')}; this megalm reads version {STATE_VERSION}")
+            raise DataError(
+                f"the checkpoint's position in the data has version {state.get('version')}; this megalm reads version "
+                f"{STATE_VERSION}: start a new run from its weights with checkpoint.init_from"
+            )
         return cls(int(state["consumed_samples"]), tuple(Phase(**phase) for phase in state["phases"]))
 
     @property

@@ -34,7 +34,7 @@ def test_round_trip_of_any_values(data: st.DataObject) -> None:
         bool: st.booleans(),
         str: st.text(),
         tuple[str, ...]: st.lists(st.text().filter(lambda value: value != "???"), min_size=1),
-        tuple[int, ...]: st.lists(st.integers(-(2**70), 2**70)),
+        tuple[int, ...]: st.lists(st.integers(-(2**70), 2**70), min_size=1),
         tuple[float, ...]: st.lists(st.floats(allow_nan=False, allow_infinity=False)),
     }
     for path, kind in field_paths().items():

@@ -237,7 +237,8 @@ def test_data_violations() -> None:
     assert uneven.startswith("model.sequence_length=48: does not divide the chunks of 128 tokens")
     assert uneven.endswith("; model.sequence_length=2, 4, 8, 16, 32 or 64")
     assert data_violations(good, "data/none", 100, 128, packed_length=64) == [
-        "model.sequence_length=32: the dataset data/none was packed for sequences of 64 tokens; model.sequence_length=64"
+        "model.sequence_length=32: the dataset data/none was packed for sequences of 64 tokens; "
+        "model.sequence_length=64"
     ]
 
 
