@@ -129,7 +129,7 @@ def _verify(location: str) -> int:
         print(f"{location}: every chunk of {' and '.join(SPLITS)} is as it was written")
         return ExitCode.DONE
     print(*faults, sep="\n", file=sys.stderr)
-    print(f"{location}: {len(faults)} faults", file=sys.stderr)
+    print(f"{location}: {len(faults)} fault{'s' if len(faults) > 1 else ''}", file=sys.stderr)
     return ExitCode.BAD_DATA
 
 

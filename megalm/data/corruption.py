@@ -41,10 +41,11 @@ def _shard_faults(reader: ChunkReader, index: Index, shard: Shard) -> Iterator[s
         return
     if size is not None and size != shard.bytes:
         sound = min(size // index.stride, shard.chunks)
-        lost = f"; {reader.place(shard, sound, shard.chunks)} is lost" if sound < shard.chunks else ""
+        lost = f"; lost: {reader.place(shard, sound, shard.chunks)}" if sound < shard.chunks else ""
+        foreign = "" if size < shard.bytes else ", so this index.json may be that of another dataset"
         yield (
             f"{store.path_of(shard.name)}: {size} bytes, the index says {shard.bytes}: "
-            f"{'cut short' if size < shard.bytes else 'longer'} at byte {min(size, shard.bytes)}{lost}"
+            f"{'cut short' if size < shard.bytes else 'longer'} at byte {min(size, shard.bytes)}{lost}{foreign}"
         )
         return
     try:

@@ -175,7 +175,7 @@ def test_a_truncated_shard_is_found_at_once(dataset: Path, members: int | None) 
     stride = read_index(dataset).stride
     assert f"shard-000000.tar: {keep} bytes" in fault
     assert f"cut short at byte {keep}" in fault
-    assert f"chunks {first} to 2 (bytes {first * stride} to {3 * stride}) is lost" in fault
+    assert f"; lost: {path} chunks {first} to 2 (bytes {first * stride} to {3 * stride})" in fault
 
 
 def test_missing_and_foreign_files_are_named(dataset: Path, tmp_path: Path) -> None:
