@@ -10,11 +10,10 @@ from pathlib import Path
 from megalm.config.schema import Data
 from megalm.data.index import check_files, read_index
 from megalm.data.store import Cache, MissingFile, Store, open_store
-from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.errors import DataError
 
 SPLITS = ("train", "val")
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)

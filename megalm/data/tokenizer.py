@@ -5,6 +5,7 @@ comes as a Hugging Face ``tokenizer.json``, which is also how megalm stores them
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -20,6 +21,9 @@ from megalm.errors import DataError
 if TYPE_CHECKING:
     import tokenizers
 
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+"""What Hugging Face's libraries keep beside a tokenizer: here the name of the token that ends a document."""
 END_OF_TEXT = "<|endoftext|>"
 """Ends every document of a byte-level BPE that megalm trains; has the lowest id, 0."""
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
@@ -61,6 +65,11 @@ class Tokenizer:
     def load(cls, path: str | Path, *, eos: str | None = None) -> Tokenizer:
         """Read a ``tokenizer.json``.
 
+        Args:
+            path: of the file.
+            eos: the token that ends a document; None: the ``eos_token`` of a ``tokenizer_config.json`` beside the file,
+                as Hugging Face lays them out, or a usual name.
+
         Raises:
             DataError: the file is missing or is no tokenizer, or no token of it ends a document.
         """
@@ -70,7 +79,13 @@ class Tokenizer:
             raise DataError(f"tokenizer {path} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise DataError(f"tokenizer {path} is not a tokenizer.json: {error}") from None
-        return cls.parse(definition, str(path), eos=eos)
+        return cls.parse(definition, str(path), eos=_configured_end(Path(path).parent) if eos is None else eos)
+
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer.json`` and, for the token that ends a document, ``tokenizer_config.json`` beside it."""
+        (folder / TOKENIZER_FILE).write_text(self.definition, encoding="utf-8")
+        settings = {"eos_token": self._tokenizer.id_to_token(self.eos_id)}
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def parse(cls, definition: str, name: str, *, eos: str | None = None, eos_id: int | None = None) -> Tokenizer:
@@ -186,6 +201,17 @@ class Tokenizer:
                 "tools/train_tokenizer.py --special-token '<|im_start|>' '<|im_end|>'"
             )
         return int(number)
+
+
+def _configured_end(folder: Path) -> str | None:
+    """The ``eos_token`` of a folder's ``tokenizer_config.json``, as a name or as Hugging Face's description of one."""
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    end = settings.get("eos_token") if isinstance(settings, dict) else None
+    end = end.get("content") if isinstance(end, dict) else end
+    return end if isinstance(end, str) else None
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> Tokenizer:

@@ -13,7 +13,7 @@ from megalm.config.rules import topology_of
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
 from megalm.data.batch_size import BatchSize
-from megalm.data.dataset import SPLITS, TOKENIZER_FILE, open_datasets, tokenizer_of
+from megalm.data.dataset import SPLITS, open_datasets, tokenizer_of
 from megalm.data.loader import TrainLoader
 from megalm.data.objectives import make_objective
 from megalm.data.sequences import Corpora
@@ -130,7 +130,7 @@ def _prepare_run_folder(config: Config, run_dir: Path, tokenizer: Tokenizer) -> 
     """A run folder is whole in itself: config and tokenizer lie beside the weights."""
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir / "config.yaml")
-    (run_dir / TOKENIZER_FILE).write_text(tokenizer.definition, encoding="utf-8")
+    tokenizer.save(run_dir)
 
 
 def _peak_name(config: Config, device: torch.device) -> str | None:

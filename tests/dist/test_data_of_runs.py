@@ -149,9 +149,12 @@ def test_workers_under_mpirun_write_the_same_shards(tiny_dataset, tmp_path):
 
 def test_a_small_encoder_learns_masked_words_on_four_ranks(tmp_path):
     """``quickstart_bert`` as it stands, smaller: it trains, reports its accuracy, and can be evaluated."""
+    words = [f"word{chr(97 + n)}" for n in range(20)]  # in a circle: a masked one follows from its neighbours
+    lines = (" ".join(words[(start + k) % 20] for k in range(11 + start % 37)) for start in range(2000))
+    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
     tool(
-        "prepare_data.py", "--corpus", "text", "--input", str(REPOSITORY / "megalm"), "--out", str(tmp_path / "data"),
-        "--tokenizer-vocab", "400", "--tokenizer-kind", "wordpiece", "--chunk-tokens", "256", "--val-fraction", "0.1",
+        "prepare_data.py", "--corpus", "text", "--input", str(tmp_path / "lines.txt"), "--out", str(tmp_path / "data"),
+        "--split-on", "line", "--tokenizer-vocab", "300", "--tokenizer-kind", "wordpiece", "--chunk-tokens", "256", "--val-fraction", "0.1",
     )  # fmt: skip
     code, output = run(
         [
@@ -161,8 +164,8 @@ def test_a_small_encoder_learns_masked_words_on_four_ranks(tmp_path):
             "run.name=bert",
             "model.sequence_length=32",
             "model.num_layers=2",
-            "train.steps=60",
-            "train.validate_every=60",
+            "train.steps=150",
+            "train.validate_every=150",
             "train.validation_samples=64",
             "train.global_batch_size=32",
             "train.micro_batch_size=8",
@@ -172,7 +175,7 @@ def test_a_small_encoder_learns_masked_words_on_four_ranks(tmp_path):
     assert code == 0, output
     assert "BERT" in output and "of masked tokens recovered (always guessing the commonest token:" in output
     evaluated = dict(line.split(None, 1) for line in megalm("evaluate", str(tmp_path / "bert")).splitlines())
-    assert float(evaluated["val_accuracy"]) > float(evaluated["val_commonest"]) > 0
+    assert float(evaluated["val_accuracy"]) > 1.5 * float(evaluated["val_commonest"]) > 0
     refused = megalm("generate", str(tmp_path / "bert"), "--prompt", "def", code=2)
     assert "causal" in refused and "Traceback" not in refused
-    assert Tokenizer.load(tmp_path / "bert" / "tokenizer.json").vocab_size == 400
+    assert Tokenizer.load(tmp_path / "bert" / "tokenizer.json").vocab_size <= 300

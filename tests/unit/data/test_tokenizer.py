@@ -158,5 +158,15 @@ def test_the_end_of_a_document_has_many_names(tmp_path: Path) -> None:
     assert Tokenizer.load(path, eos="<the-end>").eos_id == 0
     with pytest.raises(DataError, match="--eos </s>: it has no such token; it has <the-end>"):
         Tokenizer.load(path, eos="</s>")
+    (tmp_path / "run").mkdir()
+    Tokenizer.load(path, eos="<the-end>").save(tmp_path / "run")
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer.json").eos_id == 0, "a run remembers it"
+    settings = tmp_path / "run" / "tokenizer_config.json"
+    settings.write_text('{"eos_token": {"content": "<the-end>", "special": true}}')
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer.json").eos_id == 0, "as Hugging Face describes tokens"
+    for unusable in ("{}", "[]", "no json"):
+        settings.write_text(unusable)
+        with pytest.raises(DataError, match="name one with --eos"):
+            Tokenizer.load(tmp_path / "run" / "tokenizer.json")
     for name in ("</s>", "<eos>", "<|end_of_text|>"):
         assert Tokenizer(TOKENIZER.definition.replace(END_OF_TEXT, name)).eos_id == 0
