@@ -22,8 +22,8 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
+from megalm.arguments import LineParser
 from megalm.data.clean import QUALITY, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, CorpusOptions
 from megalm.data.corruption import find_corruption
@@ -161,15 +161,8 @@ def _unescaped(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as lines that say what would be right, without the usage of every option above them."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(ExitCode.BAD_CONFIG, f"{message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--corpus", choices=sorted(CORPORA), help="kind of corpus")
     add(

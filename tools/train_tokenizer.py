@@ -15,10 +15,10 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
+from megalm.arguments import LineParser
 from megalm.data.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, CorpusOptions
 from megalm.data.document import Document
@@ -121,15 +121,8 @@ def _problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as lines that say what would be right."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(ExitCode.BAD_CONFIG, f"{message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("input", nargs="*", metavar="INPUT", help="files or folders")
     add("--corpus", choices=sorted(CORPORA), default="text", help="kind of corpus (default: text)")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from megalm.data.recipe import Recipe
 from megalm.data.shard_writer import write_durably
 from megalm.data.summary import Lengths, Summary
+from megalm.figure import new_figure
 
 CARD_FILE, CARD_DATA_FILE, LENGTHS_FILE = "data_card.md", "data_card.json", "document_lengths.png"
 _COLOUR = "#3366a8"
@@ -62,7 +60,7 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
 
 def plot_lengths(lengths: Lengths, path: Path, *, title: str) -> None:
     """A histogram of document lengths, on a logarithmic axis, to a PNG of 960 x 480 pixels."""
-    figure = _new_figure()
+    figure = new_figure((8, 4), dots_per_inch=120)
     axes = figure.add_subplot()
     counts, edges = lengths.counts, lengths.edges
     used = counts.nonzero()[0]
@@ -92,16 +90,3 @@ def _counts(title: str, what: str, counts: dict[str, int]) -> list[str]:
 
 def _quantiles(lengths: Lengths) -> dict[str, int]:
     return {f"{share:.0%}": round(lengths.quantile(share)) for share in (0.05, 0.25, 0.5, 0.75, 0.95)}
-
-
-def _new_figure() -> Any:
-    """An empty figure that needs no display, no configuration and no writable home folder."""
-    if "MPLCONFIGDIR" not in os.environ and not os.access(Path.home(), os.W_OK):
-        os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a first start announces that it builds a font cache
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from megalm.figure import new_figure
 from megalm.train.callbacks.metrics_jsonl import step_rows, validation_rows
 
 _TRAIN_COLOUR = "#3366a8"
@@ -31,7 +29,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, run_name: str) -> None:
     steps = step_rows(rows)
     if not steps:
         raise ValueError("there is no training step to plot")
-    figure = _new_figure()
+    figure = new_figure((8, 4.5), dots_per_inch=160)
     axes = figure.add_subplot()
     tokens = [row["tokens"] for row in steps]
     losses = [row["loss"] for row in steps]
@@ -71,19 +69,6 @@ def smooth(values: list[float], window: int) -> list[float]:
         count = counts[stop] - counts[start]
         means.append((sums[stop] - sums[start]) / count if count else math.nan)
     return means
-
-
-def _new_figure() -> Any:
-    """An empty figure that needs no display, no configuration and no writable home folder."""
-    if "MPLCONFIGDIR" not in os.environ and not os.access(Path.home(), os.W_OK):
-        os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a first start announces that it builds a font cache
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _plot_validations(axes: Any, rows: list[dict[str, Any]]) -> None:

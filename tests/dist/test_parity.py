@@ -15,6 +15,7 @@ from harness import run_ranks
 from parity import CLIP, MODEL, Layout, at_dropout, train_on_ranks
 
 from megalm.verify.parity import Trace, differences, train_plainly
+from tests.families import bert_of
 
 LLAMA = replace(
     MODEL,
@@ -33,15 +34,7 @@ LLAMA = replace(
 """The Llama and Qwen families' choices, on layers that two stages cannot share evenly."""
 
 NEOX = replace(MODEL, position="rotary", rotary_fraction=0.25, residual="parallel", activation="gelu_erf", qk_norm=True)
-BERT = replace(
-    MODEL,
-    causal=False,
-    residual="post_norm",
-    token_types=2,
-    embedding_norm=True,
-    activation="gelu_erf",
-    head="masked_lm",
-)
+BERT = bert_of(MODEL)
 GPT3 = replace(MODEL, attention_windows=(0, 5))
 MQA = replace(LLAMA, num_kv_heads=1, rotary_scaling="yarn", attention_windows=(0, 3))
 DROPOUT = at_dropout(MODEL, 0.2)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megalm.data.corpora.options import CorpusOptions
 from megalm.data.corpora.records import PlainText, RecordCorpus
-from megalm.data.corpora.streams import files_fingerprint, find_files, open_stream, size_of, total_size
+from megalm.data.corpora.streams import Files, find_files, open_stream, size_of
 from megalm.data.document import Corpus, Document, Rejected
 from megalm.errors import DataError
 
@@ -40,25 +40,8 @@ class WholeFiles:
 
 
 @dataclass(frozen=True)
-class FileCorpus:
-    """Files, one document each.
-
-    Attributes:
-        source: where they come from, in words.
-        files: in order.
-    """
-
-    source: str
-    files: tuple[Path, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of the files."""
-        return total_size(self.files)
-
-    def fingerprint(self) -> str:
-        """Of the files, not of their contents."""
-        return files_fingerprint(self.source, self.files)
+class FileCorpus(Files):
+    """Files, one document each."""
 
     def blocks(self, block_bytes: int) -> Iterator[WholeFiles]:
         """Groups of files of about ``block_bytes``; a larger file is a group of its own."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from megalm.data.corpora.jsonl import lookup
 from megalm.data.corpora.options import CorpusOptions
-from megalm.data.corpora.streams import files_fingerprint, find_files, size_of, total_size
+from megalm.data.corpora.streams import Files, files_fingerprint, find_files, size_of
 from megalm.data.document import Block, Corpus, Document, Rejected
 from megalm.errors import DataError
 
@@ -46,26 +46,17 @@ class RowGroup:
 
 
 @dataclass(frozen=True)
-class ParquetCorpus:
+class ParquetCorpus(Files):
     """Parquet files.
 
     Attributes:
-        source: where they come from, in words.
-        files: in order.
         field: column that holds the text.
     """
 
-    source: str
-    files: tuple[Path, ...]
     field: str
 
-    @property
-    def total_bytes(self) -> int:
-        """Size of the files."""
-        return total_size(self.files)
-
     def fingerprint(self) -> str:
-        """Of the files, not of their contents."""
+        """Of the files and the column."""
         return files_fingerprint(f"{self.source}\0{self.field}", self.files)
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:  # noqa: ARG002 - a row group is what can be read at once

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megalm.data.corpora.streams import files_fingerprint, is_compressed, open_stream, size_of, total_size
+from megalm.data.corpora.streams import Files, is_compressed, open_stream, size_of
 from megalm.data.document import Block, Document, Rejected
 
 
@@ -88,29 +88,16 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
-class RecordCorpus:
+class RecordCorpus(Files):
     """Files of records.
 
     Attributes:
-        source: where they come from, in words.
-        files: in order.
         reader: makes documents of records.
         blank_lines: records end at blank lines, not at every line.
     """
 
-    source: str
-    files: tuple[Path, ...]
     reader: Reader
     blank_lines: bool = False
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of the files."""
-        return total_size(self.files)
-
-    def fingerprint(self) -> str:
-        """Of the files, not of their contents."""
-        return files_fingerprint(self.source, self.files)
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:
         """Stretches of each file, of about ``block_bytes``."""

@@ -97,11 +97,6 @@ def size_of(path: Path) -> int:
     return _status(path).st_size
 
 
-def total_size(files: Iterable[Path]) -> int:
-    """Bytes on disk of all files."""
-    return sum(map(size_of, files))
-
-
 def files_fingerprint(source: str, files: Iterable[Path]) -> str:
     """Changes when a file is added, removed, renamed, resized or touched."""
     hasher = hashlib.sha256(source.encode())
@@ -109,6 +104,28 @@ def files_fingerprint(source: str, files: Iterable[Path]) -> str:
         status = _status(path)
         hasher.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class Files:
+    """What corpora of files have in common.
+
+    Attributes:
+        source: where the files come from, in words.
+        files: in order.
+    """
+
+    source: str
+    files: tuple[Path, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the files."""
+        return sum(size_of(path) for path in self.files)
+
+    def fingerprint(self) -> str:
+        """Of the files, not of their contents."""
+        return files_fingerprint(self.source, self.files)
 
 
 def _status(path: Path) -> os.stat_result:

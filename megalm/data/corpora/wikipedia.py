@@ -11,7 +11,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
 from megalm.data.corpora.options import CorpusOptions
-from megalm.data.corpora.streams import files_fingerprint, find_files, open_stream, size_of, total_size
+from megalm.data.corpora.streams import Files, find_files, open_stream, size_of
 from megalm.data.corpora.wikitext import UnreadableWikitext, to_prose
 from megalm.data.document import Corpus, Document, Rejected
 from megalm.errors import DataError
@@ -56,25 +56,8 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class WikipediaCorpus:
-    """Dumps.
-
-    Attributes:
-        source: where they come from, in words.
-        files: in order.
-    """
-
-    source: str
-    files: tuple[Path, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of the files."""
-        return total_size(self.files)
-
-    def fingerprint(self) -> str:
-        """Of the files, not of their contents."""
-        return files_fingerprint(self.source, self.files)
+class WikipediaCorpus(Files):
+    """Dumps."""
 
     def blocks(self, block_bytes: int) -> Iterator[Pages]:
         """Pages as they come, of about ``block_bytes`` of wikitext."""

@@ -13,18 +13,11 @@ from megalm.config.schema import Model
 from megalm.core.attend import AttentionCore
 from megalm.core.place import Place
 from megalm.models.gpt import build_full_model
+from tests.families import bert_of
 
 BASE = Model(num_layers=3, hidden_size=48, num_heads=4, sequence_length=20, vocab_size=67)
 NEOX = replace(BASE, residual="parallel", position="rotary", rotary_fraction=0.5, activation="gelu_erf", qk_norm=True)
-BERT = replace(
-    BASE,
-    causal=False,
-    residual="post_norm",
-    token_types=2,
-    embedding_norm=True,
-    activation="gelu_erf",
-    head="masked_lm",
-)
+BERT = bert_of(BASE)
 GPT3 = replace(BASE, attention_windows=(0, 4))
 QWEN = replace(BASE, bias=False, qkv_bias=True, norm="rmsnorm", num_kv_heads=2)
 

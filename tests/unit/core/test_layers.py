@@ -10,8 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from megalm.config.schema import Model, Optim
-from megalm.core.groups import Group
-from megalm.core.loss import vocab_parallel_cross_entropy
 from megalm.core.random import initial_values
 from megalm.core.sharding import Init, ShardSpec, declared_parameters, even_range, padded_range
 from megalm.engine.optimizer import make_adamw, parameter_groups
@@ -103,19 +101,6 @@ def test_stage_loss_is_the_weighted_sum_of_token_losses() -> None:
     weight = torch.rand(2, 20)
     want = (F.cross_entropy(model(tokens).transpose(1, 2), labels, reduction="none") * weight).sum()
     torch.testing.assert_close(model.run(0, None, MicroBatch(tokens, labels, weight)), want.unsqueeze(0))
-
-
-def test_cross_entropy_and_its_gradient_ignore_padding_columns() -> None:
-    logits = torch.randn(3, 5, 11, requires_grad=True)
-    labels = torch.randint(0, 11, (3, 5))
-    padded = F.pad(logits.detach(), (0, 3), value=float("-inf")).requires_grad_()
-    losses = vocab_parallel_cross_entropy(padded, labels, Group((0,), 0), first_token=0)
-    want = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-    torch.testing.assert_close(losses, want)
-    (losses * torch.arange(5)).sum().backward()
-    (want * torch.arange(5)).sum().backward()
-    torch.testing.assert_close(padded.grad[..., :11], logits.grad)
-    assert not padded.grad[..., 11:].any()
 
 
 def test_residual_projections_start_scaled_by_depth() -> None:
