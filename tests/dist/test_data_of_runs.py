@@ -13,6 +13,7 @@ import pytest
 from cli_runs import MEGALM, losses_of, run, steps_of
 
 from megalm.data.tokenizer import Tokenizer
+from megalm.train.callbacks.metrics_jsonl import read_metrics, validation_rows
 from tests.web_server import serve
 
 pytestmark = pytest.mark.slow
@@ -39,6 +40,11 @@ def megalm(*arguments: str, code: int = 0) -> str:
     done = subprocess.run([*MEGALM, *arguments], capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def evaluate(run_dir: Path, *overrides: str) -> dict[str, str]:
+    lines = megalm("evaluate", str(run_dir), *overrides).splitlines()
+    return dict(line.split(None, 1) for line in lines)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +135,19 @@ def test_epochs_over_the_limit_are_refused_before_anything_starts(blended, other
     assert not (folder_of(blended).parent / "limited").exists()
 
 
+def test_attention_within_documents_is_trained_validated_and_evaluated_alike(blended, tmp_path):
+    changes = [f"run.dir={tmp_path}", "train.steps=4", "train.validate_every=4", "train.validation_samples=1000000"]
+    code, output = run([*blended, *changes, "data.reset_at_documents=true"])
+    assert code == 0, output
+    assert losses_of(tmp_path / "blend") != losses_of(folder_of(blended))[:4], "other keys, other losses"
+    (validation,) = validation_rows(read_metrics(tmp_path / "blend" / "metrics.jsonl"))
+    evaluated = evaluate(tmp_path / "blend")
+    assert float(evaluated["val_loss"]) == pytest.approx(validation["val_loss"], abs=1e-5)
+    assert float(evaluated["val_accuracy"]) == pytest.approx(validation["val_accuracy"], abs=1e-5)
+    otherwise = evaluate(tmp_path / "blend", "data.reset_at_documents=false")
+    assert float(otherwise["val_loss"]) != pytest.approx(validation["val_loss"], abs=1e-4)
+
+
 def test_workers_under_mpirun_write_the_same_shards(tiny_dataset, tmp_path):
     mpirun = Path(sys.executable).parent / "mpirun"
     if not mpirun.exists():
@@ -174,7 +193,7 @@ def test_a_small_encoder_learns_masked_words_on_four_ranks(tmp_path):
     )
     assert code == 0, output
     assert "BERT" in output and "of masked tokens recovered (always guessing the commonest token:" in output
-    evaluated = dict(line.split(None, 1) for line in megalm("evaluate", str(tmp_path / "bert")).splitlines())
+    evaluated = evaluate(tmp_path / "bert")
     assert float(evaluated["val_accuracy"]) > 1.5 * float(evaluated["val_commonest"]) > 0
     refused = megalm("generate", str(tmp_path / "bert"), "--prompt", "def", code=2)
     assert "causal" in refused and "Traceback" not in refused

@@ -71,7 +71,7 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
     from megalm.core.embedding import VocabParallelEmbedding
     from megalm.core.groups import ALONE, ParallelContext
     from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
-    from megalm.core.loss import output_loss
+    from megalm.core.loss import output_loss, output_metrics
     from megalm.core.tensor_parallel import TensorParallel
     from megalm.core.weight_gradients import WeightGradients
     from megalm.topology import Topology
@@ -163,6 +163,8 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
                 "input": x.grad,
                 "embedding.weight": full,
             }
+        metrics = output_metrics(outside(INPUT), rows, _half_right(), LOSS_WEIGHT, chunk_tokens=chunk_tokens)
+        results[f"metrics {chunk_tokens}"] = {"output": metrics}
     return results
 
 
@@ -243,6 +245,26 @@ def test_output_loss_matches_one_process(case: Case, z_loss: float, results) -> 
         gradient = joined([found["input"] for found in ranks], 1 if case.sequence_parallel else None)
         torch.testing.assert_close(gradient, x.grad)
         torch.testing.assert_close(sum(found["embedding.weight"] for found in ranks), rows.grad)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.zero_bubble], ids=str)
+def test_an_evaluation_counts_what_one_process_counts(case: Case, results) -> None:
+    logits, labels = F.linear(INPUT, FULL["embedding.weight"]), _half_right()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    right = (logits.argmax(-1) == labels).to(LOSS_WEIGHT.dtype)
+    want = torch.stack([(losses * LOSS_WEIGHT.flatten()).sum(), (right * LOSS_WEIGHT).sum()])
+    assert 0 < want[1] < LOSS_WEIGHT.sum()
+    names = [name for name in results[case][0] if name.startswith("metrics")]
+    assert len(names) == 5
+    for name in names:
+        for found in results[case]:
+            torch.testing.assert_close(found[name]["output"], want, check_dtype=False)
+
+
+def _half_right() -> Tensor:
+    """[B, S] labels: what the model holds most likely at every other place."""
+    likely = F.linear(INPUT, FULL["embedding.weight"]).argmax(-1)
+    return torch.where(torch.arange(S) % 2 == 0, likely, TOKENS)
 
 
 # --- memory and order -------------------------------------------------------------------------------------------------

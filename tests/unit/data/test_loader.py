@@ -259,6 +259,9 @@ def test_another_blend_is_refused_and_a_new_phase_takes_it(blend: Corpora, datas
     assert step([again]) == step([second])
     with pytest.raises(DataError, match=r"data\.phase=0: the checkpoint is in phase 1 already"):
         loader(dataset).load_state_dict(second.state_dict())
+    first_phase = loader(dataset)
+    assert list(step([first_phase]).values()) != list(rows.values()), "nor with what the first phase began with"
+    first_phase.close()
     fresh = loader(dataset, phase=1)
     assert list(step([fresh]).values()) == list(rows.values()), "a phase begins at its own beginning"
     for each in (second, again, fresh):

@@ -118,6 +118,20 @@ def test_whole_words_share_their_fate() -> None:
     assert np.array_equal(hidden[:, 1:][inside], hidden[:, :-1][inside])
 
 
+def test_a_special_token_ends_a_word() -> None:
+    """What continues a word after the end of a document belongs to no word before it."""
+    continues = np.zeros(1000, dtype=bool)
+    continues[500:] = True
+    rows = np.full((400, 7), 600)
+    rows[:, 0], rows[:, 3] = 10, 3
+    chosen = masked(rows, continues_word=continues, probability=0.5).loss_mask.astype(bool)
+    assert (chosen[:, 0] == chosen[:, 2]).all() and (chosen[:, 4] == chosen[:, 5]).all()
+    assert (chosen[:, 0] != chosen[:, 4]).any(), "two words, two fates"
+    assert not chosen[:, 3].any()
+    objective = MaskedLM(7, 4, np.arange(5, 1000), np.arange(1000) < 5, continues, 0.5)
+    assert objective._words(rows[:1], np.arange(7)).tolist() == [[0, 0, 0, 3, 4, 4, 4]], "where each word begins"
+
+
 def test_masks_never_change() -> None:
     example = masked(some_rows(2, 24), np.array([10**9, 3]))
     assert np.flatnonzero(example.loss_mask[0]).tolist() == GOLDEN_CHOSEN
