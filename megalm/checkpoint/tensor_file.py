@@ -1,0 +1,124 @@
+"""Writes a safetensors file tensor by tensor: in the memory of one tensor, where the library wants all of them at once.
+
+The format is a little-endian 64-bit length, a JSON header of that length with dtype, shape and offsets of every tensor,
+and the tensors' bytes. Files are read by the safetensors library, which checks a header before it believes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+_CHUNK_BYTES = 1 << 24
+"""Bytes handed to the system at once; between two chunks a write can be called off."""
+
+_ALIGNMENT = 8
+"""Where the first tensor begins, in bytes, as the library has it."""
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls dtypes."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is to be written: its dtype and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFileWriter:
+    """A safetensors file being written: every tensor is announced, then written in that order.
+
+    Args:
+        path: of the file, which is made anew.
+        specs: the tensors by name, in the order in which they come.
+        metadata: texts to go with them.
+
+    As a context, it is closed and flushed to the disk on leaving; leaving before the last tensor is an error.
+    """
+
+    def __init__(
+        self, path: Path, specs: Mapping[str, TensorSpec], *, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self._left = list(specs.items())[::-1]
+        # Unbuffered: chunks are large, and a copy in between would only cost.
+        self._file = path.open("wb", buffering=0)
+        self._write(_header(specs, metadata))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor, contiguous and on the CPU."""
+        expected, spec = self._left.pop()
+        if (name, TensorSpec(tensor.dtype, tuple(tensor.shape))) != (expected, spec):
+            raise ValueError(
+                f"{self.path}: {name} {tensor.dtype} {list(tensor.shape)} comes where {expected} {spec} is due"
+            )
+        self._write(as_bytes(tensor))
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._file.close()
+            return
+        self.close()
+        if self._left:
+            raise ValueError(f"{self.path}: {len(self._left)} tensors were announced and not written")
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while len(view):
+            view = view[self._file.write(view[:_CHUNK_BYTES]) :]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+    fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, spec in specs.items():
+        fields[name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
