@@ -100,13 +100,13 @@ class TensorFileWriter:
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        while len(view):
+        while view:
             view = view[self._file.write(view[:_CHUNK_BYTES]) :]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:

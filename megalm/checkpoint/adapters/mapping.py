@@ -1,4 +1,4 @@
-"""How one megalm tensor is stored elsewhere: under other names, transposed, in parts, or with its rows in another order.
+"""How one megalm tensor is stored elsewhere: under other names, transposed, in parts, or its rows in another order.
 
 A format is a list of :class:`Rule`; each works in both directions, and both move bytes, never numbers: a round trip is
 byte-equal.
