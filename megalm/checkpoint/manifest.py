@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from math import prod
@@ -26,9 +27,12 @@ from typing import Any
 from megalm.errors import CheckpointError
 
 FORMAT = "megalm-checkpoint"
-VERSION = 2
+VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Version 2 has no fingerprints."""
 MANIFEST_FILE = "manifest.json"
 COMPLETE_FILE = "COMPLETE"
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Piece:
     """A run of a flattened local tensor, and where it is stored.
 
     Attributes:
-        kind: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
+        kind: ``weight`` (fp32 master), ``exp_avg`` or ``exp_avg_sq`` (moments of Adam).
         file: safetensors file, in the checkpoint's folder.
         key: name of the stored tensor in that file.
         dim: dim of the full tensor that is sliced; None: the local tensor is the full one.
@@ -70,10 +74,18 @@ SliceKey = tuple[int | None, tuple[tuple[int, int], ...], int]
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One full tensor: its shape without padding, and its pieces of every kind."""
+    """One full tensor.
+
+    Attributes:
+        shape: without padding.
+        pieces: of every kind.
+        fingerprint: hash of the weight that no layout changes (see ``fingerprint.py``), as 16 hexadecimal digits; None
+            where the format's version has none.
+    """
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    fingerprint: str | None = None
 
     def of_kind(self, kind: str) -> dict[SliceKey, list[Piece]]:
         """Pieces of one kind by the local tensor they are runs of, each list in order."""
@@ -125,9 +137,10 @@ class Manifest:
         megalm_version: what wrote it.
         step: optimizer steps taken.
         config: the run's config, as written to ``config.yaml``.
-        topology: degrees of the layout that wrote it.
+        topology: degrees of the layout that wrote it, and its ZeRO stage.
         data: state of the data loader.
-        training: progress of the run.
+        training: ``progress`` of the run, scalars of its ``engine``, the ``validation`` at this step if there was one,
+            its ``parent`` if it began with another checkpoint's weights; or where weights were ``imported`` from.
         tensors: by layout-independent parameter name.
     """
 
@@ -142,6 +155,29 @@ class Manifest:
     def to_json(self) -> str:
         """Text of ``manifest.json``."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @property
+    def full_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by name."""
+        return {name: record.shape for name, record in self.tensors.items()}
+
+    @property
+    def kinds(self) -> list[str]:
+        """What is stored of tensors."""
+        return sorted({piece.kind for record in self.tensors.values() for piece in record.pieces})
+
+    @property
+    def fingerprints(self) -> dict[str, int] | None:
+        """Hash of each weight; None where the format's version has none."""
+        found = {name: record.fingerprint for name, record in self.tensors.items()}
+        return (
+            {name: int(text, 16) for name, text in found.items() if text is not None} if all(found.values()) else None
+        )
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether no run can continue from here: weights that were converted have no optimizer and no position."""
+        return "progress" not in self.training
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -172,8 +208,9 @@ def parse_manifest(fields: Any, path: Path) -> Manifest:
     """
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not the manifest of a {FORMAT}")
-    if fields.get("version") != VERSION:
-        raise CheckpointError(f"{path}: format version {fields.get('version')}; this megalm reads version {VERSION}")
+    if fields.get("version") not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise CheckpointError(f"{path}: format version {fields.get('version')}; this megalm reads versions {readable}")
     try:
         tensors = {name: _parse_tensor(record) for name, record in fields["tensors"].items()}
         plain = {name: fields[name] for name in Manifest.__dataclass_fields__ if name != "tensors"}
@@ -210,7 +247,10 @@ def _parse_tensor(record: dict[str, Any]) -> TensorRecord:
             raise ValueError(f"dim {piece.dim!r}")
     if not all(map(_is_count, shape)):
         raise ValueError(f"shape {list(shape)}")
-    return TensorRecord(shape, pieces)
+    fingerprint = record.get("fingerprint")
+    if fingerprint is not None and not _FINGERPRINT.fullmatch(fingerprint):
+        raise ValueError(f"fingerprint {fingerprint!r}")
+    return TensorRecord(shape, pieces, fingerprint)
 
 
 def _check_piece(path: Path, name: str, record: TensorRecord, piece: Piece) -> None:

@@ -1,7 +1,7 @@
 """Reads any slice of any tensor of a checkpoint, whatever layout wrote it.
 
-Tensors are assembled one at a time: memory is bounded by one full tensor. Every piece's sha256 is checked as it is
-read.
+Tensors are assembled one at a time from the pieces that overlap what is asked for: memory is bounded by what is asked
+for, one full tensor and one piece. Every piece's sha256 is checked as it is read.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalm.checkpoint.manifest import Manifest, Piece, SliceKey, TensorRecord, read_manifest
+from megalm.checkpoint.manifest import Manifest, Piece, TensorRecord, read_manifest
+from megalm.checkpoint.tensor_file import as_bytes
 from megalm.core.sharding import ShardSpec
 from megalm.errors import CheckpointError
 
@@ -33,7 +33,6 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
-        self._files: dict[str, Any] = {}
 
     def has(self, name: str, kind: str) -> bool:
         """Whether the checkpoint holds a kind of state of a parameter; moments are absent before the first step."""
@@ -65,30 +64,56 @@ class CheckpointReader:
     def read_local(self, name: str, kind: str, shard: ShardSpec) -> Tensor:
         """The local tensor that ``shard`` describes, padding zero; fp32, ``shard.local_shape``.
 
+        It may be a view of a mapped file, which is not to be written to.
+
         Raises:
             CheckpointError: the tensor is missing, has holes, another shape, or damaged bytes.
         """
+        return self.read_flat(name, kind, shard, 0, shard.local_numel).view(shard.local_shape)
+
+    def read_flat(self, name: str, kind: str, shard: ShardSpec, flat_start: int, length: int) -> Tensor:
+        """``length`` elements from ``flat_start`` on of the flattened local tensor that ``shard`` describes.
+
+        Raises:
+            CheckpointError: as for :meth:`read_local`.
+        """
         record = self._record(name, kind, shard)
-        wanted = (shard.dim, shard.ranges, shard.padding)
-        slices = record.of_kind(kind)
-        if wanted in slices:
-            return self._assemble(name, kind, record, wanted, slices[wanted]).view(shard.local_shape)
+        same = record.of_kind(kind).get((shard.dim, shard.ranges, shard.padding))
+        if same is not None:
+            return self._from_same_slice(name, kind, same, flat_start, length)
         if hole := record.holes(kind):
             raise CheckpointError(f"{self.path}: {name}: {kind} is incomplete: {hole}")
         full = torch.empty(record.shape)
-        for key, pieces in slices.items():
-            source = ShardSpec(record.shape, *key)
-            source.put(self._assemble(name, kind, record, key, pieces).view(source.local_shape), full)
-        return shard.take(full)
+        wanted = _extent(shard, flat_start, length)
+        for piece in record.pieces:
+            source = ShardSpec(record.shape, *piece.slice_key)
+            if piece.kind == kind and _overlap(wanted, _extent(source, piece.flat_start, piece.length)):
+                values = self._read(piece)
+                for rows in source.runs(piece.flat_start, piece.length):
+                    rows.of_full(full.view(-1)).copy_(rows.of_local(values))
+        local = full if shard.dim is None else shard.take(full)
+        return local.view(-1)[flat_start : flat_start + length]
 
-    def read_flat(self, name: str, kind: str, shard: ShardSpec, flat_start: int, length: int) -> Tensor:
-        """``length`` elements from ``flat_start`` on of the flattened local tensor that ``shard`` describes."""
-        record = self._record(name, kind, shard)
-        for piece in record.of_kind(kind).get((shard.dim, shard.ranges, shard.padding), ()):
-            if piece.flat_start <= flat_start and flat_start + length <= piece.flat_start + piece.length:
-                start = flat_start - piece.flat_start
-                return self._read(piece)[start : start + length]
-        return self.read_local(name, kind, shard).view(-1)[flat_start : flat_start + length]
+    def _from_same_slice(self, name: str, kind: str, pieces: list[Piece], flat_start: int, length: int) -> Tensor:
+        """A run of the very slice that these are runs of, in order."""
+        stop = flat_start + length
+        local: Tensor | None = None
+        end = flat_start
+        for piece in pieces:
+            first, last = max(piece.flat_start, flat_start), min(piece.flat_start + piece.length, stop)
+            if first > end:
+                break
+            if last <= end:
+                continue
+            values = self._read(piece)[first - piece.flat_start : last - piece.flat_start]
+            if local is None and (first, last) == (flat_start, stop):
+                return values  # one piece has it all: no copy
+            local = torch.empty(length) if local is None else local
+            local[first - flat_start : last - flat_start] = values
+            end = last
+        if end < stop:
+            raise CheckpointError(f"{self.path}: {name}: {kind} is incomplete from element {end} on")
+        return torch.empty(0) if local is None else local
 
     def find_corruption(self) -> Iterator[str]:
         """Read everything and describe each damaged file or tensor."""
@@ -108,25 +133,12 @@ class CheckpointReader:
         self.check_parameters({name: shard.full_shape})
         return self.manifest.tensors[name]
 
-    def _assemble(self, name: str, kind: str, record: TensorRecord, key: SliceKey, pieces: list[Piece]) -> Tensor:
-        """A flattened local tensor from its runs."""
-        local = torch.empty(ShardSpec(record.shape, *key).local_numel)
-        end = 0
-        for piece in pieces:
-            if piece.flat_start > end:
-                break
-            local[piece.flat_start : piece.flat_start + piece.length] = self._read(piece)
-            end = max(end, piece.flat_start + piece.length)
-        if end < local.numel():
-            raise CheckpointError(f"{self.path}: {name}: {kind} is incomplete from element {end} on")
-        return local
-
     def _read(self, piece: Piece) -> Tensor:
         path = self.path / piece.file
         try:
-            if piece.file not in self._files:
-                self._files[piece.file] = safe_open(path, framework="pt", device="cpu")
-            tensor: Tensor = self._files[piece.file].get_tensor(piece.key)
+            # Opened anew for each piece: pages of a mapping count as this process's memory as long as it lasts.
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensor: Tensor = file.get_tensor(piece.key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {piece.key} cannot be read: {error}") from None
         if tensor.shape != (piece.length,) or tensor.dtype is not torch.float32 or piece.dtype != "float32":
@@ -134,6 +146,19 @@ class CheckpointReader:
                 f"{path}: {piece.key} is {list(tensor.shape)} {tensor.dtype}, the manifest says [{piece.length}] "
                 f"{piece.dtype}"
             )
-        if hashlib.sha256(tensor.numpy().data).hexdigest() != piece.sha256:
+        if hashlib.sha256(as_bytes(tensor)).hexdigest() != piece.sha256:
             raise CheckpointError(f"{path}: {piece.key} is corrupt: its sha256 is not the manifest's")
         return tensor
+
+
+Extent = tuple[tuple[int, int], ...]
+"""Stretches of a flattened full tensor."""
+
+
+def _extent(shard: ShardSpec, flat_start: int, length: int) -> Extent:
+    """Where a run of a local tensor lies in the full one: all of it and, under strides, what is between."""
+    return tuple((rows.full_start, rows.full_stop) for rows in shard.runs(flat_start, length))
+
+
+def _overlap(one: Extent, other: Extent) -> bool:
+    return any(a < d and c < b for a, b in one for c, d in other)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _CHUNK_BYTES = 1 << 24
-"""Bytes handed to the system at once; between two chunks a write can be called off."""
+"""Bytes handed to the system at once."""
 
 _ALIGNMENT = 8
 """Where the first tensor begins, in bytes, as the library has it."""
@@ -81,8 +81,13 @@ class TensorFileWriter:
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
             os.fsync(self._file.fileno())
+        except OSError as error:  # where a file system learns late that it is full
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        finally:
             self._file.close()
 
     def __enter__(self) -> Self:
@@ -100,8 +105,11 @@ class TensorFileWriter:
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        while view:
-            view = view[self._file.write(view[:_CHUNK_BYTES]) :]
+        try:
+            while view:
+                view = view[self._file.write(view[:_CHUNK_BYTES]) :]
+        except OSError as error:  # of a write, which knows no file's name
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

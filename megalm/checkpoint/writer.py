@@ -1,10 +1,9 @@
 """Writes a checkpoint: every rank the pieces it holds, rank 0 the manifest; visible only when it is complete.
 
-Nothing is sent between ranks but a word on whether all is well. The steps are
+Ranks do not talk to each other here; they meet in the file system that they share:
 
-1. rank 0 makes a temporary folder, and removes what an interrupted save left;
-2. every rank writes its pieces and an index of them there, and flushes both to the disk;
-3. rank 0 reads all indexes, proves that every element of every tensor is covered, writes the manifest and the
+1. every rank writes its pieces and an index of them into a temporary folder, and flushes both to the disk;
+2. rank 0 waits for all indexes, proves that every element of every tensor is covered, writes the manifest and the
    completeness marker last, and renames the folder: the one operation by which the checkpoint comes into being.
 
 A kill at any moment leaves the previous checkpoint untouched and the new one under its temporary name.
@@ -15,27 +14,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.numpy import save_file
+from torch import Tensor
 
 import megalm
+from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, Manifest, Piece, TensorRecord
-from megalm.checkpoint.store import TEMPORARY_PREFIX, step_folder
-from megalm.core.sharding import StatePiece
+from megalm.checkpoint.store import TEMPORARY_PREFIX, remove_folder, replaced_folder, step_folder
+from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, as_bytes
+from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.errors import CheckpointError
 
-Agree = Callable[[str | None], str | None]
-"""Collective: takes this rank's error, returns the first error of any rank (None: all is well)."""
+WEIGHT = "weight"
+"""The kind of piece that is a parameter's master; all others are state of its optimizer."""
 
-INDEX_WAIT_SECONDS = 60.0
-"""Longest wait for other ranks' indexes: NFS shows another node's new files only when its attribute cache expires."""
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,107 +49,161 @@ class Header:
     training: dict[str, Any]
 
 
-def save_checkpoint(
-    folder: Path, header: Header, pieces: Iterable[StatePiece], *, rank: int, world_size: int, agree: Agree
-) -> Path:
-    """Write ``folder/step-…``; collective over all ranks.
+@dataclass(frozen=True)
+class PieceToWrite:
+    """A piece whose values are fetched when its turn comes, so that a writer holds one at a time.
+
+    Attributes:
+        name, kind, shard, flat_start: as of :class:`megalm.core.sharding.StatePiece`.
+        length: number of elements.
+        load: gives the values: one-dimensional, fp32, contiguous, on the CPU.
+    """
+
+    name: str
+    kind: str
+    shard: ShardSpec
+    flat_start: int
+    length: int
+    load: Callable[[], Tensor] = field(repr=False)
+
+    @classmethod
+    def live(cls, piece: StatePiece) -> PieceToWrite:
+        """A piece of a model that stands still until it is written."""
+
+        def load() -> Tensor:
+            return piece.values.detach().to("cpu").contiguous()
+
+        return cls(piece.name, piece.kind, piece.shard, piece.flat_start, piece.values.numel(), load)
+
+    @property
+    def key(self) -> str:
+        """Name of the stored tensor in its file."""
+        return f"{self.kind}/{self.name}"
+
+
+def temporary_folder(folder: Path, step: int, attempt: int) -> Path:
+    """Where ranks write until a checkpoint is complete.
+
+    ``attempt`` counts the saves of this life of the run, so that what an earlier one left is not taken for this one's.
+    """
+    return folder / f"{TEMPORARY_PREFIX}{step_folder(step)}-{attempt}"
+
+
+def write_rank(
+    folder: Path, rank: int, pieces: Sequence[PieceToWrite], *, called_off: Callable[[], bool] = lambda: False
+) -> None:
+    """Write one rank's pieces, one at a time, and the index of them.
 
     Args:
-        folder: the run's checkpoint folder, on a file system that all ranks share.
-        header: the same on every rank.
-        pieces: what this rank is to write; live tensors, read before the function returns.
+        folder: the temporary folder; made where it does not exist.
         rank: this rank.
-        world_size: number of ranks.
-        agree: exchanges errors.
-
-    Returns:
-        The folder of the checkpoint, complete.
+        pieces: what it is to write.
+        called_off: asked before each piece.
 
     Raises:
-        CheckpointError: on every rank, if any of them could not write; the previous checkpoint is untouched.
+        CheckpointError: a piece is not fp32, two have one key, or the save was called off.
+        OSError: the disk is full or broken.
     """
-    final = folder / step_folder(header.step)
-    temporary = folder / f"{TEMPORARY_PREFIX}{final.name}"
-    phases: list[Callable[[], None]] = [
-        lambda: _make_folder(folder, temporary) if rank == 0 else None,
-        lambda: _write_rank(temporary, pieces, rank),
-        lambda: _complete(temporary, final, header, world_size) if rank == 0 else None,
-    ]
-    for phase in phases:
-        error = agree(_error_of(phase))
-        if error is not None:
-            if rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"checkpoint of step {header.step} was not saved: {error}")
-    return final
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _rank_file(rank)
+    specs: dict[str, TensorSpec] = {}
+    for piece in pieces:
+        if piece.key in specs:
+            raise CheckpointError(f"{piece.name}: rank {rank} has two runs of {piece.kind}; one key holds one")
+        specs[piece.key] = TensorSpec(torch.float32, (piece.length,))
+    entries = []
+    if pieces:
+        # One thread hashes what the other writes: both let go of the interpreter, and a piece is in memory once.
+        with TensorFileWriter(folder / file, specs) as writer, ThreadPoolExecutor(1) as hasher:
+            for piece in pieces:
+                if called_off():
+                    raise CheckpointError("called off")
+                values = piece.load()
+                if values.dtype is not torch.float32:
+                    raise CheckpointError(
+                        f"{piece.name}: {piece.kind} is {values.dtype}, masters and moments are float32"
+                    )
+                entry = hasher.submit(_index_entry, piece, values, file)
+                writer.write(piece.key, values)
+                entries.append(entry.result())
+    _write_text(folder / _index_file(rank), json.dumps(entries))
 
 
-def _error_of(phase: Callable[[], None]) -> str | None:
-    """Run a phase; what a full or broken disk raises becomes a line that all ranks hear of."""
+def complete_checkpoint(
+    temporary: Path, final: Path, header: Header, world_size: int, *, given_up: Callable[[], str | None] = lambda: None
+) -> int:
+    """Make a checkpoint of what all ranks have written, once they have; rank 0 alone.
+
+    Args:
+        temporary: the folder that ranks write to.
+        final: the checkpoint's folder.
+        header: what the manifest says besides the tensors.
+        world_size: ranks whose indexes are waited for.
+        given_up: asked while waiting; a reason ends it.
+
+    Returns:
+        Bytes of all pieces.
+
+    Raises:
+        CheckpointError: a tensor is not covered, ranks disagree, or waiting was given up.
+        OSError: the disk is full or broken.
+    """
+    tensors = _collect(_await_indexes(temporary, world_size, given_up))
+    manifest = Manifest(megalm_version=megalm.__version__, tensors=tensors, **_shallow_dict(header))
+    text = manifest.to_json()
+    _write_text(temporary / MANIFEST_FILE, text)
+    for rank in range(world_size):
+        (temporary / _index_file(rank)).unlink()  # the manifest has it all
+    _flush(temporary)
+    _write_text(temporary / COMPLETE_FILE, hashlib.sha256(text.encode()).hexdigest() + "\n")
+    _flush(temporary)
+    _move_into_place(temporary, final)
+    return 4 * sum(piece.length for tensor in tensors.values() for piece in tensor.pieces)
+
+
+def error_of(phase: Callable[[], object]) -> str | None:
+    """Run a phase of a save; what a full or broken disk raises becomes a line that other ranks can hear of."""
     try:
         phase()
     except OSError as error:
         return f"{error.filename or 'write'}: {error.strerror or error}"
     except (CheckpointError, RuntimeError) as error:
         return str(error)
-    except Exception as error:  # safetensors raises its own type for a failed write
-        if type(error).__module__.startswith("safetensors") or type(error).__name__ == "SafetensorError":
-            return str(error)
-        raise
     return None
 
 
-def _make_folder(folder: Path, temporary: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(stale)
-    temporary.mkdir()
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
-def _write_rank(folder: Path, pieces: Iterable[StatePiece], rank: int) -> None:
-    file = f"rank-{rank:05d}.safetensors"
-    arrays, records = {}, []
-    for piece in pieces:
-        values = piece.values.detach().to("cpu").contiguous()
-        if values.dtype is not torch.float32:
-            raise CheckpointError(f"{piece.name}: {piece.kind} is {values.dtype}, masters and moments are float32")
-        key = f"{piece.kind}/{piece.name}"
-        if key in arrays:
-            raise CheckpointError(f"{piece.name}: rank {rank} has two runs of {piece.kind}; one key holds one")
-        arrays[key] = array = values.numpy()
-        record = Piece(
-            kind=piece.kind,
-            file=file,
-            key=key,
-            dim=piece.shard.dim,
-            ranges=piece.shard.ranges,
-            padding=piece.shard.padding,
-            flat_start=piece.flat_start,
-            length=array.size,
-            dtype="float32",
-            sha256=hashlib.sha256(array.data).hexdigest(),
-        )
-        records.append({"name": piece.name, "shape": piece.shard.full_shape, "piece": asdict(record)})
-    if arrays:
-        save_file(arrays, str(folder / file))
-        _flush(folder / file)
-    _write_text(folder / f"rank-{rank:05d}.json", json.dumps(records))
+def _index_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
 
 
-def _complete(temporary: Path, final: Path, header: Header, world_size: int) -> None:
-    manifest = Manifest(
-        megalm_version=megalm.__version__, tensors=_collect(temporary, world_size), **_shallow_dict(header)
+def _index_entry(piece: PieceToWrite, values: Tensor, file: str) -> dict[str, Any]:
+    """What the manifest will say of a piece, and its share of the tensor's fingerprint."""
+    record = Piece(
+        kind=piece.kind,
+        file=file,
+        key=piece.key,
+        dim=piece.shard.dim,
+        ranges=piece.shard.ranges,
+        padding=piece.shard.padding,
+        flat_start=piece.flat_start,
+        length=piece.length,
+        dtype="float32",
+        sha256=hashlib.sha256(as_bytes(values)).hexdigest(),
     )
-    text = manifest.to_json()
-    _write_text(temporary / MANIFEST_FILE, text)
-    for rank in range(world_size):
-        (temporary / f"rank-{rank:05d}.json").unlink()  # the manifest has it all
-    _flush(temporary)
-    _write_text(temporary / COMPLETE_FILE, hashlib.sha256(text.encode()).hexdigest() + "\n")
-    _flush(temporary)
-    # The same step may be there, saved by a life of the run that went another way. Moving it aside takes an instant;
-    # deleting it first would leave the run without a checkpoint for as long as that takes.
-    replaced = final.parent / f"{TEMPORARY_PREFIX}replaced-{final.name}"
+    share = fingerprint(piece.name, piece.shard, piece.flat_start, values) if piece.kind == WEIGHT else 0
+    return {"name": piece.name, "shape": piece.shard.full_shape, "fingerprint": share, "piece": asdict(record)}
+
+
+def _move_into_place(temporary: Path, final: Path) -> None:
+    """The same step may be there, saved by a life of the run that went another way: it steps aside for an instant.
+
+    Under the name that it has then it still counts as a checkpoint, should this process be killed in that instant.
+    """
+    replaced = replaced_folder(final)
     if final.exists():
         final.rename(replaced)
     try:
@@ -160,24 +214,26 @@ def _complete(temporary: Path, final: Path, header: Header, world_size: int) -> 
         raise
     _flush(final.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        remove_folder(replaced)
 
 
-def _collect(folder: Path, world_size: int) -> dict[str, TensorRecord]:
+def _collect(indexes: Sequence[Path]) -> dict[str, TensorRecord]:
     """Tensors from every rank's index; a hole anywhere is an error, not something to find out at load time."""
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[str, list[Piece]] = {}
-    for path in _await_indexes(folder, world_size):
-        for record in json.loads(path.read_text(encoding="utf-8")):
-            shape = tuple(record["shape"])
-            if shapes.setdefault(record["name"], shape) != shape:
-                raise CheckpointError(
-                    f"{record['name']}: ranks disagree on its shape: {shapes[record['name']]}, {shape}"
-                )
-            fields = record["piece"]
+    fingerprints: dict[str, int] = {}
+    for path in indexes:
+        for entry in json.loads(path.read_text(encoding="utf-8")):
+            name, shape = entry["name"], tuple(entry["shape"])
+            if shapes.setdefault(name, shape) != shape:
+                raise CheckpointError(f"{name}: ranks disagree on its shape: {shapes[name]}, {shape}")
+            fields = entry["piece"]
             ranges = tuple((start, stop) for start, stop in fields["ranges"])
-            pieces.setdefault(record["name"], []).append(Piece(**{**fields, "ranges": ranges}))
-    tensors = {name: TensorRecord(shapes[name], tuple(pieces[name])) for name in sorted(shapes)}
+            pieces.setdefault(name, []).append(Piece(**{**fields, "ranges": ranges}))
+            fingerprints[name] = (fingerprints.get(name, 0) + entry["fingerprint"]) % (1 << 64)
+    tensors = {
+        name: TensorRecord(shapes[name], tuple(pieces[name]), f"{fingerprints[name]:016x}") for name in sorted(shapes)
+    }
     kinds = sorted({piece.kind for tensor in tensors.values() for piece in tensor.pieces})
     for name, tensor in tensors.items():
         for kind in kinds:
@@ -186,19 +242,16 @@ def _collect(folder: Path, world_size: int) -> dict[str, TensorRecord]:
     return tensors
 
 
-def _await_indexes(folder: Path, world_size: int) -> list[Path]:
+def _await_indexes(folder: Path, world_size: int, given_up: Callable[[], str | None]) -> list[Path]:
     """Every rank's index, once this host sees them all."""
-    paths = [folder / f"rank-{rank:05d}.json" for rank in range(world_size)]
-    deadline = time.monotonic() + INDEX_WAIT_SECONDS
+    paths = [folder / _index_file(rank) for rank in range(world_size)]
     while missing := [rank for rank, path in enumerate(paths) if not path.is_file()]:
-        if time.monotonic() > deadline:
+        if reason := given_up():
             listed = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-            raise CheckpointError(
-                f"{folder}: no index of {len(missing)} of {world_size} ranks ({listed}) after {INDEX_WAIT_SECONDS:.0f} "
-                "s; run.dir must be on a file system that all ranks share"
-            )
-        list(folder.iterdir())  # makes an NFS client ask the server again
-        time.sleep(0.05)
+            raise CheckpointError(f"{folder}: no index of {len(missing)} of {world_size} ranks ({listed}): {reason}")
+        if folder.is_dir():
+            list(folder.iterdir())  # makes an NFS client ask the server again
+        time.sleep(_POLL_SECONDS)
     return paths
 
 
@@ -207,10 +260,16 @@ def _shallow_dict(header: Header) -> dict[str, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file that others see whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _flush(path: Path) -> None:

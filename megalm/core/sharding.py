@@ -16,6 +16,42 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Equally long runs of elements at equal distances, in a run of a flattened local tensor and in the full tensor.
+
+    Attributes:
+        rows: how many.
+        width: elements of each.
+        local_start: offset of the first, from the beginning of the run of the local tensor.
+        local_stride: elements from one to the next there.
+        full_start: offset of the first in the flattened full tensor.
+        full_stride: elements from one to the next there.
+    """
+
+    rows: int
+    width: int
+    local_start: int
+    local_stride: int
+    full_start: int
+    full_stride: int
+
+    def of_local(self, flat: Tensor) -> Tensor:
+        """[rows, width], a view of the run of the local tensor."""
+        return flat.as_strided(
+            (self.rows, self.width), (self.local_stride, 1), flat.storage_offset() + self.local_start
+        )
+
+    def of_full(self, flat: Tensor) -> Tensor:
+        """[rows, width], a view of the flattened full tensor."""
+        return flat.as_strided((self.rows, self.width), (self.full_stride, 1), flat.storage_offset() + self.full_start)
+
+    @property
+    def full_stop(self) -> int:
+        """End of the last one in the flattened full tensor."""
+        return self.full_start + (self.rows - 1) * self.full_stride + self.width
+
+
+@dataclass(frozen=True)
 class ShardSpec:
     """A rank's slice of a full parameter: the ``ranges`` along ``dim``, concatenated in order, then ``padding`` rows.
 
@@ -88,6 +124,43 @@ class ShardSpec:
             return
         for target, source in self._slices():
             full[target] = local[source]
+
+    def runs(self, flat_start: int, length: int) -> Iterator[Rows]:
+        """Where ``length`` elements from ``flat_start`` on of the flattened local tensor lie in the full one.
+
+        ZeRO cuts a flattened local tensor anywhere, so what it cuts is no rectangle; it is a few of them. Padding is
+        left out.
+        """
+        if self.dim is None:
+            if length:
+                yield Rows(1, length, 0, 0, flat_start, 0)
+            return
+        inner = prod(self.full_shape[self.dim + 1 :])
+        local_row = (self.local_size + self.padding) * inner
+        full_row = self.full_shape[self.dim] * inner
+        stop = flat_start + length
+        at = flat_start
+        while at < stop:
+            outer, low = divmod(at, local_row)
+            # Whole rows go together; a row that begins or ends inside the run goes alone.
+            rows = (stop - at) // local_row if low == 0 and stop - at >= local_row else 1
+            high = min(local_row, low + stop - at)
+            for (start, end), offset in zip(self.ranges, self._offsets(), strict=True):
+                first, last = max(low, offset * inner), min(high, (offset + end - start) * inner)
+                if first < last:
+                    yield Rows(
+                        rows=rows,
+                        width=last - first,
+                        local_start=outer * local_row + first - flat_start,
+                        local_stride=local_row,
+                        full_start=outer * full_row + start * inner + first - offset * inner,
+                        full_stride=full_row,
+                    )
+            at += (rows - 1) * local_row + high - low
+
+    def _offsets(self) -> list[int]:
+        """Where each range begins in the local tensor, along ``dim``."""
+        return [sum(stop - start for start, stop in self.ranges[:number]) for number in range(len(self.ranges))]
 
     def _slices(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """Pairs (place in the full tensor, place in the local tensor), one per range."""

@@ -1,0 +1,67 @@
+"""A hash of parameters that no layout changes: every rank hashes what it holds, and the sums are added.
+
+Every element contributes a mixture of its bits, its place in the full tensor and the tensor's name; the hash of a
+tensor is the sum of the contributions modulo 2⁶⁴. It shows that what was loaded is what was saved, wherever pieces
+went; against bytes that someone changed there is the SHA-256 of each piece.
+
+The mixture is the finaliser of SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"),
+shortened by a round and with arithmetic shifts, the only ones that torch has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megalm.core.sharding import Rows, ShardSpec
+
+_CHUNK = 1 << 16
+"""Elements mixed at once: what a core's cache holds in 64 bits."""
+
+_GAMMA, _MULTIPLIER = -0x61C8864680B583EB, -0x40A7B892E31B1A47
+"""SplitMix64's constants as signed integers."""
+
+_MODULUS = 1 << 64
+
+
+def fingerprint(name: str, shard: ShardSpec, flat_start: int, values: Tensor) -> int:
+    """This run's share of the hash of the full tensor; shares of all runs add up to it, modulo 2⁶⁴.
+
+    Args:
+        name: of the tensor.
+        shard: what the local tensor is of the full one.
+        flat_start: where the run begins in the flattened local tensor.
+        values: the run, one-dimensional fp32; on any device.
+    """
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+    bits = values.detach().view(torch.int32)
+    return sum(_sum_of(rows, rows.of_local(bits), seed) for rows in shard.runs(flat_start, values.numel())) % _MODULUS
+
+
+def combined(fingerprints: Mapping[str, int]) -> str:
+    """One hash of all tensors' hashes, 16 hexadecimal digits: what a person compares."""
+    lines = "".join(f"{name} {fingerprints[name]:016x}\n" for name in sorted(fingerprints))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def _sum_of(rows: Rows, bits: Tensor, seed: int) -> int:
+    total = 0
+    step = max(1, _CHUNK // rows.width)
+    for row in range(0, rows.rows, step):
+        for column in range(0, rows.width, _CHUNK):
+            block = bits[row : row + step, column : column + _CHUNK]
+            places = torch.arange(block.shape[1], device=bits.device) + (rows.full_start + column)
+            starts = torch.arange(row, row + block.shape[0], device=bits.device) * rows.full_stride
+            total += _mixed(places + starts[:, None], block, seed)
+    return total
+
+
+def _mixed(places: Tensor, bits: Tensor, seed: int) -> int:
+    x = places.mul_(_GAMMA).add_(bits).add_(seed)
+    x.bitwise_xor_(x >> 30)
+    x.mul_(_MULTIPLIER)
+    x.bitwise_xor_(x >> 27)
+    return int(x.sum())

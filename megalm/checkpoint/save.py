@@ -1,0 +1,159 @@
+"""One save, in a thread of its own: training goes on while it is written.
+
+No rank communicates from the thread: collectives of two threads would meet in different orders on different ranks. What
+ranks must agree on, they agree on in :meth:`Save.finish`, which all call at the same point of the training loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Event, Thread
+
+from megalm.checkpoint.store import remove_folder, step_folder
+from megalm.checkpoint.writer import (
+    Header,
+    PieceToWrite,
+    complete_checkpoint,
+    error_of,
+    temporary_folder,
+    write_rank,
+)
+from megalm.errors import CheckpointError
+
+Agree = Callable[[str | None], str | None]
+"""Collective: takes this rank's error, returns the first error of any rank (None: all is well)."""
+
+INDEX_WAIT_SECONDS = 60.0
+"""Longest that rank 0 waits for indexes that all ranks have written: NFS shows another node's new files only when its
+attribute cache expires."""
+
+
+class Save:
+    """One rank's part of one checkpoint; it begins to write at once.
+
+    Args:
+        folder: the run's checkpoint folder, on a file system that all ranks share.
+        header: the same on every rank.
+        pieces: what this rank is to write; their values must not change until the save is finished.
+        rank: this rank.
+        world_size: number of ranks.
+        attempt: number of this save in this life of the run, the same on every rank.
+        on_complete: called in the thread of rank 0 once the checkpoint is complete, such as to delete older ones.
+
+    Attributes:
+        step: the checkpoint's.
+        path: of the checkpoint, once it is complete.
+        nbytes: of all pieces of all ranks; 0 until rank 0 has completed the checkpoint.
+        seconds: from the beginning until this rank was done.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        header: Header,
+        pieces: Sequence[PieceToWrite],
+        *,
+        rank: int,
+        world_size: int,
+        attempt: int = 0,
+        on_complete: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.step = header.step
+        self.path = folder / step_folder(header.step)
+        self.nbytes = 0
+        self.seconds = 0.0
+        self._temporary = temporary_folder(folder, header.step, attempt)
+        self._rank = rank
+        self._error: str | None = None
+        self._called_off = Event()
+        self._deadline: float | None = None
+        self._written = Event()
+        self._started = time.monotonic()
+        # A daemon: a rank that fails elsewhere must not wait here for ranks that will never write.
+        self._thread = Thread(
+            target=self._run, args=(header, pieces, world_size, on_complete), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not do its part."""
+        return self._error is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the checkpoint can be loaded; rank 0 alone knows before :meth:`finish`."""
+        return self._rank == 0 and not self._thread.is_alive() and not self.failed
+
+    def finish(self, agree: Agree) -> None:
+        """Wait until the checkpoint is complete; collective over all ranks.
+
+        Raises:
+            CheckpointError: on every rank, if any of them could not write; nothing of the save is left, and checkpoints
+                before it are untouched.
+        """
+        self._written.wait()
+        error = agree(self._error)
+        if error is None:
+            self._deadline = time.monotonic() + INDEX_WAIT_SECONDS
+            self._thread.join()
+            error = agree(self._error)
+        self._called_off.set()
+        self._thread.join()
+        if error is not None:
+            agree(None)  # no rank writes any more
+            if self._rank == 0 and self._temporary.exists():
+                error_of(lambda: remove_folder(self._temporary))  # what cannot be deleted is ignored, like a torn save
+            raise CheckpointError(f"checkpoint of step {self.step} was not saved: {error}")
+
+    def _run(
+        self, header: Header, pieces: Sequence[PieceToWrite], world_size: int, on_complete: Callable[[], None]
+    ) -> None:
+        try:
+            self._error = self._guarded(
+                lambda: write_rank(self._temporary, self._rank, pieces, called_off=self._called_off.is_set)
+            )
+            self._written.set()
+            if self._rank == 0 and self._error is None:
+                self._error = self._guarded(lambda: self._complete(header, world_size, on_complete))
+        finally:
+            self.seconds = time.monotonic() - self._started
+            self._written.set()
+
+    def _complete(self, header: Header, world_size: int, on_complete: Callable[[], None]) -> None:
+        self.nbytes = complete_checkpoint(self._temporary, self.path, header, world_size, given_up=self._given_up)
+        on_complete()
+
+    def _given_up(self) -> str | None:
+        """Why not to wait any longer for other ranks' indexes."""
+        if self._called_off.is_set():
+            return "called off"
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return (
+                f"not seen within {INDEX_WAIT_SECONDS:.0f} s of being written; run.dir must be on a file system that "
+                "all ranks share"
+            )
+        return None
+
+    @staticmethod
+    def _guarded(phase: Callable[[], object]) -> str | None:
+        """The phase's error; also of a bug, which would otherwise die unseen with the thread."""
+        try:
+            return error_of(phase)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def save_checkpoint(
+    folder: Path, header: Header, pieces: Sequence[PieceToWrite], *, rank: int, world_size: int, agree: Agree
+) -> Path:
+    """Write ``folder/step-…`` and wait for it; collective over all ranks. See :class:`Save`.
+
+    Raises:
+        CheckpointError: on every rank, if any of them could not write.
+    """
+    save = Save(folder, header, pieces, rank=rank, world_size=world_size)
+    save.finish(agree)
+    return save.path
