@@ -30,6 +30,7 @@ class Family(ABC):
         title: how people name it.
         architecture: the library's class with a head.
         prefix: begins the names of all tensors but the head's; some published files leave it out.
+        word_embedding: name of the word embedding, without the prefix.
         head_prefixes: begin the names of the head's tensors.
         renamed: older spellings in published files, patterns ▶ replacements.
         ignored: tensors that are constants of the architecture.
@@ -40,6 +41,7 @@ class Family(ABC):
     title: ClassVar[str]
     architecture: ClassVar[str]
     prefix: ClassVar[str]
+    word_embedding: ClassVar[str]
     head_prefixes: ClassVar[tuple[str, ...]] = ("lm_head.",)
     renamed: ClassVar[dict[str, str]] = {}
     ignored: ClassVar[tuple[str, ...]] = ()
@@ -64,11 +66,6 @@ class Family(ABC):
     def duplicates(self, model: Model) -> dict[str, str]:
         """Tensors that may be in a file and must then equal another: their names ▶ the other's."""
         return {"lm_head.weight": self.prefix + self.word_embedding} if model.tie_embeddings else {}
-
-    @property
-    @abstractmethod
-    def word_embedding(self) -> str:
-        """Name of the word embedding, without the prefix."""
 
     def copies(self, model: Model) -> dict[str, str]:  # noqa: ARG002 - most need none, whatever the model
         """Duplicates that the library wants to find in a file: their names ▶ the other's."""

@@ -38,7 +38,7 @@ class LlamaFamily(Family):
         hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
         length = fields.count("max_position_embeddings", 2048)
         if fields.count("head_dim", max(hidden // heads, 1)) != hidden // heads:
-            fields.problem("head_dim", f"megalm's heads are hidden_size / num_attention_heads = {hidden / heads:g} wide")
+            fields.problem("head_dim", f"megalm's heads have hidden_size / num_attention_heads = {hidden / heads:g}")
         bias = fields.flag("attention_bias", False)
         if fields.flag("mlp_bias", False) != bias:
             fields.problem("mlp_bias", f"megalm has biases on all linear layers or none, and attention_bias={bias}")

@@ -40,10 +40,7 @@ class NeoXFamily(Family):
 
     def model_from_config(self, fields: Fields) -> Model:
         """See the base class."""
-        fields.must_be("attention_bias", True, "without it, attention alone has no biases, and megalm's have all or none")
-        fields.must_be("is_decoder", False, "megalm has no cross attention") if fields.values.get(
-            "add_cross_attention"
-        ) else None
+        fields.must_be("attention_bias", True, "megalm has biases on all linear layers or on none")
         hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
         length = fields.count("max_position_embeddings", 2048)
         return Model(

@@ -137,7 +137,7 @@ def _check_amplitude(scaling: Fields, factor: float) -> None:
         actual = _amplitude(factor, scaling.number("mscale")) / _amplitude(factor, scaling.number("mscale_all_dim"))
     if abs(actual - expected) > _TOLERANCE:
         name = "attention_factor" if "attention_factor" in scaling else "mscale"
-        scaling.problem(name, f"makes rotations {actual:g} times as large; megalm has 0.1*ln(factor) + 1 = {expected:g}")
+        scaling.problem(name, f"scales rotations by {actual:g}; megalm by 0.1*ln(factor) + 1 = {expected:g}")
 
 
 def _amplitude(factor: float, scale: float) -> float:

@@ -1,4 +1,4 @@
-"""Fields of a JSON file that somebody else wrote, such as a ``config.json``: each checked, all mistakes named at once."""
+"""Fields of a JSON file that somebody else wrote, such as ``config.json``: each checked, all mistakes named at once."""
 
 from __future__ import annotations
 
