@@ -57,7 +57,7 @@ class HfSource(WeightSource):
     """
 
     def __init__(self, path: Path) -> None:
-        self.family, model = _read_config(path)
+        self.family, model, self.eos_id = _read_config(path)
         found = _headers(path)
         self._stored = _by_canonical_name(path, self.family, found)
         check_size(path / CONFIG_FILE, model, sum(prod(stored.shape) for stored in found.values()), len(found))
@@ -155,7 +155,8 @@ def safe_file(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_config(path: Path) -> tuple[Family, Model]:
+def _read_config(path: Path) -> tuple[Family, Model, int | None]:
+    """The architecture, and the token that ends a text where ``config.json`` says it."""
     if not path.is_dir():
         reason = "not a folder" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {reason}; a Hugging Face folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -174,7 +175,14 @@ def _read_config(path: Path) -> tuple[Family, Model]:
     model = family.model_from_config(fields)
     fields.check()
     check_architecture(file, model)
-    return family, model
+    return family, model, _end_of(fields)
+
+
+def _end_of(fields: Fields) -> int | None:
+    """The first of the tokens that end a text; None where it is no word of the vocabulary."""
+    value = fields.values.get("eos_token_id")
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, int) and not isinstance(first, bool) and first >= 0 else None
 
 
 def _headers(path: Path) -> dict[str, _Stored]:

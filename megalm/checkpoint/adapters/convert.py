@@ -1,0 +1,226 @@
+"""Converts a model from one format to another: opens, checks, writes, verifies; the target appears whole or not at all.
+
+A format that can be read is a line in ``READERS``, one that can be written a line in ``WRITERS``. Both import what they
+need when they are asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megalm.checkpoint.adapters.folder import check_absent, new_folder
+from megalm.checkpoint.adapters.transfer import DTYPE_NAMES, Progress, Transfer
+from megalm.checkpoint.adapters.weights import WeightSource
+from megalm.config.violation import spoken_list
+from megalm.data.tokenizer import Tokenizer
+from megalm.errors import ConfigError
+from megalm.models.counts import parameter_count
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+"""What weights can be cast to, by the names that users know."""
+SAME_DTYPE = "source"
+LAYOUTS = ("megalm", "megatron")
+"""Formats that are written in pieces for a layout."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be converted, and how.
+
+    Attributes:
+        source_format: a key of ``READERS``.
+        target_format: a key of ``WRITERS``.
+        source: what to read.
+        target: folder to write; it must not exist yet, or be empty.
+        tp: tensor-parallel degree of what is written.
+        pp: pipeline-parallel degree of what is written.
+        dtype: a key of ``DTYPES``, or ``source``: as it is.
+        shard_bytes: most that one file of weights holds, where the format cuts by size.
+        verify: whether to read everything again, and compare.
+    """
+
+    source_format: str
+    target_format: str
+    source: Path
+    target: Path
+    tp: int = 1
+    pp: int = 1
+    dtype: str = SAME_DTYPE
+    shard_bytes: int = 5 * 10**9
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a request, as lines for the user.
+
+    Attributes:
+        done: what was written.
+        notes: what it leaves out.
+        verified: what ``--verify`` found.
+        warnings: weights that are not finite.
+    """
+
+    done: str
+    notes: tuple[str, ...]
+    verified: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class Watcher(Protocol):
+    """Hears how far a conversion has come."""
+
+    def begin(self, what: str, total: int) -> Progress:
+        """A phase begins.
+
+        Args:
+            what: it does, in words.
+            total: bytes that will pass.
+
+        Returns:
+            What to call with the bytes that have.
+        """
+        ...
+
+
+def convert(request: Request, watcher: Watcher) -> Report:
+    """Do what a request says.
+
+    Raises:
+        ConfigError: the request cannot be fulfilled, whatever is in the files.
+        CheckpointError: the source is not whole, not what it says, or no model of the target's; or the target, read
+            again, is not the source.
+        OSError: the disk is full or broken.
+    """
+    check_request(request)
+    check_absent(request.target)
+    started = time.perf_counter()
+    source = READERS[request.source_format](request.source)
+    try:
+        return _convert(source, request, watcher, started)
+    finally:
+        source.close()
+
+
+def check_request(request: Request) -> None:
+    """Refuse what is wrong with a request before anything is opened.
+
+    Raises:
+        ConfigError: every problem, one per line.
+    """
+    problems = []
+    for name, value in (("tp", request.tp), ("pp", request.pp)):
+        if value < 1:
+            problems.append(f"--{name} {value}: must be at least 1")
+        elif value > 1 and request.target_format not in LAYOUTS:
+            problems.append(
+                f"--{name} {value}: --to {request.target_format} has no layout; --{name} is for {spoken_list(LAYOUTS)}"
+            )
+    if request.shard_bytes < 1:
+        problems.append("--shard-gb: must be above 0")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _convert(source: WeightSource, request: Request, watcher: Watcher, started: float) -> Report:
+    info = source.info
+    dtype = info.dtype if request.dtype == SAME_DTYPE else DTYPES[request.dtype]
+    tokenizer, notes = _tokenizer_of(source)
+    transfer = Transfer(source, dtype)
+    if request.target_format in LAYOUTS:
+        from megalm.checkpoint.adapters.run import check_layout
+
+        check_layout(info.model, tp=request.tp, pp=request.pp)
+    transfer.progress = watcher.begin("converting", transfer.total_bytes)
+    verified: list[str] = []
+    with new_folder(request.target) as folder:
+        try:
+            what = WRITERS[request.target_format](transfer, folder, request, tokenizer)
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            if request.verify:
+                verified = _verify(source, dtype, folder, request, watcher)
+        except BaseException:
+            transfer.call_off()
+            raise
+    parameters = parameter_count(info.model).total
+    done = (
+        f"{request.target}: {what}, {parameters:,} parameters in {len(transfer.shapes)} tensors, {DTYPE_NAMES[dtype]}, "
+        f"{size / 1e9:.2f} GB, {time.perf_counter() - started:.1f} s"
+    )
+    return Report(done, (*info.notes, *notes), tuple(verified), tuple(transfer.warnings))
+
+
+def _verify(source: WeightSource, dtype: torch.dtype, folder: Path, request: Request, watcher: Watcher) -> list[str]:
+    from megalm.checkpoint.adapters.verify import Side, compare_logits, compare_tensors
+
+    expected = Transfer(source, dtype)
+    expected.progress = watcher.begin("verifying", expected.total_bytes)
+    target = READERS[request.target_format](folder)
+    try:
+        compare_tensors(expected, target)
+        # The library would load the source without the cast that was asked for.
+        uncast = request.source_format == "hf" and dtype == source.info.dtype
+        found = compare_logits(
+            Side(expected, request.source if uncast else None),
+            Side(target, folder if request.target_format == "hf" else None, is_new=True),
+        )
+    finally:
+        target.close()
+    return [f"verified: {len(expected.shapes)} tensors, equal byte for byte after a round trip", *found]
+
+
+def _tokenizer_of(source: WeightSource) -> tuple[Tokenizer | None, list[str]]:
+    """The model's tokenizer, and notes on it."""
+    from megalm.checkpoint.adapters.hf import HfSource, safe_file
+    from megalm.checkpoint.adapters.tokenizer_files import find_tokenizer
+
+    eos_id = source.eos_id if isinstance(source, HfSource) else None
+    safe = Path.joinpath if source.info.format == "megalm" else safe_file
+    found = find_tokenizer(source.info.tokenizer, eos_id=eos_id, safe=safe)
+    notes = [found.note] if found.note else []
+    words, rows = found.tokenizer.vocab_size if found.tokenizer else 0, source.info.model.vocab_size or 0
+    if words > rows:
+        notes.append(f"the tokenizer has {words:,} words, the model {rows:,}: tokens beyond have no embedding")
+    return found.tokenizer, notes
+
+
+def _read_megalm(path: Path) -> WeightSource:
+    from megalm.checkpoint.adapters.run import RunSource
+
+    return RunSource(path)
+
+
+def _read_hf(path: Path) -> WeightSource:
+    from megalm.checkpoint.adapters.hf import HfSource
+
+    return HfSource(path)
+
+
+def _write_megalm(transfer: Transfer, folder: Path, request: Request, tokenizer: Tokenizer | None) -> str:
+    from megalm.checkpoint.adapters.run import write_run
+
+    write_run(transfer, folder, name=request.target.name, tokenizer=tokenizer, tp=request.tp, pp=request.pp)
+    return f"a run of megalm in pieces for tp={request.tp} pp={request.pp}"
+
+
+def _write_hf(transfer: Transfer, folder: Path, request: Request, tokenizer: Tokenizer | None) -> str:
+    from megalm.checkpoint.adapters.hf_write import write_hf
+
+    family = write_hf(transfer, folder, tokenizer=tokenizer, shard_bytes=request.shard_bytes)
+    return f"{family.title} for Hugging Face ({family.architecture})"
+
+
+READERS: dict[str, Callable[[Path], WeightSource]] = {"megalm": _read_megalm, "hf": _read_hf}
+"""Formats by name ▶ what opens them."""
+
+WRITERS: dict[str, Callable[[Transfer, Path, Request, Tokenizer | None], str]] = {
+    "megalm": _write_megalm,
+    "hf": _write_hf,
+}
+"""Formats by name ▶ what fills an empty folder, and says in words what it now holds."""

@@ -1,0 +1,180 @@
+"""megalm's own runs: read from any layout, and written as a run folder that every command accepts."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalm.checkpoint.adapters.checks import check_architecture, config_around
+from megalm.checkpoint.adapters.parallel import run_all
+from megalm.checkpoint.adapters.transfer import DTYPE_NAMES, Transfer
+from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, declared_of, full_shapes
+from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.reader import CheckpointReader
+from megalm.checkpoint.store import CHECKPOINTS_FOLDER, TEMPORARY_PREFIX, locate, step_folder
+from megalm.checkpoint.writer import WEIGHT, Header, PieceToWrite, complete_checkpoint, write_rank
+from megalm.compose import CONFIG_FILE, save_config
+from megalm.config.parse import config_from_dict, config_to_dict
+from megalm.config.rules import violations
+from megalm.config.schema import Config, Model, Parallel
+from megalm.core.sharding import DeclaredParameter, ShardSpec
+from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from megalm.errors import CheckpointError, ConfigError
+from megalm.models.balance import split_layers
+from megalm.models.gpt import Part
+
+IMPORTED = "imported"
+"""Where a manifest's ``training`` says what its weights were converted from."""
+
+
+class RunSource(WeightSource):
+    """A checkpoint, or the newest of a run.
+
+    Args:
+        path: folder of a checkpoint or of a run.
+
+    Raises:
+        CheckpointError: see :class:`WeightSource`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        checkpoint = locate(path)
+        self._reader = CheckpointReader(checkpoint.path)
+        manifest = self._reader.manifest
+        model = _model_of(manifest, checkpoint.path)
+        self._shapes = full_shapes(model)
+        self._reader.check_parameters(self._shapes, whole_model=True)
+        self.info = SourceInfo(
+            format="megalm",
+            path=path,
+            model=model,
+            dtype=_stored_dtype(manifest),
+            step=manifest.step,
+            tokenizer=_tokenizer_folder(checkpoint.path),
+        )
+
+    def read(self, name: str) -> Tensor:
+        """See the base class. What was imported from a shorter dtype is given in that one, which loses nothing."""
+        tensor = self._reader.read_local(name, WEIGHT, ShardSpec.replicated(*self._shapes[name]))
+        return tensor.to(self.info.dtype)
+
+
+def check_layout(model: Model, *, tp: int, pp: int) -> None:
+    """Refuse a layout that megalm does not split a model over.
+
+    Raises:
+        ConfigError: naming what does not divide.
+    """
+    if lines := violations(_config(model, "model", tp=tp, pp=pp), tp * pp):
+        raise ConfigError(lines)
+
+
+def write_run(transfer: Transfer, folder: Path, *, name: str, tokenizer: Tokenizer | None, tp: int, pp: int) -> None:
+    """Write a run folder: config, tokenizer, and one checkpoint in pieces for a layout.
+
+    Args:
+        transfer: the model.
+        folder: an empty folder.
+        name: of the folder that it is going to be.
+        tokenizer: the model's; None: it has none.
+        tp: tensor-parallel degree of the pieces.
+        pp: pipeline-parallel degree of the pieces.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        OSError: the disk is full or broken.
+    """
+    info = transfer.info
+    config = _config(info.model, _run_name(name), tp=tp, pp=pp, dtype=DTYPE_NAMES[info.dtype])
+    save_config(config, folder / CONFIG_FILE)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    checkpoints = folder / CHECKPOINTS_FOLDER
+    temporary = checkpoints / f"{TEMPORARY_PREFIX}{step_folder(info.step)}"
+    stages = split_layers(config, info.model.vocab_size or 0)
+    tasks = [
+        partial(_write_rank, transfer, temporary, stages, stage=stage, tp=tp, tp_rank=rank)
+        for stage in range(pp)
+        for rank in range(tp)
+    ]
+    run_all(tasks, call_off=transfer.call_off)
+    header = Header(
+        step=info.step,
+        config=config_to_dict(config),
+        topology={"tp": tp, "pp": pp, "virtual_stages": 1, "cp": 1, "dp": 1},
+        data={},
+        training={IMPORTED: {"format": info.format, "dtype": str(info.dtype).removeprefix("torch.")}},
+    )
+    complete_checkpoint(temporary, checkpoints / step_folder(info.step), header, tp * pp)
+
+
+def _write_rank(transfer: Transfer, folder: Path, stages: list[range], *, stage: int, tp: int, tp_rank: int) -> None:
+    """One rank's pieces: its slices, and of replicated tensors all where it is the first."""
+    part = Part({stage: stages[stage]}, len(stages))
+    declared = [
+        p
+        for p in declared_of(transfer.info.model, tp=tp, tp_rank=tp_rank, part=part)
+        if (p.shard.is_sharded or tp_rank == 0) and not _is_second_copy(p, part)
+    ]
+    # A tensor is held until the next one is asked for: until then it is being written and hashed.
+    with ExitStack() as held:
+
+        def piece(p: DeclaredParameter) -> PieceToWrite:
+            def load() -> Tensor:
+                held.close()
+                full = held.enter_context(transfer.hold(p.name)).to(torch.float32)
+                return (p.shard.take(full) if p.shard.is_sharded else full).reshape(-1)
+
+            return PieceToWrite(p.name, WEIGHT, p.shard, 0, p.shard.local_numel, load)
+
+        write_rank(folder, stage * tp + tp_rank, [piece(p) for p in declared], called_off=transfer.is_called_off)
+
+
+def _is_second_copy(parameter: DeclaredParameter, part: Part) -> bool:
+    """The last stage's copy of a tied embedding, which the first stage writes."""
+    return parameter.name == "embedding.weight" and not part.has_first
+
+
+def _config(model: Model, name: str, *, tp: int, pp: int, dtype: str = "fp32") -> Config:
+    base = config_around(model, name=name)
+    return replace(base, parallel=Parallel(tp=tp, pp=pp), engine=replace(base.engine, dtype=dtype))
+
+
+def _run_name(name: str) -> str:
+    """A folder's name as a run's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:200] or "converted"
+
+
+def _model_of(manifest: Manifest, path: Path) -> Model:
+    try:
+        model = config_from_dict(manifest.config).model
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its config is not one of this megalm's:\n{error}") from None
+    words = manifest.tensors.get("embedding.weight")
+    if model.vocab_size is None and words is not None:
+        model = replace(model, vocab_size=words.shape[0])
+    check_architecture(path, model)
+    if model.num_layers > len(manifest.tensors):
+        raise CheckpointError(
+            f"{path}: {len(manifest.tensors)} tensors are not the {model.num_layers} layers of its config"
+        )
+    return model
+
+
+def _stored_dtype(manifest: Manifest) -> torch.dtype:
+    """What the weights were before they were imported; fp32 where megalm has trained them."""
+    imported = manifest.training.get(IMPORTED)
+    name = imported.get("dtype") if isinstance(imported, dict) and "progress" not in manifest.training else None
+    return {str(dtype): dtype for dtype in DTYPE_NAMES}.get(f"torch.{name}", torch.float32)
+
+
+def _tokenizer_folder(checkpoint: Path) -> Path | None:
+    """The run's folder; a checkpoint may also lie beside its tokenizer."""
+    home = checkpoint.resolve()
+    return next((folder for folder in (home.parents[1], home.parent) if (folder / TOKENIZER_FILE).is_file()), None)

@@ -1,0 +1,192 @@
+"""Tokenizers as published models bring them ▶ megalm's, and megalm's as the library's ``AutoTokenizer`` loads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.config.schema import Model
+from megalm.data.tokenizer import (
+    END_OF_TEXT,
+    MASKS,
+    SETTINGS_FILE,
+    START,
+    TOKENIZER_FILE,
+    WORDPIECE_SPECIAL,
+    Tokenizer,
+)
+from megalm.errors import DataError
+
+_BPE_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+"""Vocabulary and merges of a byte-level BPE: as Hugging Face, and as OpenAI call the files."""
+_WORDPIECE_FILE = "vocab.txt"
+_SENTENCEPIECE_FILE = "tokenizer.model"
+
+_ROLES = {
+    "bos_token": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "pad_token": ("[PAD]", "<pad>", "<|padding|>"),
+    "cls_token": (START,),
+    "sep_token": ("[SEP]",),
+    "mask_token": MASKS,
+}
+"""What the library calls roles ▶ what published tokenizers call the tokens that have them."""
+
+
+@dataclass(frozen=True)
+class FoundTokenizer:
+    """The tokenizer of a folder.
+
+    Attributes:
+        tokenizer: None where there is none that megalm can use.
+        note: why not, or what a user should know; empty: all is well.
+    """
+
+    tokenizer: Tokenizer | None
+    note: str = ""
+
+
+def find_tokenizer(folder: Path | None, *, eos_id: int | None, safe: Callable[[Path, str], Path]) -> FoundTokenizer:
+    """The tokenizer that a folder holds in one form or another.
+
+    Args:
+        folder: None: there is none.
+        eos_id: the token that ends a document, where the tokenizer's own files do not say.
+        safe: gives the path of a file in the folder, or raises where it leaves it.
+    """
+    if folder is None:
+        return FoundTokenizer(None, "no tokenizer: none lies with the weights")
+    try:
+        definition = _definition(folder, safe)
+        if definition is None:
+            return FoundTokenizer(None, f"no tokenizer: {_why_none(folder)}")
+        eos = _configured(safe(folder, SETTINGS_FILE)).get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        eos = eos if isinstance(eos, str) else None
+        return FoundTokenizer(Tokenizer.parse(definition, str(folder), eos=eos, eos_id=None if eos else eos_id))
+    except DataError as error:
+        return FoundTokenizer(None, f"left out the tokenizer: {error}")
+
+
+def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
+    """Write ``tokenizer.json`` and the ``tokenizer_config.json`` that ``AutoTokenizer`` wants."""
+    tokenizer.save(folder)
+    end = _configured(folder / SETTINGS_FILE)["eos_token"]
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.sequence_length,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end,
+        **_roles(tokenizer),
+    }
+    if model.causal:
+        settings.setdefault("bos_token", end)
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+
+
+def special_ids(tokenizer: Tokenizer | None, model: Model) -> dict[str, int | None]:
+    """The ids that ``config.json`` names; None where the tokenizer has no such token."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    ids = {role: tokenizer.special_tokens[token] for role, token in _roles(tokenizer).items()}
+    end = tokenizer.eos_id if model.causal else None
+    return {"bos_token_id": ids.get("bos_token", end), "eos_token_id": end, "pad_token_id": ids.get("pad_token")}
+
+
+def _roles(tokenizer: Tokenizer) -> dict[str, str]:
+    found = {role: [name for name in names if name in tokenizer.special_tokens] for role, names in _ROLES.items()}
+    return {role: names[0] for role, names in found.items() if names}
+
+
+def _definition(folder: Path, safe: Callable[[Path, str], Path]) -> str | None:
+    """The text of a ``tokenizer.json``, or of one made from older files; None where there are neither."""
+    file = safe(folder, TOKENIZER_FILE)
+    if file.exists():
+        return _text(file)
+    for vocabulary, merges in _BPE_PAIRS:
+        if (folder / vocabulary).exists() and (folder / merges).exists():
+            return byte_level_bpe(safe(folder, vocabulary), safe(folder, merges))
+    file = safe(folder, _WORDPIECE_FILE)
+    if file.exists():
+        lowercase = _configured(safe(folder, SETTINGS_FILE)).get("do_lower_case", True)
+        return wordpiece(file, lowercase=bool(lowercase))
+    return None
+
+
+def byte_level_bpe(vocabulary: Path, merges: Path) -> str:
+    """The ``tokenizer.json`` of GPT-2's tokenizer, of the files that it was published as.
+
+    Raises:
+        DataError: the files are not what they should be.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    try:
+        words, pairs = models.BPE.read_file(str(vocabulary), str(merges))
+        tokenizer = tokenizers.Tokenizer(models.BPE(words, pairs))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{vocabulary}, {merges}: no vocabulary and merges of a BPE: {error}") from None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    _mark_special(tokenizer, (END_OF_TEXT,))
+    return str(tokenizer.to_str())
+
+
+def wordpiece(vocabulary: Path, *, lowercase: bool) -> str:
+    """The ``tokenizer.json`` of BERT's tokenizer, of its ``vocab.txt``.
+
+    Raises:
+        DataError: the file is not what it should be.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    try:
+        words = models.WordPiece.read_file(str(vocabulary))
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{vocabulary}: no vocabulary of a WordPiece: {error}") from None
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    _mark_special(tokenizer, WORDPIECE_SPECIAL)
+    start, end = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    if start is not None and end is not None:
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", end), ("[CLS]", start))
+    return str(tokenizer.to_str())
+
+
+def _mark_special(tokenizer: Any, names: tuple[str, ...]) -> None:
+    from tokenizers import AddedToken
+
+    known = [name for name in names if tokenizer.token_to_id(name) is not None]
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in known])
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from None
+
+
+def _configured(settings: Path) -> Mapping[str, Any]:
+    """A ``tokenizer_config.json``; empty where there is none that can be read."""
+    try:
+        values = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _why_none(folder: Path) -> str:
+    if (folder / _SENTENCEPIECE_FILE).exists():
+        return f"{folder / _SENTENCEPIECE_FILE} is SentencePiece's; save it as {TOKENIZER_FILE} with transformers"
+    pairs = " or ".join(f"{vocabulary} and {merges}" for vocabulary, merges in _BPE_PAIRS)
+    return f"{folder} holds neither {TOKENIZER_FILE} nor {pairs} nor {_WORDPIECE_FILE}"

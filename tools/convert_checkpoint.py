@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Convert a model between megalm's checkpoints and other formats.
+
+    tools/convert_checkpoint.py --from megalm --to hf runs/quickstart exported/quickstart --verify
+    tools/convert_checkpoint.py --from hf --to megalm models/pythia-160m runs/pythia-160m --tp 2 --pp 2
+    tools/convert_checkpoint.py --from openai-gpt2 --to megalm models/124M runs/gpt2
+    tools/convert_checkpoint.py --from megalm --to megatron runs/quickstart exported/megatron --tp 2
+
+Tensors pass one by one: memory is bounded by the largest. Weights keep their dtype unless --dtype names another. DST
+appears when it is complete, and not at all after an error. --verify needs memory for the whole model in fp32.
+Exit codes: 0 done, 2 bad arguments, 3 a source that is damaged or cannot be converted, or failed --verify, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megalm.arguments import LineParser
+from megalm.errors import ExitCode, MegalmError
+
+_SOURCES = ("megalm", "hf", "megatron", "openai-gpt2", "deepspeed")
+_TARGETS = ("megalm", "hf", "megatron")
+_DTYPES = ("source", "fp32", "bf16", "fp16")
+_MOST_WARNINGS = 10
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    # Torch takes a second: mistakes in the arguments do not wait for it.
+    from megalm.checkpoint.adapters.convert import Request, convert
+
+    request = Request(
+        source_format=options.source_format,
+        target_format=options.target_format,
+        source=Path(options.source),
+        target=Path(options.target),
+        tp=options.tp,
+        pp=options.pp,
+        dtype=options.dtype,
+        shard_bytes=round(options.shard_gb * 1e9),
+        verify=options.verify,
+    )
+    try:
+        with _Bar() as bar:
+            report = convert(request, bar)
+    except MegalmError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"interrupted; nothing was written to {request.target}", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except OSError as error:  # no permission, disk full
+        print(f"{error.filename or request.target}: {error.strerror or error}", file=sys.stderr)
+        return ExitCode.BAD_DATA
+    for warning in report.warnings[:_MOST_WARNINGS]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if len(report.warnings) > _MOST_WARNINGS:
+        print(f"warning: and {len(report.warnings) - _MOST_WARNINGS} more such tensors", file=sys.stderr)
+    print(report.done, *(f"note: {note}" for note in report.notes), *report.verified, sep="\n")
+    return ExitCode.DONE
+
+
+class _Bar:
+    """How far a conversion has come, on a terminal; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, what: str, total: int) -> Callable[[int], object]:
+        """A phase begins; see :class:`megalm.checkpoint.adapters.convert.Watcher`."""
+        task = self._progress.add_task(what, total=total)
+        return lambda size: self._progress.advance(task, size)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--from", required=True, choices=_SOURCES, dest="source_format", help="format of SRC")
+    add("--to", required=True, choices=_TARGETS, dest="target_format", help="format of DST")
+    add("source", metavar="SRC", help="folder or file to read; megalm: a run, or one of its checkpoints")
+    add("target", metavar="DST", help="folder to write; megalm: a run that generate, evaluate and init_from accept")
+    add("--tp", type=int, default=1, metavar="N", help="megalm, megatron: tensor-parallel degree of DST (default: 1)")
+    add("--pp", type=int, default=1, metavar="N", help="megalm, megatron: pipeline-parallel degree of DST (default: 1)")
+    add("--dtype", choices=_DTYPES, default="source", help="cast weights; 16 bits lose precision (default: source)")
+    add("--shard-gb", type=float, default=5.0, metavar="X", help="hf: most GB in one file of weights (default: 5)")
+    add(
+        "--verify",
+        action="store_true",
+        help="read DST again, compare every tensor byte for byte, and the logits of random sequences",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
