@@ -33,6 +33,8 @@ class StartMode(StrEnum):
     """Everything: weights, moments, progress and data position."""
     INIT_FROM = "init_from"
     """Weights alone; optimizer, progress and data start anew."""
+    FINETUNE = "finetune"
+    """Weights, for a new phase of data; optimizer and progress start anew."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ def run_folder(config: Config) -> Path:
 def resolve_start(config: Config, run_dir: Path) -> StartPoint:
     """Decide where a run starts, and prove that a checkpoint it starts from is complete and fits the model.
 
-    ``checkpoint.resume=auto`` takes the run's own newest complete checkpoint. ``init_from`` is for a run that has none
-    yet: a requeued job must continue, not begin again. A run that was cut off before its first checkpoint starts over,
-    and a note says so.
+    ``checkpoint.resume=auto`` takes the run's own newest complete checkpoint. ``init_from`` and ``finetune_from`` are
+    for a run that has none yet: a requeued job must continue, not begin again. A run that was cut off before its first
+    checkpoint starts over, and a note says so.
 
     Raises:
         CheckpointError: a given path does not load, a checkpoint does not fit the model, the run has checkpoints but
@@ -79,35 +81,90 @@ def resolve_start(config: Config, run_dir: Path) -> StartPoint:
                 f"checkpoint.resume=never: run {config.run.name} has a checkpoint of step {latest.step}; resume it "
                 "with checkpoint.resume=auto, or choose another run.name"
             )
-        return _resume(config, latest, tuple(f"ignored {path}: an interrupted save" for path in torn_checkpoints(own)))
+        return _resume(config, latest, _ignored(own))
     torn = [path for path in torn_checkpoints(own) if not path.name.startswith(TEMPORARY_PREFIX)]
     if torn:
         raise CheckpointError(
             f"run {config.run.name}: {torn[0]} is not complete and there is no other checkpoint; remove it to train "
             "from the beginning, or choose another run.name"
         )
-    notes = _lost_steps(config, run_dir)
+    notes = (*_ignored(own), *_lost_steps(config, run_dir))
     if config.checkpoint.init_from is not None:
-        source = locate(config.checkpoint.init_from)
-        _check_model(config, read_manifest(source.path), source.path)
-        return StartPoint(StartMode.INIT_FROM, source.path, 0, notes)
+        return _begin_with(config, StartMode.INIT_FROM, locate(config.checkpoint.init_from), notes)
+    if config.checkpoint.finetune_from is not None:
+        return _begin_with(config, StartMode.FINETUNE, locate(config.checkpoint.finetune_from), notes)
     return StartPoint(StartMode.FRESH, notes=notes)
+
+
+def _ignored(own: Path) -> tuple[str, ...]:
+    return tuple(f"ignored {path}: an interrupted save" for path in torn_checkpoints(own))
 
 
 def _resume(config: Config, info: CheckpointInfo, notes: tuple[str, ...]) -> StartPoint:
     manifest = read_manifest(info.path)
+    if manifest.weights_only:
+        raise CheckpointError(
+            f"{info.path}: converted weights, without optimizer and position in the data: no run can be resumed from "
+            f"them; begin one with another run.name and checkpoint.init_from={info.path}"
+        )
     _check_model(config, manifest, info.path)
     return StartPoint(StartMode.RESUME, info.path, manifest.step, notes)
 
 
-def _check_model(config: Config, manifest: Manifest, path: Path) -> None:
+def _begin_with(config: Config, mode: StartMode, info: CheckpointInfo, notes: tuple[str, ...]) -> StartPoint:
+    """A new run with a checkpoint's weights; what of the model may differ from it is said, the rest is refused."""
+    manifest = read_manifest(info.path)
+    adaptable = _ADAPTABLE | (_ADAPTABLE_ROTARY if config.model.position == "rotary" else frozenset())
+    _check_model(config, manifest, info.path, except_for=adaptable)
+    if mode is StartMode.FINETUNE:
+        _check_phase(config, manifest, info.path)
+    saved = manifest.config.get("model", {})
+    mine = config_to_dict(config)["model"]
+    changed = [
+        f"model.{name}={mine[name]}: {info.path} was trained with {saved.get(name)}"
+        for name in sorted(adaptable)
+        if saved.get(name) != mine[name]
+    ]
+    return StartPoint(mode, info.path, 0, (*notes, *changed))
+
+
+_ADAPTABLE = frozenset({"dropout", "attention_dropout", "init_std"})
+"""Fields of a model that a run with another's weights may set otherwise: no weight and no output depends on them."""
+
+_ADAPTABLE_ROTARY = frozenset(
+    {
+        "sequence_length",
+        "rotary_scaling",
+        "rotary_factor",
+        "rotary_original_length",
+        "rotary_low_frequency_factor",
+        "rotary_high_frequency_factor",
+        "rotary_beta_fast",
+        "rotary_beta_slow",
+    }
+)
+"""And of rotary positions: how a trained context is stretched, which further training is for."""
+
+
+def _check_phase(config: Config, manifest: Manifest, path: Path) -> None:
+    """Fine-tuning reads a phase of its own, so that its samples are not those that the weights have seen."""
+    phases = manifest.data.get("phases") or []
+    last = max((int(phase["number"]) for phase in phases), default=-1)
+    if config.data.phase <= last:
+        raise CheckpointError(
+            f"data.phase={config.data.phase}: {path} was trained in phase {last} already; data.phase={last + 1} begins "
+            "the phase to fine-tune in (checkpoint.init_from starts anew in any)"
+        )
+
+
+def _check_model(config: Config, manifest: Manifest, path: Path, *, except_for: frozenset[str] = frozenset()) -> None:
     """Every field of the model must be what the checkpoint was trained with; all differences are named."""
     saved = manifest.config.get("model", {})
     problems = [
         f"model.{name}={value}: {path} was trained with {saved.get(name)}; set model.{name}={saved.get(name)}, or "
         "choose another run.name"
         for name, value in config_to_dict(config)["model"].items()
-        if name != "vocab_size" and saved.get(name) != value
+        if name != "vocab_size" and name not in except_for and saved.get(name) != value
     ]
     vocab_size = config.model.vocab_size
     if vocab_size is not None and saved.get("vocab_size") not in (None, vocab_size):

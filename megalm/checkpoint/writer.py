@@ -67,11 +67,11 @@ class PieceToWrite:
     load: Callable[[], Tensor] = field(repr=False)
 
     @classmethod
-    def live(cls, piece: StatePiece) -> PieceToWrite:
-        """A piece of a model that stands still until it is written."""
+    def of(cls, piece: StatePiece, values: Tensor | None = None) -> PieceToWrite:
+        """A piece of a model that stands still until it is written; or ``values``, a copy of it."""
 
         def load() -> Tensor:
-            return piece.values.detach().to("cpu").contiguous()
+            return (piece.values if values is None else values).detach().to("cpu").contiguous()
 
         return cls(piece.name, piece.kind, piece.shard, piece.flat_start, piece.values.numel(), load)
 

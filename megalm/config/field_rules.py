@@ -78,6 +78,7 @@ def texts_are_not_empty(job: Job) -> Iterator[Violation]:
         "data.path": "the folder of a prepared dataset, such as data.path=data/quickstart",
         "checkpoint.resume": "checkpoint.resume=auto, never or the path of a checkpoint",
         "checkpoint.init_from": "the path of a checkpoint, or checkpoint.init_from=null",
+        "checkpoint.finetune_from": "the path of a checkpoint, or checkpoint.finetune_from=null",
         "logging.wandb_project": "a project name, such as logging.wandb_project=megalm",
         "cluster.name": "a name, such as cluster.name=local",
         "cluster.gpu": "a key of hardware.yaml such as cluster.gpu=a100_80gb, or cluster.gpu=null",

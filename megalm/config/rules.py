@@ -45,6 +45,7 @@ RULES: tuple[Rule, ...] = (
     schedule_rules.cooldown_has_its_schedule,
     schedule_rules.cooldown_fits,
     cross_rules.one_source_of_weights,
+    cross_rules.retention_has_something_to_keep,
     data_rules.one_number_per_dataset,
     data_rules.pipes_name_their_file,
     data_rules.objective_fits_attention,

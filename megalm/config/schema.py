@@ -259,12 +259,25 @@ class Checkpoint:
     every: int = 1000
     """Steps between checkpoints; the last step is always saved. 0: only the last."""
     keep_last: int = 2
-    """Complete checkpoints kept; 0 keeps all."""
+    """Newest checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0: none for that reason."""
+    keep_best: int = 0
+    """Checkpoints of the lowest validation loss kept, among those saved at a step that was validated."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written, from a copy in host memory: of one rank's share of masters and
+    moments. False: training waits, and there is no copy."""
+    on_failure: str = "continue"
+    """What a checkpoint that cannot be written (a full disk) does to the run: ``continue`` trains on and the next save
+    tries again; ``stop`` ends it with exit code 3. The last checkpoint of a run must succeed either way."""
     resume: str = "auto"
     """``auto``: the newest complete checkpoint of this run, if it has any; ``never``: refuse a run that has some;
     or the path of a checkpoint, which must load."""
     init_from: str | None = None
     """Path of a checkpoint whose weights (only) a fresh run starts from."""
+    finetune_from: str | None = None
+    """The same, for training on other data: ``data.phase`` must be above the checkpoint's, so that order and record of
+    the data tell one phase from the other."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,8 @@ BOUNDS: dict[str, Bounds] = {
     "engine.loss_chunk_tokens": _COUNT_OR_ZERO,
     "checkpoint.every": _COUNT_OR_ZERO,
     "checkpoint.keep_last": _COUNT_OR_ZERO,
+    "checkpoint.keep_every": _COUNT_OR_ZERO,
+    "checkpoint.keep_best": _COUNT_OR_ZERO,
     "logging.every": _COUNT,
     "cluster.gpus": _COUNT_OR_ZERO,
     "cluster.gpus_per_node": _COUNT,
@@ -118,6 +120,7 @@ BOUNDS: dict[str, Bounds] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "launch.device": ("auto", "cpu", "cuda"),
+    "checkpoint.on_failure": ("continue", "stop"),
     "parallel.schedule": ("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"),
     "parallel.cp_attention": ("ulysses", "ring"),
     "model.position": ("learned", "rotary"),

@@ -2,67 +2,174 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megalm.checkpoint.fingerprint import combined, fingerprint
 from megalm.checkpoint.reader import CheckpointReader
+from megalm.checkpoint.save import Save
 from megalm.checkpoint.start import StartMode, StartPoint
-from megalm.checkpoint.store import CHECKPOINTS_FOLDER, prune
-from megalm.checkpoint.writer import Header, save_checkpoint
+from megalm.checkpoint.store import CHECKPOINTS_FOLDER, Retention, prune, remove_leftovers
+from megalm.checkpoint.writer import WEIGHT, Header, PieceToWrite
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
+from megalm.core.sharding import StatePiece
 from megalm.data.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
-from megalm.train.callbacks.base import warn
+from megalm.errors import CheckpointError
+from megalm.train.callbacks.base import CheckpointMetrics, ValidationMetrics, warn
 from megalm.train.progress import Progress
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint says besides its tensors.
+
+    Attributes:
+        data: of the loader.
+        scalars: of the engine.
+        progress: of the run.
+        validation: the validation at this step, if there was one.
+    """
+
+    data: dict[str, Any]
+    scalars: dict[str, float]
+    progress: Progress
+    validation: ValidationMetrics | None = None
+
+
 class Saver:
-    """Writes the checkpoints of one run and deletes those it need not keep.
+    """Writes the checkpoints of one run while it trains, and deletes those it need not keep.
+
+    Every rank calls the same methods at the same points. Training stands still for a copy of this rank's state into
+    host memory, which the next save uses again, and for the save before, should it not be finished.
 
     Args:
         config: what is stored with the tensors, and how many checkpoints are kept.
         context: this rank's place and groups.
         run_dir: the run's folder.
+        parent: whose weights the run began with, as the manifest says it; None: initial ones, or a resumed run's.
     """
 
-    def __init__(self, config: Config, context: ParallelContext, run_dir: Path) -> None:
+    def __init__(
+        self, config: Config, context: ParallelContext, run_dir: Path, *, parent: dict[str, Any] | None = None
+    ) -> None:
         self._config = config
         self._context = context
         self._folder = run_dir / CHECKPOINTS_FOLDER
+        self._parent = parent
+        self._copy = HostCopy()
+        self._pending: Save | None = None
+        self._stall_seconds = 0.0
+        self._reported = True
+        self._attempts = 0
+        settings = config.checkpoint
+        self._retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
+        if context.rank == 0:
+            remove_leftovers(self._folder)
 
-    def save(self, engine: DeepSpeedEngine, loader: TrainLoader, progress: Progress) -> Path:
-        """Write one checkpoint; collective over all ranks.
+    def start(self, pieces: Sequence[StatePiece], state: RunState, *, stall_began: float) -> None:
+        """Begin to write a checkpoint; collective over all ranks. None may be pending: see :meth:`finish`.
 
-        Raises:
-            CheckpointError: some rank could not write; on every rank.
+        Args:
+            pieces: what this rank is to write; live tensors, which may change once this returns, or where saving is not
+                asynchronous, once the save is finished.
+            state: the same on every rank.
+            stall_began: when training stopped for this save, by ``time.perf_counter``.
         """
-        topology = self._context.topology
-        header = Header(
-            step=progress.step,
-            config=config_to_dict(self._config),
-            topology={"tp": topology.tp, "pp": topology.pp, "cp": topology.cp, "dp": topology.dp},
-            data=loader.state_dict(),
-            training={"progress": asdict(progress), "engine": engine.scalar_state()},
-        )
-        path = save_checkpoint(
+        assert self._pending is None, "finish() comes before the next save"
+        asynchronous = self._config.checkpoint.asynchronous
+        self._attempts += 1
+        self._pending = Save(
             self._folder,
-            header,
-            engine.state_pieces(),
+            self._header(state),
+            self._copy.take(pieces) if asynchronous else [PieceToWrite.of(piece) for piece in pieces],
             rank=self._context.rank,
             world_size=self._context.world.size,
-            agree=self._agree,
+            attempt=self._attempts,
+            on_complete=self._prune,
         )
-        if self._context.rank == 0:
-            try:
-                prune(self._folder, self._config.checkpoint.keep_last)
-            except OSError as error:  # the new one is safe; the next save tries again
-                warn(f"an old checkpoint could not be deleted: {error}")
-        return path
+        self._reported = False
+        self._stall_seconds = time.perf_counter() - stall_began
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank could not write its part of the pending save; :meth:`finish` then raises on every rank."""
+        return self._pending is not None and self._pending.failed
+
+    @property
+    def pending_step(self) -> int | None:
+        """The step of the save that is not finished; the same on every rank."""
+        return None if self._pending is None else self._pending.step
+
+    def newly_complete(self) -> CheckpointMetrics | None:
+        """The pending checkpoint, once, when it is complete; on rank 0 alone."""
+        save = self._pending
+        if save is None or self._reported or not save.is_complete:
+            return None
+        self._reported = True
+        return CheckpointMetrics(
+            step=save.step,
+            checkpoint=str(save.path),
+            stall_seconds=self._stall_seconds + (0.0 if self._config.checkpoint.asynchronous else save.seconds),
+            write_seconds=save.seconds,
+            gigabytes=save.nbytes / 1e9,
+        )
+
+    def finish(self) -> CheckpointMetrics | None:
+        """Wait for the pending save, if there is one; collective over all ranks.
+
+        Returns:
+            As :meth:`newly_complete`.
+
+        Raises:
+            CheckpointError: on every rank, if any of them could not write. The save is gone, older ones are untouched.
+        """
+        if self._pending is None:
+            return None
+        try:
+            self._pending.finish(self._agree)
+            return self.newly_complete()
+        finally:
+            self._pending = None
+
+    def _header(self, state: RunState) -> Header:
+        topology, parallel = self._context.topology, self._config.parallel
+        training: dict[str, Any] = {"progress": asdict(state.progress), "engine": state.scalars}
+        if state.validation is not None:
+            training["validation"] = {
+                "val_loss": state.validation.val_loss,
+                "val_accuracy": state.validation.val_accuracy,
+            }
+        if self._parent is not None:
+            training["parent"] = self._parent
+        return Header(
+            step=state.progress.step,
+            config=config_to_dict(self._config),
+            topology={
+                "tp": topology.tp,
+                "pp": topology.pp,
+                "virtual_stages": parallel.virtual_stages,
+                "cp": topology.cp,
+                "dp": topology.dp,
+                "zero_stage": self._config.engine.zero_stage,
+            },
+            data=state.data,
+            training=training,
+        )
+
+    def _prune(self) -> None:
+        try:
+            prune(self._folder, self._retention)
+        except (OSError, CheckpointError) as error:  # the new one is safe; the next save tries again
+            warn(f"an old checkpoint could not be deleted: {error}")
 
     def _agree(self, error: str | None) -> str | None:
         """The first error of any rank, on every rank."""
@@ -74,21 +181,109 @@ class Saver:
         return next(e for e in errors if e is not None)
 
 
-def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader) -> Progress:
-    """Load what the start point says, and return how far the run is.
+class HostCopy:
+    """One copy of a rank's state in host memory, page-locked where it comes from a GPU; used again by every save."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def take(self, pieces: Sequence[StatePiece]) -> list[PieceToWrite]:
+        """Copy live tensors; the copies stay as they are until the next call."""
+        total = sum(piece.values.numel() for piece in pieces)
+        on_gpu = any(piece.values.is_cuda for piece in pieces)
+        if self._buffer.numel() < total:
+            self._buffer = torch.empty(total, pin_memory=on_gpu)
+        copies, offset = [], 0
+        for piece in pieces:
+            copy = self._buffer[offset : offset + piece.values.numel()]
+            copy.copy_(piece.values.detach(), non_blocking=True)
+            offset += copy.numel()
+            copies.append(PieceToWrite.of(piece, copy))
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run began with.
+
+    Attributes:
+        progress: how far it is.
+        words: what was loaded, in one line; None for initial weights.
+        parent: what the checkpoints of the run say of where its weights are from; None: it began with initial weights.
+    """
+
+    progress: Progress
+    words: str | None = None
+    parent: dict[str, Any] | None = None
+
+
+def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader, context: ParallelContext) -> Restored:
+    """Load what the start point says; collective over all ranks.
 
     Raises:
-        CheckpointError: the checkpoint does not fit the model, or is damaged.
+        CheckpointError: the checkpoint does not fit the model, or is damaged, or what arrived in the model is not what
+            was saved.
         DataError: the data or its order is not what the checkpoint was trained with.
     """
     if start.path is None:
-        return Progress()
+        return Restored(Progress())
     reader = CheckpointReader(start.path)
+    manifest = reader.manifest
     reader.check_parameters(engine.full_shapes())
-    if start.mode is StartMode.INIT_FROM:
-        engine.load_state(reader, scalars=None)
-        return Progress()
-    progress = Progress(**reader.manifest.training["progress"])
-    loader.load_state_dict(reader.manifest.data)
-    engine.load_state(reader, scalars=reader.manifest.training["engine"])
-    return progress
+    resumes = start.mode is StartMode.RESUME
+    if resumes:
+        loader.load_state_dict(manifest.data)
+    engine.load_state(reader, scalars=manifest.training["engine"] if resumes else None)
+    parameters = _prove_loaded(reader, engine, context)
+    words = f"{start.mode.value}, step {manifest.step:,}: {_WORDS[start.mode]}; hash {parameters}; {start.path}"
+    if resumes:
+        return Restored(Progress(**manifest.training["progress"]), words, manifest.training.get("parent"))
+    parent = {
+        "mode": start.mode.value,
+        "checkpoint": str(start.path),
+        "step": manifest.step,
+        "parameters": parameters,
+        "data": manifest.data,
+    }
+    return Restored(Progress(), words, parent)
+
+
+_WORDS = {
+    StartMode.RESUME: "weights, optimizer and position",
+    StartMode.INIT_FROM: "weights alone",
+    StartMode.FINETUNE: "weights, for a new phase of data",
+}
+
+
+def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: ParallelContext) -> str:
+    """Hash the parameters that all ranks hold now, and compare tensor by tensor with what the checkpoint says of them.
+
+    Returns:
+        One hash of them all, the same for every layout.
+    """
+    names = sorted(reader.manifest.tensors)
+    number = {name: index for index, name in enumerate(names)}
+    sums = torch.zeros(2, len(names), dtype=torch.int64)  # shares of fingerprints; how many there are
+    for piece in engine.state_pieces():
+        if piece.kind == WEIGHT:
+            share = fingerprint(piece.name, piece.shard, piece.flat_start, piece.values)
+            sums[0, number[piece.name]] += share - (1 << 64) if share >= 1 << 63 else share
+            sums[1, number[piece.name]] += 1
+    totals, counts = context.world.all_reduce(sums.to(context.device)).tolist()
+    loaded = {name: total % (1 << 64) for name, total in zip(names, totals, strict=True)}
+    saved = reader.manifest.fingerprints
+    problems = [
+        f"{reader.path}: {name}: in the checkpoint, not in the model"
+        for name, count in zip(names, counts, strict=True)
+        if not count
+    ]
+    problems += [
+        f"{reader.path}: {name}: what was loaded is not what was saved"
+        for name, count in zip(names, counts, strict=True)
+        if count and saved is not None and loaded[name] != saved[name]
+    ]
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    return combined(loaded)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megalm.checkpoint.start import StartMode, StartPoint, resolve_start, run_folder
+from megalm.checkpoint.start import resolve_start, run_folder
 from megalm.compose import save_config
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
@@ -70,7 +70,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
         dp_size=context.topology.dp,
         seed=config.run.seed,
     )
-    progress = restore(start, engine, loader)
+    restored = restore(start, engine, loader, context)
 
     peak_name = _peak_name(config, context.device)
     peak = peak_flops(peak_name, config.engine.dtype)
@@ -81,12 +81,12 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
         RunContext(
             config=config,
             run_dir=run_dir,
-            start_step=progress.step,
+            start_step=restored.progress.step,
             total_steps=config.train.steps,
             topology=context.topology.describe(),
             device=_device_in_words(context.device),
             parameters=parameter_count(config.model, vocab_size).total,
-            resumed_from=_start_in_words(start),
+            loaded=restored.words,
             mfu_peak=None if peak is None else f"{peak / 1e12:.0f} TFLOP/s ({peak_name}, {config.engine.dtype}, dense)",
         )
     )
@@ -96,12 +96,12 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
         engine=engine,
         loader=loader,
         validator=Validator(config, context, val_data, objective, eos_id=eos_id),
-        saver=Saver(config, context, run_dir),
+        saver=Saver(config, context, run_dir, parent=restored.parent),
         callbacks=callbacks,
         learning_rate=LearningRate(config.optim, batch_size.tokens_after(config.train.steps)),
         utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),
         stop=stop,
-        progress=progress,
+        progress=restored.progress,
         eos_id=eos_id,
     )
     return trainer, callbacks
@@ -141,9 +141,3 @@ def _peak_name(config: Config, device: torch.device) -> str | None:
 
 def _device_in_words(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _start_in_words(start: StartPoint) -> str | None:
-    if start.path is None:
-        return None
-    return f"{start.path}" if start.mode is StartMode.RESUME else f"{start.path} (weights only)"

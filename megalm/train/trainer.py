@@ -19,13 +19,13 @@ from megalm.data.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine, StepResult
 from megalm.engine.lr_schedule import LearningRate
 from megalm.engine.micro_batches import training_micro_batches
-from megalm.errors import DivergedError, ExitCode
+from megalm.errors import CheckpointError, DivergedError, ExitCode
 from megalm.launch import RankInfo
 from megalm.signals import StopRequest
-from megalm.train.callbacks.base import CallbackList, Outcome, StepMetrics, ValidationMetrics
+from megalm.train.callbacks.base import CallbackList, CheckpointMetrics, Outcome, StepMetrics, ValidationMetrics
 from megalm.train.metrics import StepTimer, mfu, peak_memory_gib, perplexity, tokens_per_second
 from megalm.train.progress import Progress
-from megalm.train.saving import Saver
+from megalm.train.saving import RunState, Saver
 from megalm.train.validation import Validator
 
 _OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
@@ -39,6 +39,19 @@ class Utilisation:
 
     flops_per_token: float
     peak_flops: float | None
+
+
+@dataclass(frozen=True)
+class _StepEnd:
+    """What all ranks agree on at the end of a step.
+
+    Attributes:
+        stop: how the run is to end now; None: it goes on.
+        save_failed: whether some rank could not write its part of the pending checkpoint.
+    """
+
+    stop: Outcome | None
+    save_failed: bool
 
 
 class Trainer:
@@ -76,6 +89,7 @@ class Trainer:
         self.progress = progress
         self._eos_id = eos_id
         self._timer = StepTimer()
+        self._validation: ValidationMetrics | None = None
 
     def fit(self) -> Outcome:
         """Train from the current step to the last one, or until a stop is asked for; the state is saved either way.
@@ -86,22 +100,26 @@ class Trainer:
         steps = self._config.train.steps
         self._timer.restart()
         while self.progress.step < steps:
-            metrics, stop = self._train_step()
+            metrics, end = self._train_step()
             self._callbacks.on_step(metrics)
-            self._raise_if_diverged(metrics)
+            self._follow_save(failed=end.save_failed)
+            if diverged := divergence(metrics):
+                self._finish_save()
+                raise diverged
+            stop = end.stop
             if stop is not None and self.progress.step < steps:
-                self._save()
+                self._save_for_good()
                 return stop
             if _is_due(self._config.train.validate_every, self.progress.step) and self.progress.step < steps:
                 self._validate(self._config.train.validation_samples)
             if _is_due(self._config.checkpoint.every, self.progress.step) and self.progress.step < steps:
                 self._save()
         self._validate(None)
-        self._save()
+        self._save_for_good()
         return Outcome.DONE
 
-    def _train_step(self) -> tuple[StepMetrics, Outcome | None]:
-        """One optimizer step over the global batch; the metrics and the stop request are the same on all ranks."""
+    def _train_step(self) -> tuple[StepMetrics, _StepEnd]:
+        """One optimizer step over the global batch; what is returned is the same on all ranks."""
         with self._timer.waiting_for_data():
             batch = self._loader.next()
         tokens = batch.global_size * self._config.model.sequence_length
@@ -113,8 +131,8 @@ class Trainer:
         self.progress = self.progress.after(batch.global_size, tokens)
         return self._agree(result, rate, tokens)
 
-    def _agree(self, result: StepResult, rate: float, tokens: int) -> tuple[StepMetrics, Outcome | None]:
-        """Two small reductions over all ranks: sums (loss, bubble), and maxima (times, memory, stop request)."""
+    def _agree(self, result: StepResult, rate: float, tokens: int) -> tuple[StepMetrics, _StepEnd]:
+        """Two small reductions over all ranks: sums (loss, bubble), and maxima (times, memory, what ends a step)."""
         step_seconds, data_seconds = self._timer.lap()
         ranks = self._context.world.size
         device = self._context.device
@@ -122,14 +140,20 @@ class Trainer:
             [result.loss_sum, result.pipeline.bubble_fraction / ranks], dtype=torch.float64, device=device
         )
         maxima = torch.tensor(
-            [step_seconds, data_seconds, peak_memory_gib(device.type), float(self._requested_stop())],
+            [
+                step_seconds,
+                data_seconds,
+                peak_memory_gib(device.type),
+                float(self._requested_stop()),
+                float(self._saver.has_failed),
+            ],
             dtype=torch.float64,
             device=device,
         )
         self._context.world.all_reduce(sums)
         self._context.world.all_reduce(maxima, dist.ReduceOp.MAX)
         loss, bubble_fraction = sums.tolist()
-        step_seconds, data_seconds, memory_gib, stop = maxima.tolist()
+        step_seconds, data_seconds, memory_gib, stop, save_failed = maxima.tolist()
         rate_tokens = tokens_per_second(tokens, step_seconds)
         metrics = StepMetrics(
             step=self.progress.step,
@@ -146,7 +170,7 @@ class Trainer:
             bubble_fraction=bubble_fraction,
             memory_gib=memory_gib,
         )
-        return metrics, _STOPS[int(stop)]
+        return metrics, _StepEnd(_STOPS[int(stop)], bool(save_failed))
 
     def _requested_stop(self) -> int:
         """Index into ``_STOPS`` of what this rank was asked for."""
@@ -157,36 +181,68 @@ class Trainer:
 
     def _validate(self, samples: int | None) -> None:
         scores = self._validator.scores(self._engine, samples)
-        self._callbacks.on_validation(
-            ValidationMetrics(
-                step=self.progress.step,
-                samples=self.progress.samples,
-                tokens=self.progress.tokens,
-                val_loss=scores.loss,
-                val_perplexity=perplexity(scores.loss),
-                val_accuracy=scores.accuracy,
-                val_commonest=scores.commonest,
-            )
+        self._validation = ValidationMetrics(
+            step=self.progress.step,
+            samples=self.progress.samples,
+            tokens=self.progress.tokens,
+            val_loss=scores.loss,
+            val_perplexity=perplexity(scores.loss),
+            val_accuracy=scores.accuracy,
+            val_commonest=scores.commonest,
         )
+        self._callbacks.on_validation(self._validation)
         self._timer.restart()
 
     def _save(self) -> None:
-        started = time.perf_counter()
-        path = self._saver.save(self._engine, self._loader, self.progress)
-        self._callbacks.on_checkpoint(self.progress.step, path, time.perf_counter() - started)
+        """Begin a checkpoint, and wait for it only where saving is not asynchronous."""
+        self._begin_save()
+        if not self._config.checkpoint.asynchronous:
+            self._finish_save()
         self._timer.restart()
 
-    @staticmethod
-    def _raise_if_diverged(metrics: StepMetrics) -> None:
-        # A gradient that overflows fp16 costs its step alone:
-        # the optimizer skips it and the loss scale falls, to 1 at last.
-        may_overflow = metrics.loss_scale is not None and metrics.loss_scale > 1.0
-        if math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or may_overflow):
-            return
-        raise DivergedError(
-            f"step {metrics.step}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}: training diverged and "
-            "stopped; the last checkpoint is from before. Try a smaller optim.lr or a longer optim.warmup_tokens"
+    def _save_for_good(self) -> None:
+        """The checkpoint that the run ends with: nothing comes after it that could make up for a failure."""
+        self._begin_save()
+        self._report(self._saver.finish())
+
+    def _begin_save(self) -> None:
+        """The save before is finished first."""
+        began = time.perf_counter()
+        self._finish_save()
+        validated = self._validation is not None and self._validation.step == self.progress.step
+        state = RunState(
+            self._loader.state_dict(),
+            self._engine.scalar_state(),
+            self.progress,
+            self._validation if validated else None,
         )
+        self._saver.start(self._engine.state_pieces(), state, stall_began=began)
+
+    def _follow_save(self, *, failed: bool) -> None:
+        """After a step: tell of a checkpoint that is complete, and deal with one that failed on any rank."""
+        if failed:
+            self._finish_save()
+        else:
+            self._report(self._saver.newly_complete())
+
+    def _finish_save(self) -> None:
+        """Wait for the save that is being written.
+
+        Raises:
+            CheckpointError: it failed, and the run is to stop for that.
+        """
+        step = self._saver.pending_step
+        try:
+            self._report(self._saver.finish())
+        except CheckpointError as error:
+            if self._config.checkpoint.on_failure == "stop":
+                raise
+            assert step is not None, "what is not pending cannot fail"
+            self._callbacks.on_checkpoint_failed(step, str(error))
+
+    def _report(self, metrics: CheckpointMetrics | None) -> None:
+        if metrics is not None:
+            self._callbacks.on_checkpoint(metrics)
 
 
 def run_training(config: Config, rank: RankInfo, stop: StopRequest) -> ExitCode:
@@ -206,6 +262,19 @@ def run_training(config: Config, rank: RankInfo, stop: StopRequest) -> ExitCode:
         finally:
             callbacks.close()
     return _OUTCOMES[outcome]
+
+
+def divergence(metrics: StepMetrics) -> DivergedError | None:
+    """Why training cannot go on; None: it can."""
+    # A gradient that overflows fp16 costs its step alone:
+    # the optimizer skips it and the loss scale falls, to 1 at last.
+    may_overflow = metrics.loss_scale is not None and metrics.loss_scale > 1.0
+    if math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or may_overflow):
+        return None
+    return DivergedError(
+        f"step {metrics.step}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}: training diverged and "
+        "stopped; the last checkpoint is from before. Try a smaller optim.lr or a longer optim.warmup_tokens"
+    )
 
 
 def _is_due(every: int, step: int) -> bool:

@@ -27,7 +27,8 @@ class RunContext:
         topology: the layout, in words.
         device: what the ranks compute on, in words.
         parameters: trainable parameters of the whole model, a tied embedding once.
-        resumed_from: the checkpoint that the run continues from, in words; None for a fresh run.
+        loaded: what the run began with, in one line: how, of which step, from where, and a hash of the parameters; None
+            for initial weights.
         mfu_peak: the peak throughput that ``mfu`` is relative to, in words; None where it is unknown.
     """
 
@@ -38,7 +39,7 @@ class RunContext:
     topology: str
     device: str
     parameters: int
-    resumed_from: str | None = None
+    loaded: str | None = None
     mfu_peak: str | None = None
 
 
@@ -100,6 +101,25 @@ class ValidationMetrics:
     val_commonest: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMetrics:
+    """One checkpoint that is complete.
+
+    Attributes:
+        step: steps that it has seen; training may be further.
+        checkpoint: its folder.
+        stall_seconds: time that training stood still for it.
+        write_seconds: time from then until it was complete, while training went on.
+        gigabytes: what all ranks wrote, in 10⁹ bytes.
+    """
+
+    step: int
+    checkpoint: str
+    stall_seconds: float
+    write_seconds: float
+    gigabytes: float
+
+
 class Outcome(StrEnum):
     """How a run ended."""
 
@@ -135,8 +155,11 @@ class Callback:
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """After each validation."""
 
-    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
-        """After a checkpoint is complete; ``seconds`` is the time that training stood still for it."""
+    def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
+        """After a checkpoint is complete."""
+
+    def on_checkpoint_failed(self, step: int, reason: str) -> None:
+        """After a checkpoint could not be written and training goes on."""
 
     def on_end(self, outcome: Outcome) -> None:
         """After the last step, in whatever way the run ended."""
@@ -165,9 +188,13 @@ class CallbackList(Callback):
         """Pass on to every callback."""
         self._call("on_validation", metrics)
 
-    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
+    def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Pass on to every callback."""
-        self._call("on_checkpoint", step, path, seconds)
+        self._call("on_checkpoint", metrics)
+
+    def on_checkpoint_failed(self, step: int, reason: str) -> None:
+        """Pass on to every callback."""
+        self._call("on_checkpoint_failed", step, reason)
 
     def on_end(self, outcome: Outcome) -> None:
         """Pass on to every callback."""

@@ -6,18 +6,25 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from megalm.train.callbacks.base import Callback, Outcome, RunContext, StepMetrics, ValidationMetrics
+from megalm.train.callbacks.base import (
+    Callback,
+    CheckpointMetrics,
+    Outcome,
+    RunContext,
+    StepMetrics,
+    ValidationMetrics,
+)
 from megalm.train.callbacks.words import (
     banner,
     checkpoint_line,
     end_line,
+    failed_checkpoint_line,
     format_remaining,
     short_step_summary,
     step_line,
@@ -79,9 +86,13 @@ class ConsoleLog(Callback):
         """Print a line, above the bar."""
         self._print(validation_line(metrics, self._total_steps), style="bold")
 
-    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:
+    def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Print a line, above the bar."""
-        self._print(checkpoint_line(step, self._total_steps, path, seconds), style="dim")
+        self._print(checkpoint_line(metrics, self._total_steps), style="dim")
+
+    def on_checkpoint_failed(self, step: int, reason: str) -> None:
+        """Print a line, above the bar."""
+        self._print(failed_checkpoint_line(step, self._total_steps, reason), style="bold red")
 
     def on_end(self, outcome: Outcome) -> None:
         """Leave the bar as it is and say how the run ended."""

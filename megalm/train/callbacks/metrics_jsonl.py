@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 from megalm.errors import DataError
-from megalm.train.callbacks.base import Callback, Outcome, RunContext, StepMetrics, ValidationMetrics
+from megalm.train.callbacks.base import (
+    Callback,
+    CheckpointMetrics,
+    Outcome,
+    RunContext,
+    StepMetrics,
+    ValidationMetrics,
+)
 
 FILE_NAME = "metrics.jsonl"
 
@@ -22,7 +29,7 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsJsonl(Callback):
-    """Appends a row for every step and validation.
+    """Appends a row for every step, validation and checkpoint.
 
     A resumed run first drops the rows beyond the restored step: those steps are about to be taken again. A row is
     handed to the operating system at once, and forced to disk before each checkpoint is reported and at the end.
@@ -48,9 +55,14 @@ class MetricsJsonl(Callback):
         """Append a row."""
         self._append(asdict(metrics))
 
-    def on_checkpoint(self, step: int, path: Path, seconds: float) -> None:  # noqa: ARG002 - a hook
-        """Make the rows that lead to the checkpoint as durable as it is."""
+    def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
+        """Append a row; make the rows that lead to the checkpoint as durable as it is."""
+        self._append(asdict(metrics))
         self._sync()
+
+    def on_checkpoint_failed(self, step: int, reason: str) -> None:
+        """Append a row."""
+        self._append({"step": step, "checkpoint_error": reason})
 
     def on_end(self, outcome: Outcome) -> None:  # noqa: ARG002 - a hook
         """Make every row durable."""
@@ -122,6 +134,11 @@ def cut_back(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def checkpoint_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of checkpoints."""
+    return [row for row in rows if "checkpoint" in row]
 
 
 def _complete_lines(path: Path) -> list[str]:

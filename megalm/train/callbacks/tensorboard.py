@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from megalm.train.callbacks.base import Callback, RunContext, StepMetrics, ValidationMetrics
+from megalm.train.callbacks.base import Callback, CheckpointMetrics, RunContext, StepMetrics, ValidationMetrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -36,6 +36,12 @@ class TensorBoardLog(Callback):
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """Write the row."""
         self._write("validation", asdict(metrics))
+
+    def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
+        """Write the row's numbers."""
+        row = asdict(metrics)
+        del row["checkpoint"]
+        self._write("checkpoint", row)
 
     def close(self) -> None:
         """Write what is buffered."""

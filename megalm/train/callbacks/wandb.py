@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 from megalm.config.parse import config_to_dict
 from megalm.train.callbacks.base import (
     Callback,
+    CheckpointMetrics,
     Outcome,
     RunContext,
     StepMetrics,
@@ -60,10 +61,12 @@ class WandbLog(Callback):
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._exit_code = 1
+        self._step = 0
         self._has_warned = False
 
     def on_start(self, context: RunContext) -> None:
         """Start the thread, which starts the W&B run."""
+        self._step = context.start_step
         if self._mode == "disabled":
             return
         run_id = stored_run_id(context.run_dir)
@@ -72,11 +75,17 @@ class WandbLog(Callback):
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Queue the row."""
+        self._step = metrics.step
         self._put(asdict(metrics))
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """Queue the row."""
         self._put(asdict(metrics))
+
+    def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
+        """Queue the row's numbers, beside those of the step that training has reached: W&B's steps never go back."""
+        numbers = {name: value for name, value in asdict(metrics).items() if name not in ("step", "checkpoint")}
+        self._put({"step": self._step, **{f"checkpoint/{name}": value for name, value in numbers.items()}})
 
     def on_end(self, outcome: Outcome) -> None:
         """Remember whether W&B is to show the run as finished or as crashed."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from megalm.data.batch_size import BatchSize
-from megalm.train.callbacks.base import Outcome, RunContext, StepMetrics, ValidationMetrics
+from megalm.train.callbacks.base import CheckpointMetrics, Outcome, RunContext, StepMetrics, ValidationMetrics
 
 
 def banner(context: RunContext) -> list[str]:
-    """What is about to be trained, how, on what, and where the results go; four lines, one more for a resumed run."""
+    """What is about to be trained, how, on what, where results go; and in a fifth line, which weights were loaded."""
     config, model = context.config, context.config.model
     batch_size = BatchSize.of(config.train, model.sequence_length)
     rise = f"{batch_size.start} rising to " if len(batch_size.sizes) > 1 else ""
@@ -26,8 +25,8 @@ def banner(context: RunContext) -> list[str]:
         f"{context.total_steps:,} steps = {tokens} tokens of {', '.join(config.data.path)}",
         f"output   {context.run_dir}",
     ]
-    if context.resumed_from is not None:
-        lines.append(f"resumed  {context.resumed_from}, {context.start_step:,} of {context.total_steps:,} steps done")
+    if context.loaded is not None:
+        lines.append(f"loaded   {context.loaded}")
     return lines
 
 
@@ -65,9 +64,16 @@ def validation_line(metrics: ValidationMetrics, total_steps: int) -> str:
     )
 
 
-def checkpoint_line(step: int, total_steps: int, path: Path, seconds: float) -> str:
+def checkpoint_line(metrics: CheckpointMetrics, total_steps: int) -> str:
     """Where a checkpoint is, and what it cost."""
-    return f"{_step(step, total_steps)}  checkpoint {path} ({format_duration(seconds)})"
+    stall, write = format_duration(metrics.stall_seconds), format_duration(metrics.write_seconds)
+    return f"{_step(metrics.step, total_steps)}  checkpoint {metrics.checkpoint} (stall {stall}, written in {write})"
+
+
+def failed_checkpoint_line(step: int, total_steps: int, reason: str) -> str:
+    """Why there is no checkpoint, and what happens now."""
+    policy = "training goes on (checkpoint.on_failure=continue) and the next save tries again"
+    return f"{_step(step, total_steps)}  {reason}; {policy}"
 
 
 def end_line(

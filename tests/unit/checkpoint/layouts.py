@@ -9,7 +9,8 @@ from threading import Barrier, Thread
 
 import torch
 
-from megalm.checkpoint.writer import Header, save_checkpoint
+from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.core.sharding import ShardSpec, StatePiece, padded_range
 from megalm.errors import CheckpointError
 
@@ -68,13 +69,17 @@ def pieces_of(layout: Layout, tp_rank: int, dp_rank: int) -> list[StatePiece]:
     return pieces
 
 
-def header(step: int) -> Header:
+def header(step: int, training: dict | None = None) -> Header:
     """A header with something in every field."""
-    return Header(step, {"model": {}}, {"tp": 1}, {"consumed_samples": 8}, {"step": step})
+    return Header(step, {"model": {}}, {"tp": 1}, {"consumed_samples": 8}, training or {"progress": {"step": step}})
 
 
 def save(
-    folder: Path, layout: Layout, step: int = 1, pieces: Callable[[Layout, int, int], list[StatePiece]] = pieces_of
+    folder: Path,
+    layout: Layout,
+    step: int = 1,
+    pieces: Callable[[Layout, int, int], list[StatePiece]] = pieces_of,
+    training: dict | None = None,
 ) -> list[Path | Exception]:
     """Save from all simulated ranks, one thread each; returns what each rank got."""
     world_size = layout.tp * layout.dp
@@ -91,8 +96,10 @@ def save(
             return first
 
         try:
-            mine = pieces(layout, rank % layout.tp, rank // layout.tp)
-            results[rank] = save_checkpoint(folder, header(step), mine, rank=rank, world_size=world_size, agree=agree)
+            mine = [PieceToWrite.of(piece) for piece in pieces(layout, rank % layout.tp, rank // layout.tp)]
+            results[rank] = save_checkpoint(
+                folder, header(step, training), mine, rank=rank, world_size=world_size, agree=agree
+            )
         except CheckpointError as error:
             results[rank] = error
         except Exception as error:

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
+import torch
 from layouts import SHAPES, Layout, header, pieces_of, save, shard_of
 
+from megalm.checkpoint import save as save_module
 from megalm.checkpoint import store, writer
 from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, Piece, TensorRecord
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.checkpoint.store import complete_checkpoints, find_latest, prune, torn_checkpoints
-from megalm.checkpoint.writer import save_checkpoint
+from megalm.checkpoint.save import Save, save_checkpoint
+from megalm.checkpoint.store import (
+    Retention,
+    complete_checkpoints,
+    find_latest,
+    prune,
+    remove_leftovers,
+    torn_checkpoints,
+)
+from megalm.checkpoint.writer import PieceToWrite, complete_checkpoint, temporary_folder, write_rank
+from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.errors import CheckpointError
+from megalm.train.saving import HostCopy
 
 
 def _no_room_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -41,39 +54,93 @@ def test_a_failed_save_leaves_nothing_behind_and_the_same_step_untouched(tmp_pat
     assert list(CheckpointReader(find_latest(tmp_path).path).find_corruption()) == []
 
 
-def test_a_kill_while_the_same_step_is_replaced_loses_no_checkpoint(tmp_path: Path, monkeypatch) -> None:
-    save(tmp_path, Layout(), step=5)
-    real = shutil.rmtree
-
-    def killed(path, *args, **kwargs):
-        if Path(path).name.endswith("step-00000005"):
-            raise KeyboardInterrupt
-        real(path, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(writer.shutil, "rmtree", killed)
-        pieces = pieces_of(Layout(), 0, 0)
-        save_checkpoint(tmp_path, header(5), pieces, rank=0, world_size=1, agree=lambda error: error)
-    assert list(CheckpointReader(find_latest(tmp_path).path).find_corruption()) == []
+class _Killed(BaseException):
+    """Nobody catches it: what a SIGKILL at this place would leave stays."""
 
 
-def test_a_kill_while_pruning_is_cleaned_up_by_the_next_save(tmp_path: Path, monkeypatch) -> None:
+def _killed(*_, **__):
+    raise _Killed
+
+
+@pytest.mark.parametrize("moment", ["before the new one is there", "before the old one is deleted"])
+def test_a_kill_while_the_same_step_is_replaced_loses_no_checkpoint(tmp_path: Path, monkeypatch, moment) -> None:
+    final = save(tmp_path, Layout(), step=5)[0]
+    pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
+    temporary = temporary_folder(tmp_path, 5, 1)
+    write_rank(temporary, 0, pieces)
+    rename = Path.rename
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        if moment.endswith("deleted"):
+            patch.setattr(writer, "remove_folder", _killed)
+        else:
+            patch.setattr(Path, "rename", lambda self, to: _killed() if self == temporary else rename(self, to))
+        complete_checkpoint(temporary, final, header(5), 1)
+    latest = find_latest(tmp_path)
+    assert latest.step == 5
+    assert list(CheckpointReader(latest.path).find_corruption()) == []
+    remove_leftovers(tmp_path)
+    assert find_latest(tmp_path) == latest, "the next life finds it, too"
+    assert torn_checkpoints(tmp_path) == []
+
+
+def test_a_kill_while_pruning_is_cleaned_up_by_the_next_life(tmp_path: Path, monkeypatch) -> None:
     for step in (1, 2):
         save(tmp_path, Layout(), step=step)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(store.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
-        prune(tmp_path, 1)
+        prune(tmp_path, Retention(last=1))
     assert [info.step for info in complete_checkpoints(tmp_path)] == [2]
     assert len(torn_checkpoints(tmp_path)) == 1
-    save(tmp_path, Layout(), step=3)
+    remove_leftovers(tmp_path)
     assert torn_checkpoints(tmp_path) == []
 
 
 def test_ranks_that_do_not_share_the_file_system_are_named(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(writer, "INDEX_WAIT_SECONDS", 0.1)
-    (tmp_path / "rank-00000.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"no index of 2 of 3 ranks \(1, 2\)"):
-        writer._await_indexes(tmp_path, 3)
+    monkeypatch.setattr(save_module, "INDEX_WAIT_SECONDS", 0.1)
+    with pytest.raises(CheckpointError, match=r"no index of 2 of 3 ranks \(1, 2\): not seen within"):
+        save_checkpoint(tmp_path, header(1), [], rank=0, world_size=3, agree=lambda error: error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_fails_calls_the_others_off(tmp_path: Path, monkeypatch) -> None:
+    """Rank 0 does not wait for the index that will never come."""
+
+    def broken(layout, tp_rank, dp_rank):
+        pieces = pieces_of(layout, tp_rank, dp_rank)
+        return [replace(piece, values=piece.values.double()) for piece in pieces] if tp_rank else pieces
+
+    for result in save(tmp_path, Layout(tp=2), pieces=broken):
+        assert isinstance(result, CheckpointError)
+        assert "torch.float64, masters and moments are float32" in str(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_in_the_thread_is_not_swallowed(tmp_path: Path) -> None:
+    piece = replace(PieceToWrite.of(pieces_of(Layout(), 0, 0)[0]), load=lambda: 1 // 0)
+    with pytest.raises(CheckpointError, match="ZeroDivisionError"):
+        save_checkpoint(tmp_path, header(1), [piece], rank=0, world_size=1, agree=lambda error: error)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The save's thread waits at its first piece while this one goes on; what it writes is the state of the copy."""
+    may_write = Event()
+    values = torch.arange(6.0)
+    state = StatePiece("norm.weight", "weight", ShardSpec.replicated(6), 0, values)
+    copy = HostCopy().take([state])[0]
+
+    def load():
+        may_write.wait(30)
+        return copy.load()
+
+    running = Save(tmp_path, header(1), [replace(copy, load=load)], rank=0, world_size=1)
+    values.fill_(7.0)  # the next step
+    assert not running.is_complete
+    assert complete_checkpoints(tmp_path) == []
+    may_write.set()
+    running.finish(lambda error: error)
+    assert running.is_complete
+    reader = CheckpointReader(running.path)
+    assert reader.read_local("norm.weight", "weight", ShardSpec.replicated(6)).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import pytest
 from layouts import Layout, pieces_of
 
 from megalm.checkpoint.manifest import COMPLETE_FILE
+from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.start import StartMode, resolve_start, run_folder
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, TEMPORARY_PREFIX
-from megalm.checkpoint.writer import Header, save_checkpoint
+from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.config.schema import Config, Data, Model, Optim, Run, Train
 from megalm.errors import CheckpointError
 
@@ -29,10 +30,10 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def _save(config: Config, step: int) -> Path:
-    header = Header(step, asdict(config), {"tp": 1}, {}, {"step": step})
+def _save(config: Config, step: int, *, data: dict | None = None, training: dict | None = None) -> Path:
+    header = Header(step, asdict(config), {"tp": 1}, data or {}, training or {"progress": {"step": step}})
     folder = run_folder(config) / CHECKPOINTS_FOLDER
-    pieces = pieces_of(Layout(), 0, 0)
+    pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
     return save_checkpoint(folder, header, pieces, rank=0, world_size=1, agree=lambda error: error)
 
 
@@ -59,8 +60,9 @@ def test_a_run_cut_off_before_its_first_checkpoint_starts_over_and_says_so(confi
     (run_dir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     start = resolve_start(config, run_dir)
     assert start.mode is StartMode.FRESH
-    assert len(start.notes) == 1
-    assert "cut off at step 2, before its first checkpoint" in start.notes[0]
+    torn, lost = start.notes
+    assert torn.startswith("ignored ") and torn.endswith("step-00000002: an interrupted save")
+    assert "cut off at step 2, before its first checkpoint" in lost
 
 
 def test_only_damaged_checkpoints_are_never_trained_over(config: Config) -> None:
@@ -93,6 +95,50 @@ def test_init_from_is_for_the_fresh_start_only_so_that_a_requeued_job_continues(
     own = _save(mine, 1)
     start = resolve_start(mine, run_folder(mine))
     assert (start.mode, start.path, start.step) == (StartMode.RESUME, own, 1)
+
+
+def test_finetuning_needs_a_phase_of_its_own_and_says_which(config: Config) -> None:
+    source = _save(config, 3, data={"phases": [{"number": 0}, {"number": 2}]})
+    mine = _with(replace(config, run=replace(config.run, name="try2")), finetune_from=str(source))
+    with pytest.raises(CheckpointError, match=r"data\.phase=0: .* in phase 2 already; data\.phase=3 begins"):
+        resolve_start(mine, run_folder(mine))
+    mine = replace(mine, data=replace(mine.data, phase=3))
+    start = resolve_start(mine, run_folder(mine))
+    assert (start.mode, start.path, start.step) == (StartMode.FINETUNE, source, 0)
+    own = _save(mine, 1, data={"phases": [{"number": 3}]})
+    assert resolve_start(mine, run_folder(mine)).path == own, "a requeued job continues"
+
+
+def test_converted_weights_begin_a_run_and_resume_none(config: Config) -> None:
+    source = _save(config, 0, training={"imported": {"format": "hf"}})
+    with pytest.raises(CheckpointError, match=r"converted weights.*checkpoint\.init_from="):
+        resolve_start(config, run_folder(config))
+    for mode in ("init_from", "finetune_from"):
+        mine = _with(replace(config, run=replace(config.run, name="try2")), **{mode: str(source)})
+        assert resolve_start(mine, run_folder(mine)).path == source
+
+
+def test_what_weights_do_not_depend_on_may_change_with_a_note_in_a_new_run(config: Config) -> None:
+    source = _save(config, 3)
+    changed = replace(config, run=replace(config.run, name="try2"), model=replace(config.model, dropout=0.1))
+    start = resolve_start(_with(changed, init_from=str(source)), run_folder(changed))
+    assert start.notes == (f"model.dropout=0.1: {source} was trained with 0.0",)
+    longer = replace(changed, model=replace(config.model, sequence_length=64))
+    with pytest.raises(CheckpointError, match=r"model\.sequence_length=64"):  # learned positions are weights
+        resolve_start(_with(longer, init_from=str(source)), run_folder(longer))
+
+
+def test_a_rotary_context_may_be_stretched(config: Config) -> None:
+    config = replace(config, model=replace(config.model, position="rotary"))
+    source = _save(config, 3)
+    model = replace(config.model, sequence_length=64, rotary_scaling="yarn", rotary_factor=2.0)
+    longer = replace(config, run=replace(config.run, name="try2"), model=model)
+    notes = resolve_start(_with(longer, init_from=str(source)), run_folder(longer)).notes
+    assert [note.split("=")[0] for note in notes] == [
+        "model.rotary_factor",
+        "model.rotary_scaling",
+        "model.sequence_length",
+    ]
 
 
 def test_a_changed_model_is_refused_field_by_field(config: Config) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megalm.config.parse import config_from_dict, config_to_dict, default_dict, field_paths
@@ -25,6 +25,7 @@ def test_round_trip() -> None:
     assert config.parallel.tp == 2 and config.model.position == "learned"
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first draw of any text loads tables
 @given(st.data())
 def test_round_trip_of_any_values(data: st.DataObject) -> None:
     values = dict(SOUND)

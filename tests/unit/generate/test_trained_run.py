@@ -9,7 +9,8 @@ from threading import Barrier
 import pytest
 import torch
 
-from megalm.checkpoint.writer import Header, save_checkpoint
+from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.compose import save_config
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config, Data, Engine, Launch, Model, Optim, Report, Run, Train
@@ -111,7 +112,8 @@ def save(folder, config, model, step):
         return error
 
     def save_rank(rank):
-        return save_checkpoint(folder / "checkpoints", header, pieces[rank], rank=rank, world_size=2, agree=agree)
+        mine = [PieceToWrite.of(piece) for piece in pieces[rank]]
+        return save_checkpoint(folder / "checkpoints", header, mine, rank=rank, world_size=2, agree=agree)
 
     with ThreadPoolExecutor(2) as ranks:
         list(ranks.map(save_rank, range(2)))

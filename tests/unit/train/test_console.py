@@ -1,10 +1,9 @@
 import io
 import math
-from pathlib import Path
 
 import pytest
 
-from megalm.train.callbacks.base import Outcome
+from megalm.train.callbacks.base import CheckpointMetrics, Outcome
 from megalm.train.callbacks.console import ConsoleLog, Pace
 from megalm.train.callbacks.words import (
     banner,
@@ -15,13 +14,22 @@ from megalm.train.callbacks.words import (
     validation_line,
 )
 
+CHECKPOINT = CheckpointMetrics(
+    step=25,
+    checkpoint="runs/try1/checkpoints/step-00000025",
+    stall_seconds=0.004,
+    write_seconds=1.2,
+    gigabytes=0.1,
+)
+
 
 def run(console, context, make_step, make_validation, last):
     console.on_start(context)
     for step in range(context.start_step + 1, last + 1):
         console.on_step(make_step(step))
     console.on_validation(make_validation(last))
-    console.on_checkpoint(last, Path("runs/try1/checkpoints/step-00000025"), 0.1)
+    console.on_checkpoint(CHECKPOINT)
+    console.on_checkpoint_failed(24, "checkpoint of step 24 was not saved: no space")
     console.on_end(Outcome.DONE)
     console.close()
 
@@ -37,7 +45,9 @@ def test_a_log_file_gets_a_line_per_interval(make_context, make_step, make_valid
         "step 25",
     ]
     assert "\x1b" not in stream.getvalue()
-    assert max(map(len, lines)) <= 120
+    assert "step 25/25  checkpoint runs/try1/checkpoints/step-00000025 (stall 4 ms, written in 1.2 s)" in lines
+    assert any("step 24 was not saved: no space; training goes on" in line for line in lines)
+    assert max(len(line) for line in lines if "not saved" not in line) <= 120
 
 
 def test_a_terminal_gets_a_bar_with_validations_above_it(make_context, make_step, make_validation):
@@ -58,8 +68,8 @@ def test_the_banner_says_what_is_trained_and_where_it_resumes(make_context):
         "batch    8 x 64 tokens; 100 steps = 51.2K tokens of data/quickstart",
         f"output   {make_context().run_dir}",
     ]
-    resumed = banner(make_context(start_step=40, resumed_from="checkpoints/step-00000040"))
-    assert resumed[-1] == "resumed  checkpoints/step-00000040, 40 of 100 steps done"
+    resumed = banner(make_context(start_step=40, loaded="resume, step 40: weights"))
+    assert resumed[-1] == "loaded   resume, step 40: weights"
 
 
 def test_numbers_that_are_not_finite_stand_out(make_step, make_validation):
