@@ -1,0 +1,196 @@
+"""Opens the pickles that ``torch.save`` writes without running anything in them, and reads their tensors by mapping.
+
+``torch.load`` with ``weights_only=True`` knows tensors and plain containers. What Megatron-LM and DeepSpeed put beside
+them (enums, settings, scalers, random states) is on a list of names here, each read as an :class:`Inert`: it keeps what
+the file says and does nothing. Any other name is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import types
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.errors import CheckpointError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What weights may be stored as."""
+
+_FORGET_BYTES = 1 << 28
+"""Bytes read of a file after which its mapping is released, so that pages that were read do not pile up."""
+
+_LOCK = Lock()
+"""The list of allowed names is torch's, and one for all threads."""
+
+_INERT_NAMES = {
+    "_io": ("BytesIO",),
+    "deepspeed.runtime.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler", "LossScalerBase"),
+    "deepspeed.runtime.zero.config": ("DeepSpeedZeroConfig", "ZeroStageEnum"),
+    "deepspeed.runtime.zero.offload_config": (
+        "DeepSpeedZeroOffloadOptimizerConfig",
+        "DeepSpeedZeroOffloadParamConfig",
+        "OffloadDeviceEnum",
+    ),
+    "deepspeed.utils.tensor_fragment": ("fragment_address", "tensor_fragment"),
+    "fp16.loss_scaler": ("DynamicLossScaler", "LossScaler"),
+    "megatron.core.enums": ("Fp4Recipe", "Fp8Recipe", "ModelType"),
+    "megatron.core.optimizer": ("OptimizerConfig",),
+    "megatron.core.optimizer.optimizer_config": ("OptimizerConfig",),
+    "megatron.core.pipeline_parallel.pipeline_parallel_layer_layout": ("PipelineParallelLayerLayout",),
+    "megatron.core.rerun_state_machine": ("RerunDiagnostic", "RerunMode", "RerunState", "RerunValidationStatus"),
+    "megatron.core.transformer.enums": (
+        "AttnBackend",
+        "AttnMaskType",
+        "AttnType",
+        "CudaGraphScope",
+        "LayerType",
+        "ModelType",
+    ),
+    "megatron.enums": ("AttnMaskType", "AttnType", "LayerType", "ModelType", "PositionEmbeddingType"),
+    "megatron.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler"),
+    "megatron.legacy.model.enums": ("AttnMaskType", "AttnType", "LayerType", "ModelType"),
+    "megatron.model.enums": ("AttnMaskType", "AttnType", "LayerType", "ModelType", "PositionEmbeddingType"),
+    "numpy": ("dtype", "ndarray"),
+    "numpy._core.multiarray": ("_reconstruct", "scalar"),
+    "numpy.core.multiarray": ("_reconstruct", "scalar"),
+    "numpy.dtypes": ("Float32DType", "Float64DType", "Int32DType", "Int64DType", "UInt32DType"),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    "signal": ("Signals",),
+}
+"""Modules ▶ what of them an :class:`Inert` stands for."""
+
+
+class Inert:
+    """Stands for an object of a class that is not loaded: what it was made of, and its state."""
+
+    def __init__(self, *args: object) -> None:
+        self.args = args
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+def load(path: Path) -> Any:
+    """What a file of ``torch.save`` holds, its tensors as views of the mapped file.
+
+    Raises:
+        CheckpointError: no such file, or not one of ``torch.save``'s of this decade; damaged; or it names something
+            that is not a tensor, a plain container, or on the list above.
+    """
+    _check_archive(path)
+    allowed: list[Any] = [Namespace, types.SimpleNamespace]
+    allowed += [(Inert, f"{module}.{name}") for module, names in _INERT_NAMES.items() for name in names]
+    try:
+        with _LOCK, torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal(path, str(error))) from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(f"{path}: damaged: {_first_line(error)}") from None
+
+
+def _check_archive(path: Path) -> None:
+    """The zip file that torch writes holds its parts as they are, so that they can be mapped."""
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: no whole file of torch.save, or of a torch before 1.6 ({_first_line(error)}); take another copy, "
+            "or open the old one with torch.load and save it again"
+        ) from None
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(f"{path}: its parts are compressed, which torch.save never does; save it again")
+    if sum(member.file_size for member in members) > size:
+        raise CheckpointError(f"{path}: damaged: its parts are longer than the file")
+
+
+def _refusal(path: Path, message: str) -> str:
+    found = re.search(r"GLOBAL ([\w.<>]+)", message)
+    if found is None:
+        return f"{path}: damaged, or made to run code: {_first_line(message)}"
+    return (
+        f"{path}: holds {found[1]}, which would run code of that module; megalm reads tensors, plain values and the "
+        "settings of Megatron-LM and DeepSpeed only. Where you trust the file, open it with the tool that wrote it, "
+        "drop that entry, and save it again"
+    )
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+
+class PickledTensors:
+    """Some of the tensors of one file, by name, mapped and not held.
+
+    Args:
+        path: the file.
+        pick: finds the tensors in what the file holds; called anew whenever the file is mapped anew.
+
+    Raises:
+        CheckpointError: see :func:`load`; or something picked is no plain tensor.
+    """
+
+    def __init__(self, path: Path, pick: Callable[[Any], Mapping[str, Any]]) -> None:
+        self.path = path
+        self._pick = pick
+        self._lock = Lock()
+        self._read_bytes = 0
+        self._mapped: dict[str, Tensor] | None = self._map()
+        self.headers = {name: Header(tuple(t.shape), t.dtype) for name, t in self._mapped.items()}
+
+    def get(self, name: str) -> Tensor:
+        """A tensor, as a view of the mapped file."""
+        with self._lock:
+            if self._mapped is None:
+                self._mapped = self._map()
+                self._read_bytes = 0
+            tensor = self._mapped.get(name)
+            self._read_bytes += 0 if tensor is None else tensor.nbytes
+            if self._read_bytes > _FORGET_BYTES:
+                self._mapped = None  # the mapping goes with the last tensor that a caller still holds
+        if tensor is None or Header(tuple(tensor.shape), tensor.dtype) != self.headers[name]:
+            raise CheckpointError(f"{self.path}: {name}: changed while it was being converted")
+        return tensor
+
+    def _map(self) -> dict[str, Tensor]:
+        return {name: _plain(self.path, name, value) for name, value in self._pick(load(self.path)).items()}
+
+
+def _plain(path: Path, name: str, value: object) -> Tensor:
+    """A tensor of numbers that are all in the file; subclasses, sparse ones and made-up expansions are none."""
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, torch.nn.Parameter):
+        raise CheckpointError(f"{path}: {name}: a {type(value).__name__}, not a tensor")
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        raise CheckpointError(f"{path}: {name}: a {value.layout} tensor on {value.device}, not a plain one")
+    tensor = value.detach()
+    if tensor.untyped_storage().nbytes() < tensor.nbytes:
+        raise CheckpointError(f"{path}: {name}: {tensor.nbytes:,} bytes by its shape, fewer in the file")
+    return tensor
