@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from megalm.checkpoint.adapters.checks import check_architecture, config_around
@@ -19,7 +20,6 @@ from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, TEMPORARY_PREFIX, locate, step_folder
 from megalm.checkpoint.writer import WEIGHT, Header, PieceToWrite, complete_checkpoint, write_rank
-from megalm.compose import CONFIG_FILE, save_config
 from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.rules import violations
 from megalm.config.schema import Config, Model, Parallel
@@ -28,6 +28,9 @@ from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.balance import split_layers
 from megalm.models.gpt import Part
+
+CONFIG_FILE = "config.yaml"
+"""Where a run keeps its config."""
 
 IMPORTED = "imported"
 """Where a manifest's ``training`` says what its weights were converted from."""
@@ -92,7 +95,8 @@ def write_run(transfer: Transfer, folder: Path, *, name: str, tokenizer: Tokeniz
     """
     info = transfer.info
     config = _config(info.model, _run_name(name), tp=tp, pp=pp, dtype=DTYPE_NAMES[info.dtype])
-    save_config(config, folder / CONFIG_FILE)
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save(folder)
     checkpoints = folder / CHECKPOINTS_FOLDER
