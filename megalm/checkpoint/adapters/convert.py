@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ from megalm.checkpoint.adapters.transfer import DTYPE_NAMES, Progress, Transfer
 from megalm.checkpoint.adapters.weights import WeightSource
 from megalm.config.violation import spoken_list
 from megalm.data.tokenizer import Tokenizer
-from megalm.errors import ConfigError
+from megalm.errors import CheckpointError, ConfigError
 from megalm.models.counts import parameter_count
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -133,7 +134,7 @@ def _convert(source: WeightSource, request: Request, watcher: Watcher, started: 
     dtype = info.dtype if request.dtype == SAME_DTYPE else DTYPES[request.dtype]
     tokenizer, notes = _tokenizer_of(source)
     transfer = Transfer(source, dtype)
-    if request.target_format in LAYOUTS:
+    if request.target_format == "megalm":
         from megalm.checkpoint.adapters.run import check_layout
 
         check_layout(info.model, tp=request.tp, pp=request.pp)
@@ -161,17 +162,18 @@ def _verify(source: WeightSource, dtype: torch.dtype, folder: Path, request: Req
 
     expected = Transfer(source, dtype)
     expected.progress = watcher.begin("verifying", expected.total_bytes)
-    target = READERS[request.target_format](folder)
     try:
-        compare_tensors(expected, target)
-        # The library would load the source without the cast that was asked for.
-        uncast = request.source_format == "hf" and dtype == source.info.dtype
-        found = compare_logits(
-            Side(expected, request.source if uncast else None),
-            Side(target, folder if request.target_format == "hf" else None, is_new=True),
-        )
-    finally:
-        target.close()
+        with closing(READERS[request.target_format](folder)) as target:
+            compare_tensors(expected, target)
+            # The library would load the source without the cast that was asked for.
+            uncast = request.source_format == "hf" and dtype == source.info.dtype
+            found = compare_logits(
+                Side(expected, request.source if uncast else None),
+                Side(target, folder if request.target_format == "hf" else None, is_new=True),
+            )
+    except CheckpointError as error:
+        message = str(error).replace(str(folder), str(request.target))
+        raise CheckpointError(f"--verify: {message}") from None
     return [f"verified: {len(expected.shapes)} tensors, equal byte for byte after a round trip", *found]
 
 
@@ -181,8 +183,10 @@ def _tokenizer_of(source: WeightSource) -> tuple[Tokenizer | None, list[str]]:
     from megalm.checkpoint.adapters.tokenizer_files import find_tokenizer
 
     eos_id = source.eos_id if isinstance(source, HfSource) else None
+    # A run is the user's own, and may link to what lies elsewhere.
     safe = Path.joinpath if source.info.format == "megalm" else safe_file
-    found = find_tokenizer(source.info.tokenizer, eos_id=eos_id, safe=safe)
+    folder = source.info.tokenizer or (source.info.path if source.info.path.is_dir() else None)
+    found = find_tokenizer(folder, eos_id=eos_id, safe=safe)
     notes = [found.note] if found.note else []
     words, rows = found.tokenizer.vocab_size if found.tokenizer else 0, source.info.model.vocab_size or 0
     if words > rows:
@@ -202,6 +206,12 @@ def _read_hf(path: Path) -> WeightSource:
     return HfSource(path)
 
 
+def _read_megatron(path: Path) -> WeightSource:
+    from megalm.checkpoint.adapters.megatron import open_source
+
+    return open_source(path)
+
+
 def _write_megalm(transfer: Transfer, folder: Path, request: Request, tokenizer: Tokenizer | None) -> str:
     from megalm.checkpoint.adapters.run import write_run
 
@@ -216,11 +226,25 @@ def _write_hf(transfer: Transfer, folder: Path, request: Request, tokenizer: Tok
     return f"{family.title} for Hugging Face ({family.architecture})"
 
 
-READERS: dict[str, Callable[[Path], WeightSource]] = {"megalm": _read_megalm, "hf": _read_hf}
+def _write_megatron(transfer: Transfer, folder: Path, request: Request, tokenizer: Tokenizer | None) -> str:
+    from megalm.checkpoint.adapters.megatron import write_megatron
+
+    write_megatron(transfer, folder, tp=request.tp, pp=request.pp, dtype=transfer.info.dtype, on_tensor=lambda *_: None)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    return f"a checkpoint for Megatron-LM on tp={request.tp} pp={request.pp}"
+
+
+READERS: dict[str, Callable[[Path], WeightSource]] = {
+    "megalm": _read_megalm,
+    "hf": _read_hf,
+    "megatron": _read_megatron,
+}
 """Formats by name ▶ what opens them."""
 
 WRITERS: dict[str, Callable[[Transfer, Path, Request, Tokenizer | None], str]] = {
     "megalm": _write_megalm,
     "hf": _write_hf,
+    "megatron": _write_megatron,
 }
 """Formats by name ▶ what fills an empty folder, and says in words what it now holds."""

@@ -63,7 +63,7 @@ def compare_tensors(transfer: Transfer, target: WeightSource) -> None:
         CheckpointError: naming the first tensor that differs.
     """
     if target.info.dtype != transfer.info.dtype:
-        raise CheckpointError(f"--verify: written as {target.info.dtype}, not as {transfer.info.dtype}")
+        raise CheckpointError(f"written as {target.info.dtype}, not as {transfer.info.dtype}")
     run_all([partial(_compare, transfer, target, name) for name in transfer.shapes], call_off=transfer.call_off)
 
 
@@ -87,7 +87,7 @@ def compare_logits(source: Side, target: Side) -> list[str]:
         f"between {first} (source) and {second} (target), where the largest is {largest:.3g}"
     )
     if difference > TOLERANCE:
-        raise CheckpointError(f"--verify: {found}: more than {TOLERANCE:g}")
+        raise CheckpointError(f"{found}: more than {TOLERANCE:g}")
     advice = [] if has_library() or (source.folder is None and target.folder is None) else [ADVICE]
     return [found, *advice]
 
@@ -101,7 +101,7 @@ def _compare(transfer: Transfer, target: WeightSource, name: str) -> None:
     with transfer.hold(name) as expected:
         actual = target.read(name)
         if not same_values(expected, actual):
-            raise CheckpointError(f"--verify: {name}: what was written is not what was read{_first(expected, actual)}")
+            raise CheckpointError(f"{name}: what was written is not what was read{_first(expected, actual)}")
 
 
 def _first(expected: Tensor, actual: Tensor) -> str:
@@ -150,10 +150,10 @@ def _library_logits(side: Side, folder: Path, tokens: Tensor) -> tuple[Tensor, s
             )
         except Exception as error:  # whatever the library raises, it could not load the folder
             what = "what was written" if side.is_new else "the source"
-            raise CheckpointError(f"--verify: {LIBRARY} cannot load {what}: {error}") from None
+            raise CheckpointError(f"{LIBRARY} cannot load {what}: {error}") from None
         model, loading = loaded
         if side.is_new and (problems := {kind: names for kind, names in loading.items() if names}):
-            raise CheckpointError(f"--verify: {LIBRARY} did not find what it wanted in what was written: {problems}")
+            raise CheckpointError(f"{LIBRARY} did not find what it wanted in what was written: {problems}")
         logits: Tensor = model.eval()(input_ids=tokens).logits.float()
     return logits, f"{LIBRARY} {transformers.__version__}"
 

@@ -191,7 +191,9 @@ def test_spellings_of_published_files_are_understood(tmp_path: Path) -> None:
         file = tmp_path / name / "model.safetensors"
         tensors = load_file(file)
         if name == "bert":
-            tensors = {n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for n, t in tensors.items()}
+            tensors = {
+                n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for n, t in tensors.items()
+            }
             tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
             tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"].clone()
             tensors["bert.embeddings.position_ids"] = torch.arange(32)

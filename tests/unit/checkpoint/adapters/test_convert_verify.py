@@ -1,0 +1,221 @@
+"""``--verify`` finds what went wrong on the way, and weights that are no numbers are reported."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from foreign_models import BERT, GPT2, LLAMA, NEOX, Nobody, RandomSource, convert_quietly, write_random_run
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megalm.checkpoint.adapters import verify
+from megalm.checkpoint.adapters.checks import same_values
+from megalm.checkpoint.adapters.convert import Request, convert
+from megalm.checkpoint.adapters.hf import HfSource
+from megalm.checkpoint.adapters.mapping import Rule
+from megalm.checkpoint.adapters.run import RunSource
+from megalm.checkpoint.adapters.transfer import Transfer
+from megalm.checkpoint.tensor_file import TensorFileWriter
+from megalm.config.schema import Model
+from megalm.errors import CheckpointError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_random_run(tmp_path / "run", LLAMA, tp=2)
+    return tmp_path / "run"
+
+
+def _spoil_writes(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str, Tensor], Tensor]) -> None:
+    write = TensorFileWriter.write
+    monkeypatch.setattr(TensorFileWriter, "write", lambda self, name, tensor: write(self, name, spoil(name, tensor)))
+
+
+def test_a_flipped_bit_is_found_and_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flip(name: str, tensor: Tensor) -> Tensor:
+        if name != "model.layers.1.self_attn.k_proj.weight":
+            return tensor
+        bits = tensor.clone()
+        bits.view(torch.int32)[3, 5] ^= 1
+        return bits
+
+    _spoil_writes(monkeypatch, flip)
+    target = run.parent / "hf"
+    with pytest.raises(CheckpointError, match=r"--verify: blocks\.1\.attention\.qkv\.weight: .*element 1125 is"):
+        convert_quietly("megalm", "hf", run, target, verify=True)
+    assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
+    convert_quietly("megalm", "hf", run, target)  # without --verify nobody looks
+
+
+def test_a_run_whose_slices_are_wrong_is_found(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_quietly("megalm", "hf", run, run.parent / "hf")
+    _spoil_writes(monkeypatch, lambda name, tensor: tensor.flip(0) if name.endswith("head.weight") else tensor)
+    with pytest.raises(CheckpointError, match=r"--verify: .*/out/.*head\.weight is corrupt"):
+        convert_quietly("hf", "megalm", run.parent / "hf", run.parent / "out", tp=2, verify=True)
+    assert not (run.parent / "out").exists()
+
+
+def test_an_architecture_that_is_described_wrongly_is_found_by_its_logits(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    from megalm.checkpoint.adapters.hf_llama import LlamaFamily
+
+    right = LlamaFamily.config_from_model
+    monkeypatch.setattr(LlamaFamily, "config_from_model", lambda self, model: right(self, model) | {"rope_theta": 99.0})
+    with pytest.raises(CheckpointError, match=r"--verify: logits .* more than 0\.0001"):
+        convert_quietly("megalm", "hf", run, run.parent / "hf", verify=True)
+    assert not (run.parent / "hf").exists()
+
+
+def test_the_library_must_find_all_it_wants(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from megalm.checkpoint.adapters.hf_llama import LlamaFamily
+
+    right = LlamaFamily.rules
+
+    def misnamed(self: LlamaFamily, model: Model) -> list[Rule]:
+        return [
+            replace(rule, foreign=tuple(n.replace("l.norm", "l.nrm") for n in rule.foreign))
+            for rule in right(self, model)
+        ]
+
+    monkeypatch.setattr(LlamaFamily, "rules", misnamed)
+    with pytest.raises(
+        CheckpointError, match=r"--verify: transformers did not find.*missing_keys.*model\.norm\.weight"
+    ):
+        convert_quietly("megalm", "hf", run, run.parent / "hf", verify=True)
+
+
+def test_what_was_compared_is_said(run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    if verify.has_library():
+        report = convert_quietly("megalm", "hf", run, run.parent / "hf", verify=True)
+        assert "largest difference" in report.verified[1]
+        assert "between megalm (source) and transformers" in report.verified[1]
+        assert report.verified[2:] == ()
+        assert capfd.readouterr() == ("", "")  # none of the library's own words
+    monkeypatch.setattr(verify, "has_library", lambda: False)
+    report = convert_quietly("megalm", "hf", run, run.parent / "own", verify=True)
+    assert report.verified[0] == "verified: 15 tensors, equal byte for byte after a round trip"
+    assert "between megalm (source) and megalm (target)" in report.verified[1]
+    assert "pip install 'megalm[convert]'" in report.verified[2]
+    report = convert_quietly("megalm", "megalm", run, run.parent / "again", verify=True)
+    assert len(report.verified) == 2  # the library has no part in this
+
+
+def test_weights_that_are_no_numbers_are_warned_of_and_converted(tmp_path: Path) -> None:
+    source = RandomSource(GPT2, torch.bfloat16)
+    source.values["blocks.0.mlp.up.weight"][1, 1] = float("nan")
+    source.values["final_norm.bias"][0] = float("-inf")
+    (tmp_path / "run").mkdir()
+    from megalm.checkpoint.adapters.run import write_run
+
+    transfer = Transfer(source, torch.bfloat16)
+    write_run(transfer, tmp_path / "run", name="run", tokenizer=None, tp=2, pp=2)
+    assert sorted(transfer.warnings) == [
+        "blocks.0.mlp.up.weight: holds NaN or infinity",
+        "final_norm.bias: holds NaN or infinity",
+    ]
+    report = convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf", verify=True)
+    assert len(report.warnings) == 2
+    report = convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again", tp=2, verify=True)
+    assert len(report.warnings) == 2
+    for name, value in source.values.items():
+        assert same_values(RunSource(tmp_path / "again").read(name), value)
+
+
+def test_numbers_too_large_for_a_cast_are_warned_of(tmp_path: Path) -> None:
+    write_random_run(tmp_path / "run", NEOX)
+    convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    save_file(load_file(file) | {"gpt_neox.embed_in.weight": torch.full((101, 32), 1e6)}, file)
+    report = convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "half", dtype="fp16")
+    assert report.warnings == ("embedding.weight: holds numbers too large for fp16",)
+
+
+def test_casts_are_verified_after_the_same_cast(tmp_path: Path) -> None:
+    for number, model in enumerate((GPT2, BERT)):
+        write_random_run(tmp_path / f"{number}-run", model)
+        hf, short = tmp_path / f"{number}-hf", tmp_path / f"{number}-short"
+        convert_quietly("megalm", "hf", tmp_path / f"{number}-run", hf, dtype="fp16", verify=True)
+        convert_quietly("hf", "megalm", hf, short, dtype="bf16", verify=True)
+        assert (HfSource(hf).info.dtype, RunSource(short).info.dtype) == (torch.float16, torch.bfloat16)
+
+
+def test_an_error_on_the_way_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, tensor: Tensor) -> Tensor:
+        if "layers.1" in name:
+            raise OSError(28, "No space left on device")
+        return tensor
+
+    _spoil_writes(monkeypatch, fail)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="No space left"):
+        convert_quietly("megalm", "hf", run, run.parent / "deep" / "hf", shard_bytes=10_000)
+    assert list((run.parent / "deep").iterdir()) == []
+    assert threading.active_count() == before
+
+
+def test_ctrl_c_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str, tensor: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    _spoil_writes(monkeypatch, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_quietly("megalm", "hf", run, run.parent / "hf")
+    assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
+
+
+def test_what_a_killed_conversion_left_is_removed(run: Path) -> None:
+    left = run.parent / ".unfinished-hf"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    convert_quietly("megalm", "hf", run, run.parent / "hf")
+    assert sorted(path.name for path in run.parent.iterdir()) == ["hf", "run"]
+
+
+def test_no_more_is_held_at_once_than_the_largest_tensor(tmp_path: Path) -> None:
+    transfer = Transfer(RandomSource(replace(GPT2, vocab_size=211)), torch.float32)
+    largest = max(map(transfer.nbytes, transfer.shapes))
+    held, most, lock = 0, 0, threading.Lock()
+
+    def use(name: str) -> None:
+        nonlocal held, most
+        with transfer.hold(name):
+            with lock:
+                held += transfer.nbytes(name)
+                most = max(most, held)
+            threading.Event().wait(0.001)
+            with lock:
+                held -= transfer.nbytes(name)
+
+    threads = [threading.Thread(target=use, args=(name,)) for name in [*transfer.shapes] * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert held == 0
+    assert most <= largest
+
+
+def test_progress_counts_every_tensor_once(run: Path) -> None:
+    class Listener(Nobody):
+        def __init__(self) -> None:
+            self.phases: dict[str, list[int]] = {}
+
+        def begin(self, *phase: object):
+            what, total = phase
+            self.phases[str(what)] = [int(str(total))]
+            return self.phases[str(what)].append
+
+    listener = Listener()
+    convert(Request("megalm", "megalm", run, run.parent / "again", tp=4, pp=2, verify=True), listener)
+    assert set(listener.phases) == {"converting", "verifying"}
+    for total, *parts in listener.phases.values():
+        assert total == sum(parts)
+        assert len(parts) == 15

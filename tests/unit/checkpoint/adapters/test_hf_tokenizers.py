@@ -1,0 +1,117 @@
+"""A model's tokenizer goes with it: the library encodes as megalm does, and megalm as the library did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from foreign_models import BERT, GPT2, convert_quietly, write_random_run
+
+from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe, train_wordpiece
+
+TEXT = "It's 7 o'clock; naïve ☃ snowmen don't know.\n\n\tdef f(x): return x**2  # twice"
+CORPUS = [TEXT, "Snowmen know of the clock, and of twice two.", "def g(y): return y"]
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_byte_level_bpe(CORPUS, 300, ["<|im_start|>"])
+
+
+@pytest.fixture(scope="module")
+def wordpiece() -> Tokenizer:
+    return train_wordpiece(CORPUS * 3, 160, lowercase=True)
+
+
+def test_the_librarys_tokenizer_gives_megalms_ids(bpe: Tokenizer, wordpiece: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for name, tokenizer, model in (("bpe", bpe, GPT2), ("wordpiece", wordpiece, BERT)):
+        run = tmp_path / name
+        write_random_run(run, replace(model, vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
+        convert_quietly("megalm", "hf", run, tmp_path / f"{name}-hf")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf")
+        assert theirs(TEXT, add_special_tokens=False).input_ids == tokenizer.encode(TEXT)
+        assert theirs(TEXT).input_ids == tokenizer.encode(TEXT)
+        assert theirs.eos_token_id == tokenizer.eos_id
+        assert theirs.model_max_length == model.sequence_length
+        assert len(theirs) == tokenizer.vocab_size
+        assert theirs.decode(tokenizer.encode(TEXT)) == tokenizer.decode(tokenizer.encode(TEXT))
+        assert theirs.mask_token_id == tokenizer.mask_id
+        config = transformers.AutoConfig.from_pretrained(tmp_path / f"{name}-hf")
+        if model.causal:
+            assert (config.bos_token_id, config.eos_token_id) == (tokenizer.eos_id, tokenizer.eos_id)
+            generation = transformers.GenerationConfig.from_pretrained(tmp_path / f"{name}-hf")
+            assert generation.eos_token_id == tokenizer.eos_id
+        else:
+            assert config.pad_token_id == theirs.pad_token_id == tokenizer.special_tokens["[PAD]"]
+
+
+def test_a_tokenizer_survives_the_round_trip(bpe: Tokenizer, wordpiece: Tokenizer, tmp_path: Path) -> None:
+    for name, tokenizer, model in (("bpe", bpe, GPT2), ("wordpiece", wordpiece, BERT)):
+        write_random_run(tmp_path / name, replace(model, vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
+        convert_quietly("megalm", "hf", tmp_path / name, tmp_path / f"{name}-hf")
+        convert_quietly("hf", "megalm", tmp_path / f"{name}-hf", tmp_path / f"{name}-again")
+        again = Tokenizer.load(tmp_path / f"{name}-again" / "tokenizer.json")
+        assert (again.sha256, again.eos_id, again.mask_id) == (tokenizer.sha256, tokenizer.eos_id, tokenizer.mask_id)
+
+
+def _with_files(tmp_path: Path, name: str, model, files: dict[str, str]) -> Path:
+    write_random_run(tmp_path / f"{name}-run", model)
+    convert_quietly("megalm", "hf", tmp_path / f"{name}-run", tmp_path / name)
+    for file, text in files.items():
+        (tmp_path / name / file).write_text(text, encoding="utf-8")
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(("vocabulary", "merges"), [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_vocabulary_and_merges_make_a_tokenizer(vocabulary: str, merges: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    parts = json.loads(bpe.definition)["model"]
+    pairs = [" ".join(pair) for pair in parts["merges"]]
+    words = parts["vocab"] | bpe.special_tokens
+    files = {vocabulary: json.dumps(words), merges: "\n".join(["#version: 0.2", *pairs, ""])}
+    folder = _with_files(tmp_path, "hf", replace(GPT2, vocab_size=bpe.vocab_size), files)
+    convert_quietly("hf", "megalm", folder, tmp_path / "out")
+    made = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    assert made.encode(TEXT) == bpe.encode(TEXT)
+    assert made.decode(made.encode(TEXT)) == TEXT
+    assert (made.eos_id, made.vocab_size) == (bpe.eos_id, bpe.vocab_size)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_a_wordpiece_vocabulary_makes_a_tokenizer(lowercase: bool, tmp_path: Path) -> None:
+    tokenizer = train_wordpiece(CORPUS * 3, 160, lowercase=lowercase)
+    words = json.loads(tokenizer.definition)["model"]["vocab"]
+    files = {"vocab.txt": "".join(f"{word}\n" for word in sorted(words, key=words.get))}
+    if not lowercase:
+        files["tokenizer_config.json"] = json.dumps({"do_lower_case": False})
+    folder = _with_files(tmp_path, "hf", replace(BERT, vocab_size=tokenizer.vocab_size), files)
+    convert_quietly("hf", "megalm", folder, tmp_path / "out")
+    made = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    assert made.encode(TEXT) == tokenizer.encode(TEXT)
+    assert (made.eos_id, made.mask_id, made.start_id) == (tokenizer.eos_id, tokenizer.mask_id, tokenizer.start_id)
+
+
+def test_a_tokenizer_that_cannot_be_had_is_a_note(bpe: Tokenizer, tmp_path: Path) -> None:
+    model = replace(GPT2, vocab_size=bpe.vocab_size)
+    cases = {
+        "none": ({}, "no tokenizer"),
+        "sentencepiece": ({"tokenizer.model": "x"}, "SentencePiece"),
+        "spoiled": ({"tokenizer.json": "{"}, "is not a tokenizer.json"),
+        "merges": ({"vocab.json": "{}", "merges.txt": "a b c d\n"}, "no vocabulary and merges of a BPE"),
+    }
+    for name, (files, fragment) in cases.items():
+        report = convert_quietly("hf", "megalm", _with_files(tmp_path, name, model, files), tmp_path / f"{name}-out")
+        assert any(fragment in note for note in report.notes), report.notes
+        assert not (tmp_path / f"{name}-out" / "tokenizer.json").exists()
+
+
+def test_the_end_of_a_document_may_be_named_in_the_models_config(bpe: Tokenizer, tmp_path: Path) -> None:
+    definition = bpe.definition.replace("<|endoftext|>", "<|finis|>")
+    folder = _with_files(tmp_path, "hf", replace(GPT2, vocab_size=290), {"tokenizer.json": definition})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [0, 7]}))
+    report = convert_quietly("hf", "megalm", folder, tmp_path / "out")
+    assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").eos_id == 0
+    assert any(f"the tokenizer has {bpe.vocab_size} words, the model 290" in note for note in report.notes)
