@@ -1,0 +1,142 @@
+"""What a conversion to megalm makes is a run: generate, evaluate and init_from take it; and the tool around it all."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from foreign_models import BERT, LLAMA, convert_quietly, write_random_run
+
+from megalm.checkpoint.start import StartMode, resolve_start
+from megalm.compose import load_run_config
+from megalm.config.rules import violations
+from megalm.data.tokenizer import Tokenizer
+from megalm.evaluate.perplexity import run_evaluate
+from megalm.generate.run import run_generate
+
+TOOL = Path(__file__).parents[4] / "tools" / "convert_checkpoint.py"
+
+
+def _tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, check=False)
+
+
+def _main() -> Callable[[list[str]], int]:
+    """The tool in this process."""
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_dataset: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_dataset / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tokenizer, of a model for the tiny dataset."""
+    folder = tmp_path_factory.mktemp("exported")
+    model = replace(LLAMA, vocab_size=tokenizer.vocab_size, sequence_length=64)
+    write_random_run(folder / "run", model, tokenizer=tokenizer)
+    convert_quietly("megalm", "hf", folder / "run", folder / "hf")
+    return folder / "hf"
+
+
+def test_a_converted_run_generates_evaluates_and_is_started_from(
+    exported: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "llama v2 (a copy)"
+    convert_quietly("hf", "megalm", exported, run, tp=2, pp=2)
+    text = run_generate(run, "def ", max_new_tokens=5, temperature=0.0, top_k=0, seed=0)
+    original = exported.parent / "run"
+    assert text == run_generate(original, "def ", max_new_tokens=5, temperature=0.0, top_k=0, seed=0)
+    scores = run_evaluate(run, [f"data.path={tiny_dataset}"])
+    assert scores["val_loss"] == run_evaluate(original, [f"data.path={tiny_dataset}"])["val_loss"]
+    config = load_run_config(run)
+    assert violations(config, 4) == []
+    assert config.run.name == "llama-v2-a-copy"
+    fresh = replace(config, checkpoint=replace(config.checkpoint, init_from=str(run)))
+    start = resolve_start(fresh, tmp_path / "another")
+    assert (start.mode, start.path) == (StartMode.INIT_FROM, run / "checkpoints" / "step-00000000")
+
+
+def test_an_encoder_becomes_a_run_with_its_objective(tmp_path: Path) -> None:
+    write_random_run(tmp_path / "run", BERT)
+    config = load_run_config(tmp_path / "run")
+    assert config.objective.name == "mlm"
+    assert violations(config, 1) == []
+
+
+def test_steps_and_origin_are_kept(exported: Path, tmp_path: Path) -> None:
+    from megalm.checkpoint.manifest import read_manifest
+    from megalm.checkpoint.store import locate
+
+    convert_quietly("hf", "megalm", exported, tmp_path / "out", dtype="bf16")
+    manifest = read_manifest(locate(tmp_path / "out").path)
+    assert manifest.training == {"imported": {"format": "hf", "dtype": "bfloat16"}}
+    assert load_run_config(tmp_path / "out").engine.dtype == "bf16"
+
+
+def test_the_tool_converts_and_says_what_it_did(exported: Path, tmp_path: Path) -> None:
+    result = _tool("--from", "hf", "--to", "megalm", exported, tmp_path / "run", "--tp", "2", "--verify")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'run'}: a run of megalm in pieces for tp=2 pp=1, ")
+    assert "parameters in 15 tensors, fp32, " in lines[0]
+    assert lines[1] == "verified: 15 tensors, equal byte for byte after a round trip"
+    assert "largest difference" in lines[2]
+
+
+def test_mistakes_are_lines_with_their_exit_codes(exported: Path, tmp_path: Path) -> None:
+    main = _main()
+    out = tmp_path / "out"
+    assert main(["--from", "hf", "--to", "hf", str(exported), str(out), "--tp", "2"]) == 2
+    assert main(["--from", "hf", "--to", "megalm", str(exported), str(out), "--tp", "3"]) == 2
+    assert main(["--from", "hf", "--to", "megalm", str(exported), str(exported)]) == 2
+    assert main(["--from", "hf", "--to", "megalm", str(tmp_path / "nothing"), str(out)]) == 3
+    assert main(["--from", "megalm", "--to", "hf", str(exported), str(out)]) == 3
+    for wrong in (["--from", "gguf", "--to", "hf", "a", "b"], ["--from", "hf", "--to", "deepspeed", "a", "b"], []):
+        with pytest.raises(SystemExit) as exit_:
+            main(wrong)
+        assert exit_.value.code == 2
+    assert not out.exists()
+
+
+def test_warnings_and_ctrl_c_are_lines(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from megalm.checkpoint.adapters import convert, transfer
+
+    arguments = ["--from", "hf", "--to", "megalm", str(exported), str(tmp_path / "out")]
+    monkeypatch.setattr(transfer, "is_finite", lambda _: False)
+    assert _main()(arguments) == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 11
+    assert errors[0].startswith("warning: ")
+    assert errors[0].endswith("holds NaN or infinity")
+    assert errors[-1] == "warning: and 5 more such tensors"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "convert", interrupt)
+    assert _main()(arguments) == 130
+    assert capsys.readouterr().err == f"interrupted; nothing was written to {tmp_path / 'out'}\n"
+
+
+def test_help_names_every_format(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        _main()(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("megalm", "hf", "megatron", "openai-gpt2", "deepspeed", "--verify", "--tp", "--pp", "--dtype", "130"):
+        assert word in text
