@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -74,8 +74,14 @@ _INERT_NAMES = {
 class Inert:
     """Stands for an object of a class that is not loaded: what it was made of, and its state."""
 
-    def __init__(self, *args: object) -> None:
-        self.args = args
+    args: tuple[object, ...]
+    state: object
+
+    def __new__(cls, *args: object) -> Self:
+        """What a pickle calls, whether the class is made or called."""
+        made = super().__new__(cls)
+        made.args, made.state = args, None
+        return made
 
     def __setstate__(self, state: object) -> None:
         self.state = state
