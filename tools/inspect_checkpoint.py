@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Show what a checkpoint holds, and optionally prove that every byte of it is intact.
+"""Show what a checkpoint holds, prove that every byte of it is intact, or say what differs between two.
 
     tools/inspect_checkpoint.py runs/quickstart
     tools/inspect_checkpoint.py runs/quickstart/checkpoints/step-00000200 --verify
+    tools/inspect_checkpoint.py runs/quickstart --diff runs/other
 
-Exit codes: 0 done, 2 bad arguments, 3 no such checkpoint, or a damaged one.
+Exit codes: 0 done, 1 the two differ, 2 bad arguments, 3 no such checkpoint, or a damaged one.
 """
 
 from __future__ import annotations
@@ -14,65 +15,115 @@ import json
 import sys
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megalm.checkpoint.manifest import Manifest, TensorRecord, read_manifest
-from megalm.checkpoint.store import locate
+from megalm.arguments import LineParser
+from megalm.checkpoint.manifest import Manifest, TensorRecord, combined_hash, read_manifest
+from megalm.checkpoint.store import CheckpointInfo, locate, torn_checkpoints
 from megalm.errors import ExitCode, MegalmError
+
+DIFFERENT = 1
+"""Exit code of ``--diff``, as of diff(1)."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run: then its newest complete checkpoint")
     parser.add_argument("--verify", action="store_true", help="read every tensor and check its sha256")
+    parser.add_argument("--diff", metavar="OTHER", help="say what differs from this one, instead of showing PATH")
     options = parser.parse_args(arguments)
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     try:
-        info = locate(options.path)
-        manifest = read_manifest(info.path)
-        console.print(_summary(str(info.path), manifest), _tensors(manifest))
-        faults = _find_faults(console, info.path) if options.verify else []
+        shown = locate(options.path)
+        other = locate(options.diff) if options.diff is not None else None
+        if other is None:
+            _show(console, shown)
+        faults = [fault for info in (shown, other) if options.verify and info for fault in _find_faults(console, info)]
+        if not faults and other is not None:
+            return _diff(console, shown, other)
     except MegalmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     for fault in faults:
         print(fault, file=sys.stderr)
     if options.verify and not faults:
-        print(f"{info.path}: every tensor is whole and every sha256 is right")
+        print(f"{shown.path}: every tensor is whole and every sha256 is right")
     return ExitCode.BAD_DATA if faults else ExitCode.DONE
 
 
-def _find_faults(console: Console, path: Any) -> list[str]:
+def _show(console: Console, info: CheckpointInfo) -> None:
+    manifest = read_manifest(info.path)
+    console.print(_summary(info.path, manifest), _tensors(manifest))
+    for path in torn_checkpoints(info.path.parent):
+        console.print(f"ignored: {path}, an interrupted save", markup=False)
+
+
+def _find_faults(console: Console, info: CheckpointInfo) -> list[str]:
     from megalm.checkpoint.reader import CheckpointReader  # torch, which a look at the manifest does not need
 
     with console.status("reading every tensor"):
-        return list(CheckpointReader(path).find_corruption())
+        return list(CheckpointReader(info.path).find_corruption())
 
 
-def _summary(path: str, manifest: Manifest) -> Table:
+def _diff(console: Console, first: CheckpointInfo, second: CheckpointInfo) -> int:
+    """Say what differs; the exit code."""
+    from megalm.checkpoint.compare import setting_differences, tensor_differences
+    from megalm.checkpoint.reader import CheckpointReader
+
+    readers = CheckpointReader(first.path), CheckpointReader(second.path)
+    settings = setting_differences(readers[0].manifest, readers[1].manifest)
+    with console.status("comparing tensors"):
+        tensors = list(tensor_differences(*readers))
+    console.print(f"first   {first.path}\nsecond  {second.path}", markup=False)
+    if settings:
+        console.print(
+            _table(("setting", "first", "second"), [(s.name, *map(_text, (s.first, s.second))) for s in settings])
+        )
+    if tensors:
+        console.print(_table(("tensor", "kind", "difference"), [(t.name, t.kind, t.what) for t in tensors]))
+    total = sum(len(reader.manifest.tensors) for reader in readers) // 2
+    if not tensors:
+        console.print(f"tensors: all {total} are equal, in {', '.join(readers[0].manifest.kinds)}")
+    if not settings:
+        console.print("settings: equal")
+    return DIFFERENT if settings or tensors else ExitCode.DONE
+
+
+def _summary(path: Path, manifest: Manifest) -> Table:
     table = Table(show_header=False, box=None)
     parameters = sum(prod(record.shape) for record in manifest.tensors.values())
+    config = manifest.config
     rows = {
-        "checkpoint": path,
+        "checkpoint": str(path),
         "step": f"{manifest.step:,}",
         "written by": f"megalm {manifest.megalm_version}",
         "parameters": f"{parameters:,}",
+        "hash": _hash(manifest),
         "layout": _pairs(manifest.topology),
-        "model": _pairs(manifest.config.get("model", {})),
-        "progress": _pairs(manifest.training.get("progress", {})),
+        **{name: _pairs(config.get(name, {})) for name in ("model", "objective", "optim", "engine", "train")},
+        "progress": _pairs(manifest.training.get("progress", {})) or "none: weights alone",
         "optimizer": _pairs(manifest.training.get("engine", {})),
+        "validation": _pairs(manifest.training.get("validation", {})),
+        "parent": _pairs(manifest.training.get("parent") or {}),
+        "imported": _pairs(manifest.training.get("imported") or {}),
         "data": _pairs(manifest.data),
     }
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
+        if value:
+            table.add_row(f"[bold]{name}[/bold]", escape(value))
     return table
+
+
+def _hash(manifest: Manifest) -> str:
+    """The hash of the parameters that ``megalm train`` prints when it loads them."""
+    fingerprints = manifest.fingerprints
+    return "none: the format's version has no fingerprints" if fingerprints is None else combined_hash(fingerprints)
 
 
 def _tensors(manifest: Manifest) -> Table:
@@ -81,6 +132,7 @@ def _tensors(manifest: Manifest) -> Table:
         table.add_column(column)
     for column in ("pieces", "files", "MiB"):
         table.add_column(column, justify="right")
+    table.add_column("weight's hash")
     for name, record in manifest.tensors.items():
         stored_bytes = 4 * sum(piece.length for piece in record.pieces)  # fp32, the only type that is written
         table.add_row(
@@ -91,6 +143,7 @@ def _tensors(manifest: Manifest) -> Table:
             str(len(record.pieces)),
             str(len({piece.file for piece in record.pieces})),
             f"{stored_bytes / 2**20:.2f}",
+            record.fingerprint or "",
         )
     return table
 
@@ -102,8 +155,19 @@ def _slicing(record: TensorRecord) -> str:
     return f"dim {', '.join(map(str, dims))}, {len(cuts)} way{'s' if len(cuts) > 1 else ''}" if cuts else "whole"
 
 
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def _pairs(mapping: Mapping[str, Any]) -> str:
-    return "  ".join(f"{name}={json.dumps(value)}" for name, value in mapping.items() if value is not None)
+    return "  ".join(f"{name}={_text(value)}" for name, value in mapping.items() if value is not None)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ shortened by a round and with arithmetic shifts, the only ones that torch has.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,12 +38,6 @@ def fingerprint(name: str, shard: ShardSpec, flat_start: int, values: Tensor) ->
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
     bits = values.detach().view(torch.int32)
     return sum(_sum_of(rows, rows.of_local(bits), seed) for rows in shard.runs(flat_start, values.numel())) % _MODULUS
-
-
-def combined(fingerprints: Mapping[str, int]) -> str:
-    """One hash of all tensors' hashes, 16 hexadecimal digits: what a person compares."""
-    lines = "".join(f"{name} {fingerprints[name]:016x}\n" for name in sorted(fingerprints))
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def _sum_of(rows: Rows, bits: Tensor, seed: int) -> int:

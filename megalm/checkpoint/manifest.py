@@ -19,6 +19,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -28,6 +29,8 @@ from megalm.errors import CheckpointError
 
 FORMAT = "megalm-checkpoint"
 VERSION = 3
+WEIGHT = "weight"
+"""The kind of piece that is a parameter's master; all others are state of its optimizer."""
 READABLE_VERSIONS = (2, 3)
 """Version 2 has no fingerprints."""
 MANIFEST_FILE = "manifest.json"
@@ -178,6 +181,12 @@ class Manifest:
     def weights_only(self) -> bool:
         """Whether no run can continue from here: weights that were converted have no optimizer and no position."""
         return "progress" not in self.training
+
+
+def combined_hash(fingerprints: Mapping[str, int]) -> str:
+    """One hash of all weights' fingerprints, 16 hexadecimal digits: what a person compares."""
+    lines = "".join(f"{name} {fingerprints[name]:016x}\n" for name in sorted(fingerprints))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def read_manifest(folder: Path) -> Manifest:

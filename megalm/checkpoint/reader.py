@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalm.checkpoint.manifest import Manifest, Piece, TensorRecord, read_manifest
+from megalm.checkpoint.fingerprint import fingerprint
+from megalm.checkpoint.manifest import WEIGHT, Manifest, Piece, TensorRecord, read_manifest
 from megalm.checkpoint.tensor_file import as_bytes
 from megalm.core.sharding import ShardSpec
 from megalm.errors import CheckpointError
@@ -121,11 +122,20 @@ class CheckpointReader:
             for kind in sorted({piece.kind for piece in record.pieces}):
                 if hole := record.holes(kind):
                     yield f"{name}: {kind} is incomplete: {hole}"
+            shares = 0
+            damaged = False
             for piece in record.pieces:
                 try:
-                    self._read(piece)
+                    values = self._read(piece)
                 except CheckpointError as error:
+                    damaged = True
                     yield str(error)
+                    continue
+                if piece.kind == WEIGHT:
+                    source = ShardSpec(record.shape, *piece.slice_key)
+                    shares += fingerprint(name, source, piece.flat_start, values)
+            if record.fingerprint is not None and not damaged and f"{shares % (1 << 64):016x}" != record.fingerprint:
+                yield f"{self.path}: {name}: its pieces are whole, but together not the tensor that was saved"
 
     def _record(self, name: str, kind: str, shard: ShardSpec) -> TensorRecord:
         if not self.has(name, kind):

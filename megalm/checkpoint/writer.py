@@ -26,14 +26,11 @@ from torch import Tensor
 
 import megalm
 from megalm.checkpoint.fingerprint import fingerprint
-from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, Manifest, Piece, TensorRecord
+from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, WEIGHT, Manifest, Piece, TensorRecord
 from megalm.checkpoint.store import TEMPORARY_PREFIX, remove_folder, replaced_folder, step_folder
 from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, as_bytes
 from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.errors import CheckpointError
-
-WEIGHT = "weight"
-"""The kind of piece that is a parameter's master; all others are state of its optimizer."""
 
 _POLL_SECONDS = 0.05
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalm.checkpoint.fingerprint import combined, fingerprint
+from megalm.checkpoint.fingerprint import fingerprint
+from megalm.checkpoint.manifest import WEIGHT, combined_hash
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.save import Save
 from megalm.checkpoint.start import StartMode, StartPoint
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, Retention, prune, remove_leftovers
-from megalm.checkpoint.writer import WEIGHT, Header, PieceToWrite
+from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
@@ -286,4 +287,4 @@ def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: Pa
     ]
     if problems:
         raise CheckpointError("\n".join(problems))
-    return combined(loaded)
+    return combined_hash(loaded)

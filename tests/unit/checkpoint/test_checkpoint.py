@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import KINDS, SHAPES, Layout, full_tensors, pieces_of, save, shard_of
 
-from megalm.checkpoint.fingerprint import combined, fingerprint
-from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE
+from megalm.checkpoint.fingerprint import fingerprint
+from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, combined_hash
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import (
     CheckpointInfo,
@@ -293,7 +293,7 @@ def test_formats_of_the_past_load_for_ever(version: int) -> None:
 def test_a_hash_of_parameters_does_not_depend_on_the_layout(tmp_path: Path) -> None:
     hashes = set()
     for step, layout in enumerate((Layout(), Layout(tp=4), Layout(tp=3, dp=3, cuts=(0.1, 0.7)), Layout(dp=2)), start=1):
-        hashes.add(combined(CheckpointReader(save(tmp_path, layout, step)[0]).manifest.fingerprints))
+        hashes.add(combined_hash(CheckpointReader(save(tmp_path, layout, step)[0]).manifest.fingerprints))
     assert len(hashes) == 1
 
 
