@@ -86,12 +86,12 @@ class OpenAISource(WeightSource):
 
     def _dtype(self) -> torch.dtype:
         entries = [self._bundle.entries[name] for rule in self._rules.values() for name in rule.foreign]
-        dtypes = {DTYPES.get(entry.dtype) for entry in entries}
-        dtype = dtypes.pop()
-        if dtypes or dtype not in WEIGHT_DTYPES:
+        numbers = sorted({entry.dtype for entry in entries})
+        dtype = DTYPES.get(numbers[0])
+        if len(numbers) > 1 or dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
-                f"{self._bundle.index}: weights of TensorFlow's dtypes {sorted({entry.dtype for entry in entries})}; one "
-                "of float32 (1), bfloat16 (14) and float16 (19) for all can be converted"
+                f"{self._bundle.index}: weights of TensorFlow's dtypes {numbers}; one of float32 (1), bfloat16 (14), "
+                "float16 (19) can be converted"
             )
         return dtype
 

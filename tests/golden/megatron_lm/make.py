@@ -34,8 +34,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 HERE = Path(__file__).parent
-VOCAB, LENGTH = 250, 16
-TOKENS = [3, 249, 17, 0, 101, 56, 7, 200]
+VOCAB, LENGTH = 118, 16
+TOKENS = [3, 117, 17, 0, 101, 56, 7, 90]
 
 GPT2 = {
     "num_layers": 2,
@@ -94,7 +94,7 @@ CASES = {
 def arguments(case: dict[str, object]) -> Namespace:
     """What Megatron-LM would have in ``args``, as far as the architecture goes, and a few of its odd values."""
     tp = case["tensor_model_parallel_size"]
-    multiple = 32 * tp  # make_vocab_size_divisible_by × tp
+    multiple = 16 * tp  # make_vocab_size_divisible_by × tp
     return Namespace(
         **case,
         seq_length=LENGTH,
@@ -102,7 +102,7 @@ def arguments(case: dict[str, object]) -> Namespace:
         kv_channels=8,
         vocab_size=VOCAB,
         padded_vocab_size=-(-VOCAB // multiple) * multiple,
-        make_vocab_size_divisible_by=32,
+        make_vocab_size_divisible_by=16,
         layernorm_epsilon=1e-5,
         norm_epsilon=1e-5,
         hidden_dropout=0.0,

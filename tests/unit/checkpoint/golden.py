@@ -1,0 +1,45 @@
+"""What tests of the formats share: the folder of fixtures that other tools wrote, and a model that is a source's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megalm.checkpoint.adapters.weights import WeightSource
+from megalm.core.sharding import declared_parameters
+from megalm.errors import CheckpointError
+from megalm.models.gpt import build_full_model
+
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
+
+
+def logits_of(source: WeightSource, tokens: np.ndarray) -> np.ndarray:
+    """[S] ▶ [S, V], by megalm's own model in fp32."""
+    model = build_full_model(source.info.model, source.info.model.vocab_size or 0).eval()
+    for p in declared_parameters(model):
+        p.parameter.data = source.read(p.name).float()
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)[None])[0].numpy()
+
+
+def refused(function, *fragments: str) -> str:
+    """A call must be refused with a text that has these fragments; returns the text."""
+    with pytest.raises(CheckpointError) as refusal:
+        function()
+    for fragment in fragments:
+        assert fragment in str(refusal.value)
+    return str(refusal.value)
+
+
+class Marker:
+    """Makes a folder when it is unpickled by anything that runs code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
