@@ -194,20 +194,32 @@ def _tokenizer_of(source: WeightSource) -> tuple[Tokenizer | None, list[str]]:
     return found.tokenizer, notes
 
 
-def _read_megalm(path: Path) -> WeightSource:
-    from megalm.checkpoint.adapters.run import RunSource
+def _open_megalm(path: Path) -> WeightSource:
+    from megalm.checkpoint.adapters.run import open_source
 
-    return RunSource(path)
-
-
-def _read_hf(path: Path) -> WeightSource:
-    from megalm.checkpoint.adapters.hf import HfSource
-
-    return HfSource(path)
+    return open_source(path)
 
 
-def _read_megatron(path: Path) -> WeightSource:
+def _open_hf(path: Path) -> WeightSource:
+    from megalm.checkpoint.adapters.hf import open_source
+
+    return open_source(path)
+
+
+def _open_megatron(path: Path) -> WeightSource:
     from megalm.checkpoint.adapters.megatron import open_source
+
+    return open_source(path)
+
+
+def _open_deepspeed(path: Path) -> WeightSource:
+    from megalm.checkpoint.adapters.deepspeed import open_source
+
+    return open_source(path)
+
+
+def _open_openai_gpt2(path: Path) -> WeightSource:
+    from megalm.checkpoint.adapters.openai_gpt2 import open_source
 
     return open_source(path)
 
@@ -236,9 +248,11 @@ def _write_megatron(transfer: Transfer, folder: Path, request: Request, tokenize
 
 
 READERS: dict[str, Callable[[Path], WeightSource]] = {
-    "megalm": _read_megalm,
-    "hf": _read_hf,
-    "megatron": _read_megatron,
+    "megalm": _open_megalm,
+    "hf": _open_hf,
+    "megatron": _open_megatron,
+    "openai-gpt2": _open_openai_gpt2,
+    "deepspeed": _open_deepspeed,
 }
 """Formats by name ▶ what opens them."""
 

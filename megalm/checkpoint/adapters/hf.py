@@ -135,6 +135,11 @@ class HfSource(WeightSource):
                 )
 
 
+def open_source(path: Path) -> WeightSource:
+    """A Hugging Face folder, opened for reading."""
+    return HfSource(path)
+
+
 def safe_file(folder: Path, name: str) -> Path:
     """A file of a folder by a name that somebody else wrote; the file need not exist.
 

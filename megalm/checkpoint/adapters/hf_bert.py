@@ -72,7 +72,7 @@ class BertFamily(Family):
             activation=("gelu_erf", "gelu"),
             head="masked_lm",
             embedding_norm=True,
-            num_kv_heads=(None, model.num_heads),
+            num_kv_heads=(model.num_heads, None),
         )
         if not model.token_types:
             reasons.append("model.token_types=0, not 1 or more")

@@ -62,7 +62,7 @@ class GPT2Family(Family):
             head="linear",
             token_types=0,
             embedding_norm=False,
-            num_kv_heads=(None, model.num_heads),
+            num_kv_heads=(model.num_heads, None),
         )
         return reasons + unlike_any(model)
 

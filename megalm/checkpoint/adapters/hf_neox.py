@@ -73,7 +73,7 @@ class NeoXFamily(Family):
             head="linear",
             token_types=0,
             embedding_norm=False,
-            num_kv_heads=(None, model.num_heads),
+            num_kv_heads=(model.num_heads, None),
         )
         if model.position == "rotary":
             reasons += reasons_against_rotary(model, names=_ROTARY)

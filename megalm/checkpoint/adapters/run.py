@@ -68,6 +68,11 @@ class RunSource(WeightSource):
         return tensor.to(self.info.dtype)
 
 
+def open_source(path: Path) -> WeightSource:
+    """A checkpoint of megalm, or the newest of a run, opened for reading."""
+    return RunSource(path)
+
+
 def check_layout(model: Model, *, tp: int, pp: int) -> None:
     """Refuse a layout that megalm does not split a model over.
 
