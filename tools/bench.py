@@ -5,9 +5,11 @@
     tools/bench.py pipeline            bubbles of every schedule, and DeepSpeed's PipelineEngine on the same stages
     tools/bench.py memory              activations that a layer keeps, against Korthikanti et al. 2022
     tools/bench.py data                preparing, reading and starting on data, with other readers beside it
+    tools/bench.py checkpoint          saving and loading beside a plain write, the stall, memory of converting 1 B
     tools/bench.py gpu                 utilisation of one CUDA device by GPT-3 1.3B and 125M, and what bounds the step
     tools/bench.py all --json out.json
 
+checkpoint writes up to 17 GB to the system's folder for temporary files (TMPDIR chooses another), and removes them.
 cpu      wants a machine that does nothing else: competitors step in turn and ratios are medians of paired steps, but
          threads that wait for a busy core make every figure low. torch.compile needs a C++ compiler, for Hugging Face.
 gpu      wants a device that megalm/hardware.yaml knows, with 80 GB for the largest micro-batches; smaller ones are
@@ -82,6 +84,12 @@ def _data(options: argparse.Namespace) -> Report:
     return data.run(data.Options(rounds=options.rounds or data.Options.rounds))
 
 
+def _checkpoint(options: argparse.Namespace) -> Report:
+    from benchmarks import checkpoint
+
+    return checkpoint.run(checkpoint.Options(rounds=options.rounds or checkpoint.Options.rounds))
+
+
 def _gpu(options: argparse.Namespace) -> Report:
     from benchmarks import gpu
 
@@ -93,6 +101,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "pipeline": _pipeline,
     "memory": _memory,
     "data": _data,
+    "checkpoint": _checkpoint,
     "gpu": _gpu,
 }
 

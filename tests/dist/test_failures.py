@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from cli_runs import run, steps_of
 
+from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import complete_checkpoints
+from megalm.train.callbacks.metrics_jsonl import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -39,3 +44,43 @@ def test_a_corrupt_chunk_ends_the_run_and_is_named(tiny_dataset: Path, tmp_path:
     assert "shard-000000.tar chunk" in output
     assert "checksum differs" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_full_disk_stops_training_only_where_it_is_to(policy: str, tiny_dataset: Path, tmp_path: Path) -> None:
+    """There is room for one checkpoint, not for the two that exist until the older one is deleted."""
+    checkpoints = tmp_path / "full" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", checkpoints], check=False).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        code, output = run(
+            [
+                f"data.path={tiny_dataset}",
+                f"run.dir={tmp_path}",
+                "run.name=full",
+                "train.steps=12",
+                "checkpoint.every=3",
+                "checkpoint.keep_last=1",
+                f"checkpoint.on_failure={policy}",
+            ]
+        )
+        assert code == 3, output
+        assert "Traceback" not in output
+        assert [info.step for info in complete_checkpoints(checkpoints)] == [3], "the one before is untouched"
+        assert list(CheckpointReader(checkpoints / "step-00000003").find_corruption()) == []
+        assert [path.name for path in checkpoints.iterdir()] == ["step-00000003"], "nothing is left of the others"
+        rows = read_metrics(tmp_path / "full" / "metrics.jsonl")
+        failed = [row["step"] for row in rows if "checkpoint_error" in row]
+        if policy == "continue":
+            assert steps_of(tmp_path / "full") == list(range(1, 13))
+            assert failed == [6, 9]
+            assert output.count("training goes on (checkpoint.on_failure=continue)") == 2
+            assert re.search("step 12 was not saved: .*No space left on device", output), "which the run is for"
+        else:
+            assert steps_of(tmp_path / "full")[-1] < 12
+            assert failed == []
+            assert re.search("step 6 was not saved: .*No space left on device", output)
+    finally:
+        subprocess.run(["umount", checkpoints], check=True)
