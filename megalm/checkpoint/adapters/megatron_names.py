@@ -83,7 +83,7 @@ class Split(Enum):
         return torch.cat(tuple(parts))
 
     def cut(self, tensor: Tensor, tp: int) -> list[Tensor]:
-        """What each rank has of a tensor, contiguous; a vocabulary comes padded."""
+        """What each rank has of a tensor that they share evenly, contiguous."""
         if self is Split.COPIES or tp == 1:
             return [tensor.contiguous()] * tp
         if self is Split.COLUMNS:

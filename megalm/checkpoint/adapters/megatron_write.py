@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -89,12 +89,28 @@ def write_megatron(
                 for rank in range(tp)
             ]
             for name, place in foreign.items():
-                tensor = source.read(place.name)
-                if stage == 0 or name != TIED_COPY or not model.tie_embeddings:
-                    on_tensor(place.name, tensor)
-                for rank, part in zip(ranks, _cut(model, place, tensor.to(dtype), tp), strict=True):
-                    rank.write(name, part)
+                is_copy = model.tie_embeddings and name == TIED_COPY
+                _write_tensor(source, place, name, ranks, dtype, on_tensor if not is_copy else _ignore)
     (folder / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+
+
+def _write_tensor(
+    source: WeightSource,
+    place: Placement,
+    name: str,
+    ranks: Sequence[_RankFile],
+    dtype: torch.dtype,
+    on_tensor: Callable[[str, Tensor], None],
+) -> None:
+    """One tensor, to every rank; nothing of it is held afterwards."""
+    tensor = source.read(place.name)
+    on_tensor(place.name, tensor)
+    for rank, part in zip(ranks, _cut(source.info.model, place, tensor.to(dtype), len(ranks)), strict=True):
+        rank.write(name, part)
+
+
+def _ignore(name: str, tensor: Tensor) -> None:
+    """A tensor that has passed before."""
 
 
 def _rank_file(folder: Path, rank: int, stage: int, pp: int) -> Path:
@@ -131,14 +147,14 @@ def _local_shape(model: Model, place: Placement, shape: Shape, tp: int) -> Shape
     return place.split.local_shape(foreign, tp)
 
 
-def _cut(model: Model, place: Placement, tensor: Tensor, tp: int) -> list[Tensor]:
-    """Every tensor-parallel rank's part of a full tensor."""
+def _cut(model: Model, place: Placement, tensor: Tensor, tp: int) -> Iterator[Tensor]:
+    """Every tensor-parallel rank's part of a full tensor, contiguous, without the padding at a vocabulary's end."""
     if place.split is Split.VOCABULARY:
-        padded = tensor.new_zeros(_padded(model, tp), *tensor.shape[1:])
-        padded[: tensor.shape[0]] = tensor
-        tensor = padded
+        rows = _padded(model, tp) // tp
+        yield from (tensor[rank * rows : (rank + 1) * rows] for rank in range(tp))
+        return
     (foreign,) = place.form.to_foreign(tensor)
-    return place.split.cut(foreign, tp)
+    yield from place.split.cut(foreign, tp)
 
 
 class _RankFile:
@@ -160,10 +176,10 @@ class _RankFile:
         self._file = path.open("r+b", buffering=0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Fill in one tensor."""
+        """Fill in one tensor, or its first rows: the rest stays zero."""
+        if tensor.nbytes > self._nbytes[name]:
+            raise ValueError(f"{name}: {tensor.nbytes} bytes where {self._nbytes[name]} have room")
         data = as_bytes(tensor)
-        if len(data) != self._nbytes[name]:
-            raise ValueError(f"{name}: {len(data)} bytes where {self._nbytes[name]} have room")
         self._file.seek(self._offsets[name])
         while data:
             data = data[self._file.write(data) :]

@@ -71,7 +71,7 @@ class OpenAISource(WeightSource):
         if problems:
             raise CheckpointError(some_of(problems, f"{self._bundle.index}: "))
         self.info = SourceInfo(
-            format="gpt2-tf",
+            format="openai-gpt2",
             path=path,
             model=model,
             dtype=self._dtype(),

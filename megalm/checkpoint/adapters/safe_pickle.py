@@ -27,7 +27,7 @@ from megalm.errors import CheckpointError
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What weights may be stored as."""
 
-_FORGET_BYTES = 1 << 28
+_FORGET_BYTES = 1 << 26
 """Bytes read of a file after which its mapping is released, so that pages that were read do not pile up."""
 
 _LOCK = Lock()
