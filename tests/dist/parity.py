@@ -49,7 +49,17 @@ class Layout:
         parts += [
             f"{item.name}={getattr(self, item.name)}"
             for item in fields(self)
-            if item.name in ("v", "stage_layers", "offload", "recompute", "recompute_every", "compile", "z_loss", "reset_at_documents")
+            if item.name
+            in (
+                "v",
+                "stage_layers",
+                "offload",
+                "recompute",
+                "recompute_every",
+                "compile",
+                "z_loss",
+                "reset_at_documents",
+            )
             and getattr(self, item.name) != getattr(default, item.name)
         ]
         if self.cp > 1:

@@ -96,7 +96,10 @@ def test_the_ledger_says_what_a_step_saw_and_when_a_document_was_seen(blended, o
     seen: Counter[str] = Counter()
     readings = []
     for step in range(1, 11):
-        rows = [json.loads(line) for line in megalm("data", "show", str(run_dir), "--step", str(step), "--json").splitlines()]
+        rows = [
+            json.loads(line)
+            for line in megalm("data", "show", str(run_dir), "--step", str(step), "--json").splitlines()
+        ]
         assert len(rows) == 4
         for row in rows:
             seen[row["dataset"]] += 1
@@ -125,13 +128,17 @@ def test_other_weights_are_refused_until_they_are_a_phase_of_their_own(blended, 
     assert steps_of(run_dir) == list(range(1, 15))
     rows = [json.loads(line) for line in megalm("data", "show", str(run_dir), "--step", "12", "--json").splitlines()]
     assert {row["dataset"] for row in rows} == {f"{other_dataset}/train"}
-    assert "data.phase=0" in megalm("data", "show", str(run_dir), "--step", "2", code=3), "it asks for that phase's data"
+    assert "data.phase=0" in megalm("data", "show", str(run_dir), "--step", "2", code=3), (
+        "it asks for that phase's data"
+    )
 
 
 def test_epochs_over_the_limit_are_refused_before_anything_starts(blended, other_dataset):
     code, output = run([*blended, "run.name=limited", "train.steps=100", "data.max_epochs=[0,1]"])
     assert code == 2, output
-    assert re.search(rf"data\.max_epochs: the run reads {re.escape(str(other_dataset))} \d+\.\d\d times, the limit is 1", output)
+    assert re.search(
+        rf"data\.max_epochs: the run reads {re.escape(str(other_dataset))} \d+\.\d\d times, the limit is 1", output
+    )
     assert not (folder_of(blended).parent / "limited").exists()
 
 

@@ -17,7 +17,14 @@ BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "torchrun": (str(BIN / "torchrun"), "--nproc-per-node=4", "-m", "megalm"),
     "mpirun": (
-        str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-np", "4", sys.executable, "-m", "megalm",
+        str(BIN / "mpirun"),
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-np",
+        "4",
+        sys.executable,
+        "-m",
+        "megalm",
     ),
 }
 

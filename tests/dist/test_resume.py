@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from cli_runs import losses_of, run, start, steps_of, wait_for_step
 
+from megalm.checkpoint.manifest import read_manifest
+from megalm.train.callbacks.metrics_jsonl import checkpoint_rows, read_metrics
+
 STEPS = 16
 LAYOUT = ("parallel.tp=2", "parallel.pp=2", f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep_last=0")
 ONE_RANK = ("parallel.tp=1", "parallel.pp=1")
@@ -87,19 +90,11 @@ def test_an_interrupt_saves_and_resumes(common, uninterrupted) -> None:
     assert losses_of(run_dir) == uninterrupted
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        ["parallel.tp=1", "parallel.pp=1", "launch.ranks=2"],
-        ["parallel.tp=1", "parallel.pp=3"],
-        ["parallel.tp=2", "parallel.pp=1", "engine.zero_stage=0"],
-        ["parallel.tp=1", "parallel.pp=1", "launch.ranks=2", "engine.zero_stage=3"],
-    ],
-    ids=["dp2", "pp3", "tp2-zero0", "dp2-zero3"],
-)
-def test_another_layout_continues_the_same_curve(common, uninterrupted, killed: Path, layout, tmp_path) -> None:
+def test_another_layout_continues_the_same_curve(common, uninterrupted, tmp_path) -> None:
+    """With the data in their order; ``test_resharding.py`` has many layouts."""
     checkpoint = _run_dir(common, "straight") / "checkpoints" / "step-00000010"
-    overrides = [*common, f"run.dir={tmp_path}", "run.name=moved", f"checkpoint.resume={checkpoint}", *layout]
+    overrides = [*common, f"run.dir={tmp_path}", "run.name=moved", f"checkpoint.resume={checkpoint}"]
+    overrides += [*ONE_RANK, "launch.ranks=2", "engine.zero_stage=3"]
     code, output = run(overrides)
     assert code == 0, output
     assert steps_of(tmp_path / "moved") == list(range(11, STEPS + 1))
@@ -115,6 +110,30 @@ def test_init_from_takes_weights_alone(common, uninterrupted, tmp_path) -> None:
     rows = losses_of(tmp_path / "fresh")
     assert steps_of(tmp_path / "fresh") == list(range(1, STEPS + 1)), "its own steps, from one"
     assert rows[0][0] < uninterrupted[0][0] - 0.1, "it starts from what the source had learnt"
+
+
+def test_finetuning_begins_a_phase_and_remembers_where_its_weights_are_from(common, uninterrupted, tmp_path) -> None:
+    source = _run_dir(common, "straight")
+    overrides = [*common, *ONE_RANK, f"run.dir={tmp_path}", "run.name=tuned", "train.steps=2"]
+    code, output = run([*overrides, f"checkpoint.finetune_from={source}"])
+    assert code == 3
+    assert "data.phase=1 begins the phase to fine-tune in" in output
+    code, output = run([*overrides, f"checkpoint.finetune_from={source}", "data.phase=1", "model.dropout=0.1"])
+    assert code == 0, output
+    assert "model.dropout=0.1: " in output and "was trained with 0.0" in output
+    saved = read_manifest(tmp_path / "tuned" / "checkpoints" / "step-00000002")
+    parent = saved.training["parent"]
+    assert (parent["mode"], parent["step"], parent["data"]["consumed_samples"]) == ("finetune", STEPS, 4 * STEPS)
+    assert f"loaded   finetune, step {STEPS}: " in output and f"hash {parent['parameters']}; " in output
+    assert [phase["number"] for phase in saved.data["phases"]] == [1]
+    assert losses_of(tmp_path / "tuned")[0][0] < uninterrupted[0][0] - 0.1
+
+
+def test_the_record_has_every_checkpoint_and_its_stall(common, uninterrupted) -> None:
+    rows = read_metrics(_run_dir(common, "straight") / "metrics.jsonl")
+    saves = checkpoint_rows(rows)
+    assert [row["step"] for row in saves] == [5, 10, 15, STEPS]
+    assert all(row["gigabytes"] > 0 and row["write_seconds"] > 0 and row["stall_seconds"] >= 0 for row in saves)
 
 
 def test_a_changed_model_or_seed_is_refused(common, uninterrupted) -> None:
