@@ -180,7 +180,7 @@ def _optimizer_settings(files: RankFiles) -> tuple[int, Mapping[str, Any]]:
         raise CheckpointError(f"{file}: zero_stage={stage!r}; partitions of stages 1, 2 and 3 are read")
     counts = settings.get("partition_count")
     counts = counts if isinstance(counts, list) else [counts]
-    if counts != [len(files.optimizers)] * len(counts):
+    if not all(isinstance(count, int) and count == len(files.optimizers) for count in counts):
         raise CheckpointError(
             f"{file}: partition_count={counts}, and there are {len(files.optimizers)} files of replicas; copy all of "
             "the checkpoint (partitions of experts are not converted)"

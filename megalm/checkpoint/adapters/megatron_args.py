@@ -63,10 +63,9 @@ def model_from_args(fields: Fields, *, legacy: bool) -> Model:
         legacy: whether the model is from before Megatron-Core, whose activations are chosen by other arguments.
     """
     for name, why in _FOREIGN.items():
-        if fields.values.get(name):
+        if _is_set(fields.values.get(name)):
             fields.problem(name, f"{why}; convert a model without it")
-    if fields.values.get("softmax_type", "vanilla") != "vanilla":
-        fields.problem("softmax_type", "megalm has the plain softmax only")
+    fields.must_be("softmax_type", "vanilla", "megalm has the plain softmax")
     hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     if fields.count("kv_channels", max(hidden // heads, 1)) != hidden // heads:
         fields.problem("kv_channels", f"megalm's heads have hidden_size / num_attention_heads = {hidden / heads:g}")
@@ -102,6 +101,11 @@ def model_from_args(fields: Fields, *, legacy: bool) -> Model:
         init_std=fields.number("init_method_std", 0.02),
         **_position(fields, max(hidden // heads, 1)),
     )
+
+
+def _is_set(value: object) -> bool:
+    """Whether an argument is other than off; of kinds that arguments never are, all are."""
+    return bool(value) if value is None or isinstance(value, bool | int | float | str | list | tuple | dict) else True
 
 
 def _kv_heads(fields: Fields, heads: int) -> int | None:

@@ -29,7 +29,6 @@ RELEASE = "release"
 _RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
 _DISTRIBUTED = (".metadata", "metadata.json", "common.pt")
 _OLDEST = 2.0
-_DEPTH = 8
 
 
 class MegatronSource(WeightSource):
@@ -162,15 +161,20 @@ def _pick(state: Any) -> dict[str, Tensor]:
     }
 
 
-def _flattened(tensors: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of mappings in mappings; what is neither (settings, None) is passed over."""
-    if not isinstance(tensors, dict) or depth > _DEPTH:
-        return
-    for name, value in tensors.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
-        else:
-            yield from _flattened(value, f"{prefix}{name}.", depth + 1)
+def _flattened(tensors: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of mappings in mappings, each mapping once; what is neither (settings, None) is passed over."""
+    seen: set[int] = set()
+    left: list[tuple[str, Any]] = [("", tensors)]
+    while left:
+        prefix, here = left.pop()
+        if not isinstance(here, dict) or id(here) in seen:
+            continue
+        seen.add(id(here))
+        for name, value in here.items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}{name}", value
+            else:
+                left.append((f"{prefix}{name}.", value))
 
 
 def _check_version(file: Path, state: Mapping[str, Any], *, legacy: bool) -> None:
@@ -197,7 +201,9 @@ def _step(state: Mapping[str, Any]) -> int:
 
 
 def _notes(state: Mapping[str, Any], model: Model, fields: Fields) -> list[str]:
-    notes = [f"left out {what}" for name, what in (("optimizer", "the optimizer's state"),) if state.get(name)]
+    notes = [
+        f"left out {what}" for name, what in (("optimizer", "the optimizer's state"),) if state.get(name) is not None
+    ]
     if "vocab_size" not in fields:
         notes.append(
             f"args.vocab_size is not known: all {model.vocab_size:,} rows of the padded vocabulary are kept as words"

@@ -35,7 +35,14 @@ _LOCK = Lock()
 
 _INERT_NAMES = {
     "_io": ("BytesIO",),
-    "deepspeed.runtime.fp16.loss_scaler": ("DynamicLossScaler", "LossScaler", "LossScalerBase"),
+    "deepspeed.runtime.config": ("DtypeEnum",),
+    "deepspeed.runtime.fp16.loss_scaler": (
+        "DynamicLossScaler",
+        "LossScaleConfig",
+        "LossScaleProfile",
+        "LossScaler",
+        "LossScalerBase",
+    ),
     "deepspeed.runtime.zero.config": ("DeepSpeedZeroConfig", "ZeroStageEnum"),
     "deepspeed.runtime.zero.offload_config": (
         "DeepSpeedZeroOffloadOptimizerConfig",
