@@ -14,7 +14,15 @@ from megalm.checkpoint.manifest import read_manifest
 from megalm.train.callbacks.metrics_jsonl import checkpoint_rows, read_metrics
 
 STEPS = 16
-LAYOUT = ("parallel.tp=2", "parallel.pp=2", f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep_last=0")
+LAYOUT = (
+    "parallel.tp=2",
+    "parallel.pp=2",
+    f"train.steps={STEPS}",
+    "checkpoint.every=5",
+    "checkpoint.keep_last=0",
+    "model.dropout=0.1",  # whose masks a resumed run draws as if nothing had happened
+    "model.attention_dropout=0.1",
+)
 ONE_RANK = ("parallel.tp=1", "parallel.pp=1")
 """Enough where the layout is not what is tested; a checkpoint has none."""
 
@@ -118,9 +126,9 @@ def test_finetuning_begins_a_phase_and_remembers_where_its_weights_are_from(comm
     code, output = run([*overrides, f"checkpoint.finetune_from={source}"])
     assert code == 3
     assert "data.phase=1 begins the phase to fine-tune in" in output
-    code, output = run([*overrides, f"checkpoint.finetune_from={source}", "data.phase=1", "model.dropout=0.1"])
+    code, output = run([*overrides, f"checkpoint.finetune_from={source}", "data.phase=1", "model.dropout=0.2"])
     assert code == 0, output
-    assert "model.dropout=0.1: " in output and "was trained with 0.0" in output
+    assert "model.dropout=0.2: " in output and "was trained with 0.1" in output
     saved = read_manifest(tmp_path / "tuned" / "checkpoints" / "step-00000002")
     parent = saved.training["parent"]
     assert (parent["mode"], parent["step"], parent["data"]["consumed_samples"]) == ("finetune", STEPS, 4 * STEPS)

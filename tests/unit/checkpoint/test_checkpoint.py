@@ -29,7 +29,7 @@ from megalm.checkpoint.store import (
     remove_leftovers,
     torn_checkpoints,
 )
-from megalm.core.sharding import ShardSpec
+from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.errors import CheckpointError
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
@@ -305,3 +305,34 @@ def test_a_hash_changes_with_a_bit_a_place_and_a_name() -> None:
         assert fingerprint(name, shard, 0, other.reshape(-1)) != first
     # Minus zero is another bit pattern than zero.
     assert fingerprint("a", shard, 0, torch.zeros(12)) != fingerprint("a", shard, 0, -torch.zeros(12))
+
+
+_MEASURED = """
+import resource, sys
+from pathlib import Path
+from megalm.checkpoint.reader import CheckpointReader
+from megalm.core.sharding import ShardSpec, StatePiece
+reader = CheckpointReader(Path(sys.argv[1]))
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+reader.read_local("small", "weight", ShardSpec.replicated(8))
+before = peak()
+for number in range(6):
+    reader.read_local(str(number), "weight", ShardSpec((2048, 4096), 1, ((0, 4096),)))
+print(peak() - before)
+"""
+
+
+def test_memory_of_reading_is_bounded_by_a_tensor_and_a_piece(tmp_path: Path) -> None:
+    """Six tensors of 32 MiB in halves by columns, read whole: one of them, and what it is assembled from, at a time."""
+    pieces = []
+    for number in range(6):
+        for half in range(2):
+            shard = ShardSpec((2048, 4096), 1, ((2048 * half, 2048 * (half + 1)),))
+            pieces.append([StatePiece(str(number), "weight", shard, 0, torch.zeros(shard.local_numel))])
+    pieces.append([StatePiece("small", "weight", ShardSpec.replicated(8), 0, torch.zeros(8))])
+    halves = [[p[0] for p in pieces[0:12:2]] + pieces[12], [p[0] for p in pieces[1:12:2]]]
+    path = save(tmp_path, Layout(tp=2), pieces=lambda layout, tp_rank, dp_rank: halves[tp_rank])[0]
+    command = [sys.executable, "-c", _MEASURED, str(path)]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # The full tensor, what is taken of it, and a piece of 16 MiB; not six of them.
+    assert grown < (32 + 32 + 16 + 8) * 2**20

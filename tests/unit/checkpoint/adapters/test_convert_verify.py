@@ -18,7 +18,7 @@ from megalm.checkpoint.adapters.checks import same_values
 from megalm.checkpoint.adapters.convert import Request, convert
 from megalm.checkpoint.adapters.hf import HfSource
 from megalm.checkpoint.adapters.mapping import Rule
-from megalm.checkpoint.adapters.run import RunSource
+from megalm.checkpoint.adapters.run import RunSource, write_run
 from megalm.checkpoint.adapters.transfer import Transfer
 from megalm.checkpoint.tensor_file import TensorFileWriter
 from megalm.config.schema import Model
@@ -112,11 +112,7 @@ def test_weights_that_are_no_numbers_are_warned_of_and_converted(tmp_path: Path)
     source = RandomSource(GPT2, torch.bfloat16)
     source.values["blocks.0.mlp.up.weight"][1, 1] = float("nan")
     source.values["final_norm.bias"][0] = float("-inf")
-    (tmp_path / "run").mkdir()
-    from megalm.checkpoint.adapters.run import write_run
-
-    transfer = Transfer(source, torch.bfloat16)
-    write_run(transfer, tmp_path / "run", name="run", tokenizer=None, tp=2, pp=2)
+    transfer = _write(source, tmp_path / "run")
     assert sorted(transfer.warnings) == [
         "blocks.0.mlp.up.weight: holds NaN or infinity",
         "final_norm.bias: holds NaN or infinity",
@@ -219,3 +215,18 @@ def test_progress_counts_every_tensor_once(run: Path) -> None:
     for total, *parts in listener.phases.values():
         assert total == sum(parts)
         assert len(parts) == 15
+
+
+def test_logits_in_the_hundreds_are_allowed_what_fp32_rounds_them_by(tmp_path: Path) -> None:
+    source = RandomSource(GPT2)
+    source.values["final_norm.weight"] *= 500.0
+    _write(source, tmp_path / "run")
+    report = convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf", verify=True)
+    assert "largest difference" in report.verified[1]
+
+
+def _write(source: RandomSource, folder: Path) -> Transfer:
+    folder.mkdir()
+    transfer = Transfer(source, source.info.dtype)
+    write_run(transfer, folder, name=folder.name, tokenizer=None, tp=2, pp=2)
+    return transfer
