@@ -152,9 +152,13 @@ def _convert(source: WeightSource, request: Request, watcher: Watcher, started: 
     parameters = parameter_count(info.model).total
     done = (
         f"{request.target}: {what}, {parameters:,} parameters in {len(transfer.shapes)} tensors, {DTYPE_NAMES[dtype]}, "
-        f"{size / 1e9:.2f} GB, {time.perf_counter() - started:.1f} s"
+        f"{_size(size)}, {time.perf_counter() - started:.1f} s"
     )
     return Report(done, (*info.notes, *notes), tuple(verified), tuple(transfer.warnings))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.2f} MB"
 
 
 def _verify(source: WeightSource, dtype: torch.dtype, folder: Path, request: Request, watcher: Watcher) -> list[str]:

@@ -137,8 +137,9 @@ def _write_rank(transfer: Transfer, folder: Path, stages: list[range], *, stage:
         def piece(p: DeclaredParameter) -> PieceToWrite:
             def load() -> Tensor:
                 held.close()
-                full = held.enter_context(transfer.hold(p.name)).to(torch.float32)
-                return (p.shard.take(full) if p.shard.is_sharded else full).reshape(-1)
+                full = held.enter_context(transfer.hold(p.name))
+                # Sliced before it is cast: of a mapped file, only the slice is then read.
+                return (p.shard.take(full) if p.shard.is_sharded else full).to(torch.float32).reshape(-1)
 
             return PieceToWrite(p.name, WEIGHT, p.shard, 0, p.shard.local_numel, load)
 
