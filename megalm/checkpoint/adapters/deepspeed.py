@@ -69,7 +69,7 @@ class DeepSpeedSource(WeightSource):
             dtype=self._weights.dtype,
             step=_count(states[0].get("global_steps")),
             tokenizer=path,
-            notes=_notes(ranks[0]),
+            notes=(*_notes(ranks[0]), *self._weights.notes),
         )
 
     def read(self, name: str) -> Tensor:
@@ -116,6 +116,7 @@ class _NamedWeights:
         rules: where each of its tensors is.
         ignored: names that may be there beside them.
         duplicates: names of tensors that must equal another ▶ the other's.
+        notes: what a user should know.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape.
@@ -129,8 +130,9 @@ class _NamedWeights:
         *,
         ignored: Sequence[str] = (),
         duplicates: Mapping[str, str] = MappingProxyType({}),
+        notes: tuple[str, ...] = (),
     ) -> None:
-        self.model = model
+        self.model, self.notes = model, notes
         self._stored = stored
         self._duplicates = {original: name for name, original in duplicates.items()}
         self._rules = {rule.name: rule for rule in rules}
@@ -237,8 +239,10 @@ def _hf_weights(stored: _Renamed, config: Path) -> _NamedWeights:
     duplicates = {
         name: other for name, other in family.duplicates(model).items() if name in present and other in present
     }
-    left_out = [name for name in present if family.is_ignored(name) or family.what_is_left_out(name)]
-    return _NamedWeights(renamed, model, family.rules(model), ignored=[*left_out, *duplicates], duplicates=duplicates)
+    left_out = {name: what for name in present if (what := family.what_is_left_out(name))}
+    ignored = [name for name in present if name in left_out or name in duplicates or family.is_ignored(name)]
+    notes = tuple(f"left out {what} ({name})" for name, what in left_out.items())
+    return _NamedWeights(renamed, model, family.rules(model), ignored=ignored, duplicates=duplicates, notes=notes)
 
 
 def _megalm_model(config: Path) -> Model:

@@ -1,7 +1,8 @@
 """The architecture in the ``args`` of a Megatron-LM checkpoint, read and written.
 
 Megatron-LM's arguments are many and change; what is not named here does not alter what a GPT computes. From
-``megatron/training/arguments.py`` and ``megatron/core/transformer/transformer_config.py``.
+``megatron/training/arguments.py`` and ``megatron/core/transformer/transformer_config.py``. Megatron-DeepSpeed has other
+names for a few, and one for which "off" is ``[1]``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ VOCABULARY_DIVISOR = 128
 _LLAMA3_LENGTH, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0
 """What ``--use-rope-scaling`` means; Megatron-LM has no arguments for them."""
 
-_NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
+_NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm", "layernorm": "layernorm", "rmsnorm": "rmsnorm"}
 _POSITIONS = {"learned_absolute": "learned", "rope": "rotary"}
 
 _FOREIGN = {
@@ -105,11 +106,15 @@ def model_from_args(fields: Fields, *, legacy: bool) -> Model:
 
 def _is_set(value: object) -> bool:
     """Whether an argument is other than off; of kinds that arguments never are, all are."""
-    return bool(value) if value is None or isinstance(value, bool | int | float | str | list | tuple | dict) else True
+    if value is None or isinstance(value, bool | int | float | str | list | tuple | dict):
+        return bool(value) and value != [1]
+    return True
 
 
 def _kv_heads(fields: Fields, heads: int) -> int | None:
-    return fields.count("num_query_groups", heads) if fields.flag("group_query_attention", False) else None
+    if fields.flag("group_query_attention", False):
+        return fields.count("num_query_groups", heads)
+    return fields.count("num_key_value_heads") if "num_key_value_heads" in fields else None
 
 
 def _activation(fields: Fields, *, bias: bool, legacy: bool) -> str:
@@ -132,7 +137,8 @@ def _position(fields: Fields, head_dim: int) -> dict[str, Any]:
         fields.must_be("add_position_embedding", True, "megalm has learned or rotary positions")
         return {"position": position}
     fraction = int(head_dim * fields.number("rotary_percent", 1.0)) / head_dim
-    found = {"position": position, "rotary_base": fields.number("rotary_base", 10000.0), "rotary_fraction": fraction}
+    base = fields.number("rotary_base" if "rotary_base" in fields else "rope_theta", 10000.0)
+    found = {"position": position, "rotary_base": base, "rotary_fraction": fraction}
     interpolated = "rotary_seq_len_interpolation_factor" in fields
     if fields.flag("use_rope_scaling", False):
         if interpolated:
@@ -223,7 +229,7 @@ def args_from_model(model: Model, *, tp: int, pp: int, dtype: torch.dtype, trans
         rotary_seq_len_interpolation_factor=model.rotary_factor if model.rotary_scaling == "linear" else None,
         use_rope_scaling=model.rotary_scaling == "llama3",
         rope_scaling_factor=model.rotary_factor if model.rotary_scaling == "llama3" else 8.0,
-        normalization={ours: theirs for theirs, ours in _NORMS.items()}[model.norm],
+        normalization="LayerNorm" if model.norm == "layernorm" else "RMSNorm",
         norm_epsilon=model.norm_epsilon,
         layernorm_epsilon=model.norm_epsilon,
         apply_layernorm_1p=False,

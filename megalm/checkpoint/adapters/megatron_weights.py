@@ -96,6 +96,7 @@ class MegatronWeights:
 
     def __init__(self, path: Path, model: Model, chunks: Sequence[Sequence[RankTensors]]) -> None:
         self.path, self.model = path, model
+        self.notes: tuple[str, ...] = ()
         self._check_size(chunks)
         self._shapes = full_shapes(model)
         self._slices = self._locate(chunks)

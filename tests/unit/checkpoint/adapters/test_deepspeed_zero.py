@@ -133,6 +133,38 @@ def test_megatron_deepspeeds_tensor_parallel_ranks(tmp_path: Path, stage: int, r
         assert torch.equal(tensor, source.values[name]), name
 
 
+_MEGATRON_DEEPSPEED = {
+    "decoder.layers.": "language_model.encoder.layers.",
+    "decoder.final_layernorm": "language_model.encoder.final_layernorm",
+    "embedding.word": "language_model.embedding.word",
+    "output_layer": "language_model.output_layer",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "linear_qkv": "query_key_value",
+    "linear_proj": "dense",
+    "linear_fc1": "dense_h_to_4h",
+    "linear_fc2": "dense_4h_to_h",
+}
+
+
+def test_names_and_arguments_of_megatron_deepspeed(tmp_path: Path) -> None:
+    source = RandomSource(replace(LLAMA, rotary_base=500000.0))
+    ranks, args = _megatron_ranks(source, tmp_path / "megatron", 2)
+    for name in ("group_query_attention", "num_query_groups", "position_embedding_type", "rotary_base", "add_qkv_bias"):
+        delattr(args, name)
+    vars(args).update(num_key_value_heads=4, rope_theta=500000, normalization="rmsnorm", num_experts=[1])
+
+    def renamed(name: str) -> str:
+        for theirs, older in _MEGATRON_DEEPSPEED.items():
+            name = name.replace(theirs, older)
+        return name
+
+    older = [{renamed(name): tensor for name, tensor in rank.items()} for rank in ranks]
+    back = open_source(_write_zero(tmp_path / "zero", older, stage=2, replicas=2, args=args))
+    assert back.info.model.kv_heads == 4 and back.info.model.rotary_base == 500000.0
+    for name, tensor in back.tensors():
+        assert torch.equal(tensor, source.values[name]), name
+
+
 def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
     family, source = GPT2Family(), RandomSource(GPT2)
     foreign = {
