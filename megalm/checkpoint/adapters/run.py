@@ -99,7 +99,8 @@ def write_run(transfer: Transfer, folder: Path, *, name: str, tokenizer: Tokeniz
         OSError: the disk is full or broken.
     """
     info = transfer.info
-    config = _config(info.model, _run_name(name), tp=tp, pp=pp, dtype=DTYPE_NAMES[info.dtype])
+    model = info.model if info.format == "megalm" else _with_defaults(info.model)
+    config = _config(model, _run_name(name), tp=tp, pp=pp, dtype=DTYPE_NAMES[info.dtype])
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     if tokenizer is not None:
@@ -154,6 +155,16 @@ def _is_second_copy(parameter: DeclaredParameter, part: Part) -> bool:
 def _config(model: Model, name: str, *, tp: int, pp: int, dtype: str = "fp32") -> Config:
     base = config_around(model, name=name)
     return replace(base, parallel=Parallel(tp=tp, pp=pp), engine=replace(base.engine, dtype=dtype))
+
+
+def _with_defaults(model: Model) -> Model:
+    """A model of another format, its sizes left open where they are what megalm derives: as presets have them.
+
+    ``checkpoint.init_from`` compares field by field.
+    """
+    derived = replace(model, ffn_hidden_size=None)
+    model = derived if derived.ffn_size == model.ffn_size else model
+    return replace(model, num_kv_heads=None) if model.kv_heads == model.num_heads else model
 
 
 def _run_name(name: str) -> str:

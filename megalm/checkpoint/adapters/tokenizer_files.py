@@ -24,6 +24,7 @@ _BPE_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 """Vocabulary and merges of a byte-level BPE: as Hugging Face, and as OpenAI call the files."""
 _WORDPIECE_FILE = "vocab.txt"
 _SENTENCEPIECE_FILE = "tokenizer.model"
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 _ROLES = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
@@ -63,10 +64,13 @@ def find_tokenizer(folder: Path | None, *, eos_id: int | None, safe: Callable[[P
         definition = _definition(folder, safe)
         if definition is None:
             return FoundTokenizer(None, f"no tokenizer: {_why_none(folder)}")
-        eos = _configured(safe(folder, SETTINGS_FILE)).get("eos_token")
+        settings = _configured(safe(folder, SETTINGS_FILE))
+        eos = settings.get("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
         eos = eos if isinstance(eos, str) else None
-        return FoundTokenizer(Tokenizer.parse(definition, str(folder), eos=eos, eos_id=None if eos else eos_id))
+        tokenizer = Tokenizer.parse(definition, str(folder), eos=eos, eos_id=None if eos else eos_id)
+        has_template = "chat_template" in settings or (folder / _CHAT_TEMPLATE_FILE).exists()
+        return FoundTokenizer(tokenizer, "left out the tokenizer's chat template" if has_template else "")
     except DataError as error:
         return FoundTokenizer(None, f"left out the tokenizer: {error}")
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from foreign_models import BERT, LLAMA, convert_quietly, write_random_run
+from foreign_models import BERT, LLAMA, MODELS, convert_quietly, write_random_run
 
 from megalm.checkpoint.start import StartMode, resolve_start
 from megalm.compose import load_run_config
@@ -67,6 +67,24 @@ def test_a_converted_run_generates_evaluates_and_is_started_from(
     fresh = replace(config, checkpoint=replace(config.checkpoint, init_from=str(run)))
     start = resolve_start(fresh, tmp_path / "another")
     assert (start.mode, start.path) == (StartMode.INIT_FROM, run / "checkpoints" / "step-00000000")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_that_megalm_derives_stay_open_as_in_its_presets(name: str, tmp_path: Path) -> None:
+    model = replace(MODELS[name], ffn_hidden_size=None, dropout=0.125, attention_dropout=0.25, init_std=0.01)
+    if model.norm == "rmsnorm":
+        model = replace(model, dropout=0.0)  # Llama has none
+    write_random_run(tmp_path / "run", model)
+    convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf")
+    convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again")
+    assert load_run_config(tmp_path / "again").model == model
+
+
+def test_a_checkpoint_is_as_good_as_its_run(exported: Path, tmp_path: Path) -> None:
+    checkpoint = exported.parent / "run" / "checkpoints" / "step-00000000"
+    convert_quietly("megalm", "hf", checkpoint, tmp_path / "hf")
+    for file in exported.iterdir():
+        assert file.read_bytes() == (tmp_path / "hf" / file.name).read_bytes()
 
 
 def test_an_encoder_becomes_a_run_with_its_objective(tmp_path: Path) -> None:

@@ -115,3 +115,12 @@ def test_the_end_of_a_document_may_be_named_in_the_models_config(bpe: Tokenizer,
     report = convert_quietly("hf", "megalm", folder, tmp_path / "out")
     assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").eos_id == 0
     assert any(f"the tokenizer has {bpe.vocab_size} words, the model 290" in note for note in report.notes)
+
+
+def test_a_chat_template_is_said_to_be_left_out(bpe: Tokenizer, tmp_path: Path) -> None:
+    settings = json.dumps({"eos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ messages }}"})
+    files = {"tokenizer.json": bpe.definition, "tokenizer_config.json": settings}
+    folder = _with_files(tmp_path, "hf", replace(GPT2, vocab_size=bpe.vocab_size), files)
+    report = convert_quietly("hf", "megalm", folder, tmp_path / "out")
+    assert report.notes == ("left out the tokenizer's chat template",)
+    assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").eos_id == bpe.eos_id
