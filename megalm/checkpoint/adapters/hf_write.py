@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.adapters.hf import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from megalm.checkpoint.adapters.hf import CONFIG_FILE
 from megalm.checkpoint.adapters.hf_families import family_of
 from megalm.checkpoint.adapters.hf_family import Family
+from megalm.checkpoint.adapters.hf_files import INDEX_FILE, WEIGHTS_FILE
 from megalm.checkpoint.adapters.mapping import Rule
 from megalm.checkpoint.adapters.parallel import run_all
 from megalm.checkpoint.adapters.tokenizer_files import save_for_library, special_ids

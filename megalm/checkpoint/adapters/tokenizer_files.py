@@ -69,6 +69,8 @@ def find_tokenizer(folder: Path | None, *, eos_id: int | None, safe: Callable[[P
         eos = eos.get("content") if isinstance(eos, dict) else eos
         eos = eos if isinstance(eos, str) else None
         tokenizer = Tokenizer.parse(definition, str(folder), eos=eos, eos_id=None if eos else eos_id)
+        if tokenizer.eos_id >= tokenizer.vocab_size:
+            raise DataError(f"tokenizer {folder}: eos_token_id={tokenizer.eos_id} is none of its tokens")
         has_template = "chat_template" in settings or (folder / _CHAT_TEMPLATE_FILE).exists()
         return FoundTokenizer(tokenizer, "left out the tokenizer's chat template" if has_template else "")
     except DataError as error:

@@ -114,6 +114,9 @@ def test_the_end_of_a_document_may_be_named_in_the_models_config(bpe: Tokenizer,
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [0, 7]}))
     report = convert_quietly("hf", "megalm", folder, tmp_path / "out")
     assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").eos_id == 0
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 999}))
+    notes = convert_quietly("hf", "megalm", folder, tmp_path / "none").notes
+    assert any("eos_token_id=999 is none of its tokens" in note for note in notes)
     assert any(f"the tokenizer has {bpe.vocab_size} words, the model 290" in note for note in report.notes)
 
 
