@@ -31,11 +31,15 @@ _SOURCES = ("megalm", "hf", "megatron", "openai-gpt2", "deepspeed")
 _TARGETS = ("megalm", "hf", "megatron")
 _DTYPES = ("source", "fp32", "bf16", "fp16")
 _MOST_WARNINGS = 10
+_SMALLEST_SHARD_GB, _LARGEST_SHARD_GB = 0.001, 1_000_000
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not _SMALLEST_SHARD_GB <= options.shard_gb <= _LARGEST_SHARD_GB:  # nor is NaN between them
+        parser.error(f"--shard-gb {options.shard_gb:g}: must lie between {_SMALLEST_SHARD_GB} and {_LARGEST_SHARD_GB}")
     # Torch takes a second: mistakes in the arguments do not wait for it.
     from megalm.checkpoint.adapters.convert import Request, convert
 

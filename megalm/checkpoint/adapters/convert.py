@@ -123,8 +123,6 @@ def check_request(request: Request) -> None:
             problems.append(
                 f"--{name} {value}: --to {request.target_format} has no layout; --{name} is for {spoken_list(LAYOUTS)}"
             )
-    if request.shard_bytes < 1:
-        problems.append("--shard-gb: must be above 0")
     if problems:
         raise ConfigError(problems)
 

@@ -122,7 +122,8 @@ def test_mistakes_are_lines_with_their_exit_codes(exported: Path, tmp_path: Path
     assert main(["--from", "hf", "--to", "megalm", str(exported), str(exported)]) == 2
     assert main(["--from", "hf", "--to", "megalm", str(tmp_path / "nothing"), str(out)]) == 3
     assert main(["--from", "megalm", "--to", "hf", str(exported), str(out)]) == 3
-    for wrong in (["--from", "gguf", "--to", "hf", "a", "b"], ["--from", "hf", "--to", "deepspeed", "a", "b"], []):
+    endless = ["--from", "hf", "--to", "hf", "a", "b", "--shard-gb", "nan"]
+    for wrong in (["--from", "gguf", *endless[2:6]], ["--from", "hf", "--to", "deepspeed", "a", "b"], endless, []):
         with pytest.raises(SystemExit) as exit_:
             main(wrong)
         assert exit_.value.code == 2
