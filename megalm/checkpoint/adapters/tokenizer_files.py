@@ -85,6 +85,8 @@ def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.sequence_length,
         "clean_up_tokenization_spaces": False,
+        # Version 4 of the library would give token types to every model: GPT-2 embeds them as words, Llama refuses.
+        "model_input_names": ["input_ids", *(["token_type_ids"] if model.token_types else []), "attention_mask"],
         "eos_token": end,
         **_roles(tokenizer),
     }

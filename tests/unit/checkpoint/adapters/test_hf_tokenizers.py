@@ -48,6 +48,18 @@ def test_the_librarys_tokenizer_gives_megalms_ids(bpe: Tokenizer, wordpiece: Tok
             assert config.pad_token_id == theirs.pad_token_id == tokenizer.special_tokens["[PAD]"]
 
 
+def test_only_models_with_token_types_are_given_them(bpe: Tokenizer, wordpiece: Tokenizer, tmp_path: Path) -> None:
+    names = {}
+    for name, tokenizer, model in (("bpe", bpe, GPT2), ("wordpiece", wordpiece, BERT)):
+        run = tmp_path / name
+        write_random_run(run, replace(model, vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
+        convert_quietly("megalm", "hf", run, tmp_path / f"{name}-hf")
+        settings = json.loads((tmp_path / f"{name}-hf" / "tokenizer_config.json").read_text())
+        names[name] = settings["model_input_names"]
+    assert names["bpe"] == ["input_ids", "attention_mask"]
+    assert names["wordpiece"] == ["input_ids", "token_type_ids", "attention_mask"]
+
+
 def test_a_tokenizer_survives_the_round_trip(bpe: Tokenizer, wordpiece: Tokenizer, tmp_path: Path) -> None:
     for name, tokenizer, model in (("bpe", bpe, GPT2), ("wordpiece", wordpiece, BERT)):
         write_random_run(tmp_path / name, replace(model, vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
