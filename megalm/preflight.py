@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class Plan:
         world_size: ranks of the run.
         notes: what the user should know before the first step.
         complete: whether all steps have been taken already, so that there is nothing to start.
+        start: what is loaded before the first step; chosen once, so that no rank sees it otherwise.
     """
 
     config: Config
     world_size: int
     notes: tuple[str, ...] = ()
     complete: bool = False
+    start: StartPoint = field(default_factory=lambda: StartPoint(StartMode.FRESH))
 
     @property
     def run_dir(self) -> Path:
@@ -47,13 +49,19 @@ class Plan:
 
     def to_json(self) -> str:
         """Text that :meth:`from_json` reads on another rank."""
-        return json.dumps({**asdict(self), "config": config_to_dict(self.config)})
+        return json.dumps({**asdict(self), "config": config_to_dict(self.config)}, default=str)  # paths
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that rank 0 sent."""
         fields: dict[str, Any] = json.loads(text)
-        return cls(**{**fields, "config": config_from_dict(fields["config"]), "notes": tuple(fields["notes"])})
+        return cls(
+            config=config_from_dict(fields["config"]),
+            world_size=fields["world_size"],
+            notes=tuple(fields["notes"]),
+            complete=fields["complete"],
+            start=StartPoint.from_dict(fields["start"]),
+        )
 
 
 def make_plan(overrides: Sequence[str], world_size: int | None = None) -> Plan:
@@ -82,8 +90,8 @@ def make_plan(overrides: Sequence[str], world_size: int | None = None) -> Plan:
     start = resolve_start(config, run_folder(config))
     if problems := _epoch_violations(config, datasets, start):
         raise ConfigError(problems)
-    complete = start.mode is StartMode.RESUME and start.step >= config.train.steps
-    return Plan(config, ranks, start.notes, complete)
+    complete = start.mode is StartMode.RESUME and not start.is_named and start.step >= config.train.steps
+    return Plan(config, ranks, start.notes, complete, start)
 
 
 def _epoch_violations(config: Config, datasets: Sequence[DatasetInfo], start: StartPoint) -> list[str]:

@@ -137,7 +137,7 @@ def _train(meeting: Meeting, plan: Plan, stop: StopRequest) -> ExitCode:
 
     from megalm.train.trainer import run_training
 
-    return run_training(config, rank, stop)
+    return run_training(config, rank, stop, plan.start)
 
 
 def _tell_libraries(rank: RankInfo) -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from megalm.arguments import LineParser
 from megalm.checkpoint.manifest import Manifest, TensorRecord, combined_hash, read_manifest
-from megalm.checkpoint.store import CheckpointInfo, locate, torn_checkpoints
+from megalm.checkpoint.store import CheckpointInfo, describe_torn, locate, torn_checkpoints
 from megalm.errors import ExitCode, MegalmError
 
 DIFFERENT = 1
@@ -61,7 +61,7 @@ def _show(console: Console, info: CheckpointInfo) -> None:
     manifest = read_manifest(info.path)
     console.print(_summary(info.path, manifest), _tensors(manifest))
     for path in torn_checkpoints(info.path.parent):
-        console.print(f"ignored: {path}, an interrupted save", markup=False)
+        console.print(f"ignored: {path}, {describe_torn(path)}, or one that goes on just now", markup=False)
 
 
 def _find_faults(console: Console, info: CheckpointInfo) -> list[str]:

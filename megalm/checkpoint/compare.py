@@ -43,17 +43,17 @@ def setting_differences(first: Manifest, second: Manifest) -> list[SettingDiffer
     return [
         SettingDifference(name, mine.get(name), theirs.get(name))
         for name in dict.fromkeys([*mine, *theirs])
-        if mine.get(name) != theirs.get(name)
+        if repr(mine.get(name)) != repr(theirs.get(name))  # a NaN is equal to itself here
     ]
 
 
 def tensor_differences(first: CheckpointReader, second: CheckpointReader) -> Iterator[TensorDifference]:
-    """Compare every tensor of every kind, in the memory of two full tensors.
+    """Compare every tensor of every kind, in the memory of a few full tensors.
 
-    Weights of equal fingerprints are equal and are not read.
+    Weights of equal fingerprints are equal and are not read; ``find_corruption`` tells whether their bytes still are.
 
     Raises:
-        CheckpointError: a tensor of either is damaged.
+        CheckpointError: a tensor that is read is damaged.
     """
     mine, theirs = first.manifest, second.manifest
     for name in dict.fromkeys([*mine.tensors, *theirs.tensors]):
@@ -79,8 +79,11 @@ def _difference(first: CheckpointReader, second: CheckpointReader, name: str, ki
     count = int(changed.sum())
     if not count:
         return None
-    largest = float((one - other)[changed].abs().max())
-    return f"{count:,} of {one.numel():,} elements, by at most {largest:.3g}"
+    apart = (one - other)[changed].abs()
+    strange = int((~apart.isfinite()).sum())
+    largest = float(apart.nan_to_num(0.0, 0.0, 0.0).max())
+    infinite = f", {strange:,} of them not finite" if strange else ""
+    return f"{count:,} of {one.numel():,} elements, by at most {largest:.3g}{infinite}"
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event, Thread
 
+from megalm.checkpoint.manifest import COMPLETE_FILE
 from megalm.checkpoint.store import remove_folder, step_folder
 from megalm.checkpoint.writer import (
+    CALLED_OFF,
     Header,
     PieceToWrite,
     complete_checkpoint,
@@ -23,11 +25,15 @@ from megalm.checkpoint.writer import (
 from megalm.errors import CheckpointError
 
 Agree = Callable[[str | None], str | None]
-"""Collective: takes this rank's error, returns the first error of any rank (None: all is well)."""
+"""Collective: takes this rank's word, returns the first word of any rank (None: no rank has any)."""
 
-INDEX_WAIT_SECONDS = 60.0
-"""Longest that rank 0 waits for indexes that all ranks have written: NFS shows another node's new files only when its
-attribute cache expires."""
+INDEX_WAIT_SECONDS = 150.0
+"""Longest that rank 0 waits for indexes that all ranks have written. NFS shows another node's new files only when its
+cache of attributes expires, by default after a minute at most."""
+
+_WAITING = "waiting"
+_POLL_SECONDS = 5.0
+"""Ranks that wait for others' disks tell each other so often: no single collective waits for a disk."""
 
 
 class Save:
@@ -40,13 +46,15 @@ class Save:
         rank: this rank.
         world_size: number of ranks.
         attempt: number of this save in this life of the run, the same on every rank.
-        on_complete: called in the thread of rank 0 once the checkpoint is complete, such as to delete older ones.
+        on_complete: called in the thread of rank 0 after the checkpoint is complete, such as to delete older ones; what
+            it raises is told as a warning.
 
     Attributes:
         step: the checkpoint's.
         path: of the checkpoint, once it is complete.
         nbytes: of all pieces of all ranks; 0 until rank 0 has completed the checkpoint.
-        seconds: from the beginning until this rank was done.
+        seconds: from the beginning until this rank's part was done, for rank 0 until the checkpoint was complete.
+        warnings: what went wrong without costing the checkpoint.
     """
 
     def __init__(
@@ -64,12 +72,14 @@ class Save:
         self.path = folder / step_folder(header.step)
         self.nbytes = 0
         self.seconds = 0.0
+        self.warnings: list[str] = []
         self._temporary = temporary_folder(folder, header.step, attempt)
         self._rank = rank
         self._error: str | None = None
         self._called_off = Event()
         self._deadline: float | None = None
         self._written = Event()
+        self._done = Event()
         self._started = time.monotonic()
         # A daemon: a rank that fails elsewhere must not wait here for ranks that will never write.
         self._thread = Thread(
@@ -85,7 +95,11 @@ class Save:
     @property
     def is_complete(self) -> bool:
         """Whether the checkpoint can be loaded; rank 0 alone knows before :meth:`finish`."""
-        return self._rank == 0 and not self._thread.is_alive() and not self.failed
+        return self._rank == 0 and self._done.is_set() and not self.failed
+
+    def call_off(self) -> None:
+        """Stop writing at once: another rank has failed, so that nothing will come of it."""
+        self._called_off.set()
 
     def finish(self, agree: Agree) -> None:
         """Wait until the checkpoint is complete; collective over all ranks.
@@ -94,56 +108,69 @@ class Save:
             CheckpointError: on every rank, if any of them could not write; nothing of the save is left, and checkpoints
                 before it are untouched.
         """
-        self._written.wait()
-        error = agree(self._error)
+        error = self._agreed_end(self._written, agree)
         if error is None:
             self._deadline = time.monotonic() + INDEX_WAIT_SECONDS
-            self._thread.join()
-            error = agree(self._error)
-        self._called_off.set()
-        self._thread.join()
-        if error is not None:
-            agree(None)  # no rank writes any more
-            if self._rank == 0 and self._temporary.exists():
-                error_of(lambda: remove_folder(self._temporary))  # what cannot be deleted is ignored, like a torn save
-            raise CheckpointError(f"checkpoint of step {self.step} was not saved: {error}")
+            error = self._agreed_end(self._done, agree)
+        if error is None:
+            return
+        self.call_off()
+        self._done.wait()
+        agree(None)  # no rank writes any more
+        if self._temporary.exists():
+            # On every rank, as the folder may not be shared. What cannot be deleted is ignored, like a torn save.
+            error_of(lambda: remove_folder(self._temporary))
+        raise CheckpointError(f"checkpoint of step {self.step} was not saved: {error}")
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for this rank's thread, which may still be deleting older checkpoints."""
+        self._thread.join(seconds)
+
+    def linger(self, seconds: float) -> None:
+        """Give a save that is under way its chance, before this process ends for another reason; no collective."""
+        deadline = time.monotonic() + seconds
+        while not self.failed and time.monotonic() < deadline and not (self.path / COMPLETE_FILE).exists():
+            time.sleep(_POLL_SECONDS / 50)
+
+    def _agreed_end(self, event: Event, agree: Agree) -> str | None:
+        """Wait until all ranks have seen the event; the first error of any."""
+        while agree(None if event.wait(_POLL_SECONDS) else _WAITING) is not None:
+            pass
+        # A rank that was called off has no error of its own: the one that failed has it.
+        return agree(None if self._error == CALLED_OFF else self._error)
 
     def _run(
         self, header: Header, pieces: Sequence[PieceToWrite], world_size: int, on_complete: Callable[[], None]
     ) -> None:
         try:
-            self._error = self._guarded(
+            self._error = _guarded(
                 lambda: write_rank(self._temporary, self._rank, pieces, called_off=self._called_off.is_set)
             )
             self._written.set()
             if self._rank == 0 and self._error is None:
-                self._error = self._guarded(lambda: self._complete(header, world_size, on_complete))
+                self._error = _guarded(lambda: self._complete(header, world_size))
         finally:
             self.seconds = time.monotonic() - self._started
             self._written.set()
+            self._done.set()
+        if self.is_complete and (problem := _guarded(on_complete)):
+            self.warnings.append(problem)
 
-    def _complete(self, header: Header, world_size: int, on_complete: Callable[[], None]) -> None:
-        self.nbytes = complete_checkpoint(self._temporary, self.path, header, world_size, given_up=self._given_up)
-        on_complete()
+    def _complete(self, header: Header, world_size: int) -> None:
+        self.nbytes = complete_checkpoint(
+            self._temporary, self.path, header, world_size, given_up=self._given_up, warn=self.warnings.append
+        )
 
     def _given_up(self) -> str | None:
         """Why not to wait any longer for other ranks' indexes."""
         if self._called_off.is_set():
-            return "called off"
+            return CALLED_OFF
         if self._deadline is not None and time.monotonic() > self._deadline:
             return (
                 f"not seen within {INDEX_WAIT_SECONDS:.0f} s of being written; run.dir must be on a file system that "
                 "all ranks share"
             )
         return None
-
-    @staticmethod
-    def _guarded(phase: Callable[[], object]) -> str | None:
-        """The phase's error; also of a bug, which would otherwise die unseen with the thread."""
-        try:
-            return error_of(phase)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
 
 
 def save_checkpoint(
@@ -157,3 +184,11 @@ def save_checkpoint(
     save = Save(folder, header, pieces, rank=rank, world_size=world_size)
     save.finish(agree)
     return save.path
+
+
+def _guarded(phase: Callable[[], object]) -> str | None:
+    """A phase's error; also of a bug, which would otherwise die unseen with the thread."""
+    try:
+        return error_of(phase)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

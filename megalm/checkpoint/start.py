@@ -6,15 +6,21 @@ The launcher asks before any rank starts, so that a path that does not load cost
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import platform
+import time
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
-from megalm.checkpoint.manifest import Manifest, read_manifest
+from megalm.checkpoint.manifest import COMPLETE_FILE, Manifest, read_manifest
 from megalm.checkpoint.store import (
     CHECKPOINTS_FOLDER,
     TEMPORARY_PREFIX,
     CheckpointInfo,
+    checkpoints_set_aside,
+    complete_checkpoints,
+    describe_torn,
     find_latest,
     locate,
     torn_checkpoints,
@@ -22,6 +28,12 @@ from megalm.checkpoint.store import (
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.errors import CheckpointError
+
+RESUMED_FROM = "resumed_from"
+"""Where a manifest's ``training`` says which named checkpoint the run went on from."""
+
+_VISIBLE_SECONDS = 120.0
+"""Longest that a rank waits to see what rank 0 has seen: NFS shows new names when its caches expire."""
 
 
 class StartMode(StrEnum):
@@ -46,12 +58,44 @@ class StartPoint:
         path: the checkpoint; None for a fresh start.
         step: steps already taken.
         notes: what the user should know, one line each: torn checkpoints, steps that are lost.
+        is_named: whether ``checkpoint.resume`` names the checkpoint, and it is where the run goes on from.
     """
 
     mode: StartMode
     path: Path | None = None
     step: int = 0
     notes: tuple[str, ...] = ()
+    is_named: bool = False
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> StartPoint:
+        """What ``dataclasses.asdict`` made, after a journey as JSON."""
+        path = fields["path"]
+        return cls(
+            mode=StartMode(fields["mode"]),
+            path=None if path is None else Path(path),
+            step=fields["step"],
+            notes=tuple(fields["notes"]),
+            is_named=fields["is_named"],
+        )
+
+
+def await_visible(start: StartPoint) -> None:
+    """Wait until this host sees the checkpoint that was chosen on another one.
+
+    Raises:
+        CheckpointError: it does not appear.
+    """
+    if start.path is None:
+        return
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not (start.path / COMPLETE_FILE).is_file():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{start.path}: {platform.node()} does not see it, and another host does; checkpoints must be on a "
+                "file system that all ranks share"
+            )
+        time.sleep(0.5)
 
 
 def run_folder(config: Config) -> Path:
@@ -74,19 +118,24 @@ def resolve_start(config: Config, run_dir: Path) -> StartPoint:
     resume = config.checkpoint.resume
     latest = find_latest(own)
     if resume not in ("auto", "never"):
-        return _resume(config, locate(resume), ())
+        return _resume_named(config, own, locate(resume), latest)
     if latest is not None:
         if resume == "never":
             raise CheckpointError(
                 f"checkpoint.resume=never: run {config.run.name} has a checkpoint of step {latest.step}; resume it "
                 "with checkpoint.resume=auto, or choose another run.name"
             )
-        return _resume(config, latest, _ignored(own))
+        return _resume(config, latest, (*_ignored(own), *_unused_sources(config, latest)))
     torn = [path for path in torn_checkpoints(own) if not path.name.startswith(TEMPORARY_PREFIX)]
     if torn:
         raise CheckpointError(
             f"run {config.run.name}: {torn[0]} is not complete and there is no other checkpoint; remove it to train "
             "from the beginning, or choose another run.name"
+        )
+    if aside := checkpoints_set_aside(own):
+        raise CheckpointError(
+            f"run {config.run.name}: all of its checkpoints were set aside, {aside[-1]} the last; name what it is to "
+            "go on from with checkpoint.resume=PATH, or choose another run.name"
         )
     notes = (*_ignored(own), *_lost_steps(config, run_dir))
     if config.checkpoint.init_from is not None:
@@ -97,7 +146,33 @@ def resolve_start(config: Config, run_dir: Path) -> StartPoint:
 
 
 def _ignored(own: Path) -> tuple[str, ...]:
-    return tuple(f"ignored {path}: an interrupted save" for path in torn_checkpoints(own))
+    return tuple(f"ignored {path}: {describe_torn(path)}" for path in torn_checkpoints(own))
+
+
+def _resume_named(config: Config, own: Path, named: CheckpointInfo, latest: CheckpointInfo | None) -> StartPoint:
+    """Go back, or over, to a named checkpoint; once the run has saved since, go on from there instead.
+
+    A requeued job repeats its command, and must not begin at the named checkpoint every time. Checkpoints of the run
+    after the named step belong to another course of it, and are going to be set aside.
+    """
+    if latest is not None and latest.step > named.step:
+        origin = read_manifest(latest.path).training.get(RESUMED_FROM) or {}
+        if origin.get("checkpoint") == str(named.path.resolve()):
+            note = f"checkpoint.resume={named.path}: the run has gone on from there to step {latest.step}"
+            return _resume(config, latest, (*_ignored(own), note))
+    later = [info for info in complete_checkpoints(own) if info.step > named.step]
+    notes = tuple(f"{info.path} is set aside: the run goes back to step {named.step}" for info in later)
+    start = _resume(config, named, (*_ignored(own), *notes))
+    return replace(start, is_named=True)
+
+
+def _unused_sources(config: Config, latest: CheckpointInfo) -> tuple[str, ...]:
+    """What a run that has checkpoints of its own does not start from."""
+    return tuple(
+        f"checkpoint.{name}={source}: was for the beginning; the run goes on from its own step {latest.step}"
+        for name in ("init_from", "finetune_from")
+        if (source := getattr(config.checkpoint, name)) is not None
+    )
 
 
 def _resume(config: Config, info: CheckpointInfo, notes: tuple[str, ...]) -> StartPoint:

@@ -15,6 +15,8 @@ from megalm.errors import CheckpointError
 CHECKPOINTS_FOLDER = "checkpoints"
 TEMPORARY_PREFIX = ".unfinished-"
 _REPLACED_SUFFIX = ".replaced"
+_SET_ASIDE_SUFFIX = ".set-aside"
+_REMOVED_PREFIX = f"{TEMPORARY_PREFIX}removed-"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _REPLACED_NAME = re.compile(rf"(step-\d{{8,}}){re.escape(_REPLACED_SUFFIX)}")
 
@@ -64,25 +66,43 @@ def torn_checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def remove_leftovers(folder: Path) -> None:
+def describe_torn(path: Path) -> str:
+    """What a folder is that :func:`torn_checkpoints` gave."""
+    return "an interrupted deletion" if path.name.startswith(_REMOVED_PREFIX) else "an interrupted save"
+
+
+def remove_leftovers(folder: Path) -> list[str]:
     """Delete what saves and deletions of an earlier life left under names that no checkpoint has.
 
-    Raises:
-        CheckpointError: one cannot be deleted.
+    Returns:
+        What could not be deleted and why, one line each.
     """
-    for path in torn_checkpoints(folder):
-        if _STEP_NAME.fullmatch(path.name) is None:  # a folder of that name was a checkpoint once: not ours to judge
-            try:
-                remove_folder(path)
-            except OSError as error:
-                raise CheckpointError(f"{path}: an interrupted save, cannot be deleted: {error.strerror}") from None
+    # A folder step-… without its marker was a checkpoint once: not ours to judge.
+    return _remove_all([path for path in torn_checkpoints(folder) if _STEP_NAME.fullmatch(path.name) is None])
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the complete checkpoints after a step, which a run that goes back to it leaves behind as another course.
+
+    They are no checkpoints of the run any more: neither resumed nor counted among the newest.
+
+    Returns:
+        Their new names.
+    """
+    later = [info.path for info in complete_checkpoints(folder) if info.step > step]
+    return [path.rename(path.with_name(path.name + _SET_ASIDE_SUFFIX)) for path in later]
+
+
+def checkpoints_set_aside(folder: Path) -> list[Path]:
+    """What :func:`set_aside` has renamed."""
+    return sorted(folder.glob(f"step-*{_SET_ASIDE_SUFFIX}")) if folder.is_dir() else []
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder, under a name that nothing takes for a checkpoint from the first moment on."""
     doomed = path
     if not path.name.startswith(TEMPORARY_PREFIX):
-        doomed = path.rename(path.with_name(f"{TEMPORARY_PREFIX}removed-{path.name}"))
+        doomed = path.rename(path.with_name(f"{_REMOVED_PREFIX}{path.name}"))
     shutil.rmtree(doomed)
 
 
@@ -149,18 +169,36 @@ class Retention:
             kept |= {info for info in checkpoints if info.step % self.every == 0}
         if self.best:
             losses = {info: validation_loss(info) for info in checkpoints}
+            validated = [info for info in checkpoints if math.isfinite(losses[info])]
             # Of equals the later one, which has seen more.
-            ranked = sorted(checkpoints, key=lambda info: (losses[info], -info.step))
-            kept |= set([info for info in ranked if math.isfinite(losses[info])][: self.best])
+            kept |= set(sorted(validated, key=lambda info: (losses[info], -info.step))[: self.best])
         return [info for info in checkpoints if info not in kept]
 
 
-def prune(folder: Path, retention: Retention) -> None:
-    """Delete the complete checkpoints that need not be kept."""
-    for info in retention.expired(complete_checkpoints(folder), _validation_loss):
-        remove_folder(info.path)
+def prune(folder: Path, retention: Retention) -> list[str]:
+    """Delete the complete checkpoints that need not be kept, and what an earlier deletion did not get to.
+
+    Returns:
+        What could not be deleted and why, one line each.
+    """
+    expired = retention.expired(complete_checkpoints(folder), _validation_loss)
+    return _remove_all([*(info.path for info in expired), *folder.glob(f"{_REMOVED_PREFIX}*")])
+
+
+def _remove_all(paths: Sequence[Path]) -> list[str]:
+    problems = []
+    for path in paths:
+        try:
+            remove_folder(path)
+        except OSError as error:
+            problems.append(f"{path} could not be deleted: {error.strerror or error}")
+    return problems
 
 
 def _validation_loss(info: CheckpointInfo) -> float:
-    validation = read_manifest(info.path).training.get("validation") or {}
-    return float(validation.get("val_loss", math.nan))
+    """Of the samples that are validated again and again; NaN where there is none, or where it cannot be read."""
+    try:
+        validation = read_manifest(info.path).training.get("validation") or {}
+        return math.nan if validation.get("whole_split") else float(validation.get("val_loss", math.nan))
+    except (CheckpointError, TypeError, ValueError, AttributeError):
+        return math.nan  # a damaged one is neither the best nor a reason to keep all

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -70,14 +70,14 @@ class TensorFileWriter:
         self._file = path.open("wb", buffering=0)
         self._write(_header(specs, metadata))
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor, contiguous and on the CPU."""
+    def write(self, name: str, tensor: Tensor, *, stop: Callable[[], object] = lambda: None) -> None:
+        """Write the next tensor, contiguous and on the CPU; ``stop`` is called between chunks, and may raise."""
         expected, spec = self._left.pop()
         if (name, TensorSpec(tensor.dtype, tuple(tensor.shape))) != (expected, spec):
             raise ValueError(
                 f"{self.path}: {name} {tensor.dtype} {list(tensor.shape)} comes where {expected} {spec} is due"
             )
-        self._write(as_bytes(tensor))
+        self._write(as_bytes(tensor), stop)
 
     def close(self) -> None:
         """Flush to the disk and close."""
@@ -103,10 +103,11 @@ class TensorFileWriter:
         if self._left:
             raise ValueError(f"{self.path}: {len(self._left)} tensors were announced and not written")
 
-    def _write(self, data: bytes | memoryview) -> None:
+    def _write(self, data: bytes | memoryview, stop: Callable[[], object] = lambda: None) -> None:
         view = memoryview(data)
         try:
             while view:
+                stop()
                 view = view[self._file.write(view[:_CHUNK_BYTES]) :]
         except OSError as error:  # of a write, which knows no file's name
             raise OSError(error.errno, error.strerror, str(self.path)) from None

@@ -32,7 +32,11 @@ from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, as_bytes
 from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.errors import CheckpointError
 
-_POLL_SECONDS = 0.05
+CALLED_OFF = "called off"
+"""The error of a rank that stopped because another one had failed."""
+
+_SHORTEST_POLL, _LONGEST_POLL = 0.05, 1.0
+"""Seconds between two looks for other ranks' indexes: a thousand ranks' file server is not asked without end."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def write_rank(
         folder: the temporary folder; made where it does not exist.
         rank: this rank.
         pieces: what it is to write.
-        called_off: asked before each piece.
+        called_off: asked before each of the writes that a piece takes.
 
     Raises:
         CheckpointError: a piece is not fp32, two have one key, or the save was called off.
@@ -113,21 +117,25 @@ def write_rank(
         # One thread hashes what the other writes: both let go of the interpreter, and a piece is in memory once.
         with TensorFileWriter(folder / file, specs) as writer, ThreadPoolExecutor(1) as hasher:
             for piece in pieces:
-                if called_off():
-                    raise CheckpointError("called off")
                 values = piece.load()
                 if values.dtype is not torch.float32:
                     raise CheckpointError(
                         f"{piece.name}: {piece.kind} is {values.dtype}, masters and moments are float32"
                     )
                 entry = hasher.submit(_index_entry, piece, values, file)
-                writer.write(piece.key, values)
+                writer.write(piece.key, values, stop=_stop_if(called_off))
                 entries.append(entry.result())
     _write_text(folder / _index_file(rank), json.dumps(entries))
 
 
 def complete_checkpoint(
-    temporary: Path, final: Path, header: Header, world_size: int, *, given_up: Callable[[], str | None] = lambda: None
+    temporary: Path,
+    final: Path,
+    header: Header,
+    world_size: int,
+    *,
+    given_up: Callable[[], str | None] = lambda: None,
+    warn: Callable[[str], object] = lambda _: None,
 ) -> int:
     """Make a checkpoint of what all ranks have written, once they have; rank 0 alone.
 
@@ -137,6 +145,7 @@ def complete_checkpoint(
         header: what the manifest says besides the tensors.
         world_size: ranks whose indexes are waited for.
         given_up: asked while waiting; a reason ends it.
+        warn: told of what goes wrong after the checkpoint is complete, and costs nothing.
 
     Returns:
         Bytes of all pieces.
@@ -154,7 +163,7 @@ def complete_checkpoint(
     _flush(temporary)
     _write_text(temporary / COMPLETE_FILE, hashlib.sha256(text.encode()).hexdigest() + "\n")
     _flush(temporary)
-    _move_into_place(temporary, final)
+    _move_into_place(temporary, final, warn)
     return 4 * sum(piece.length for tensor in tensors.values() for piece in tensor.pieces)
 
 
@@ -195,7 +204,7 @@ def _index_entry(piece: PieceToWrite, values: Tensor, file: str) -> dict[str, An
     return {"name": piece.name, "shape": piece.shard.full_shape, "fingerprint": share, "piece": asdict(record)}
 
 
-def _move_into_place(temporary: Path, final: Path) -> None:
+def _move_into_place(temporary: Path, final: Path, warn: Callable[[str], object]) -> None:
     """The same step may be there, saved by a life of the run that went another way: it steps aside for an instant.
 
     Under the name that it has then it still counts as a checkpoint, should this process be killed in that instant.
@@ -209,9 +218,10 @@ def _move_into_place(temporary: Path, final: Path) -> None:
         if replaced.exists():
             replaced.rename(final)
         raise
-    _flush(final.parent)
-    if replaced.exists():
-        remove_folder(replaced)
+    # From here on there is a checkpoint, and no error may say that there is none.
+    for action in (lambda: _flush(final.parent), lambda: remove_folder(replaced) if replaced.exists() else None):
+        if problem := error_of(action):
+            warn(f"after {final} was saved: {problem}")
 
 
 def _collect(indexes: Sequence[Path]) -> dict[str, TensorRecord]:
@@ -242,14 +252,26 @@ def _collect(indexes: Sequence[Path]) -> dict[str, TensorRecord]:
 def _await_indexes(folder: Path, world_size: int, given_up: Callable[[], str | None]) -> list[Path]:
     """Every rank's index, once this host sees them all."""
     paths = [folder / _index_file(rank) for rank in range(world_size)]
-    while missing := [rank for rank, path in enumerate(paths) if not path.is_file()]:
+    pause = _SHORTEST_POLL
+    while True:
+        # One listing, which makes an NFS client ask the server again, and not a question per rank.
+        present = set(os.listdir(folder)) if folder.is_dir() else set()  # noqa: PTH208 - names are all that is wanted
+        missing = [rank for rank, path in enumerate(paths) if path.name not in present]
+        if not missing:
+            return paths
         if reason := given_up():
             listed = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
             raise CheckpointError(f"{folder}: no index of {len(missing)} of {world_size} ranks ({listed}): {reason}")
-        if folder.is_dir():
-            list(folder.iterdir())  # makes an NFS client ask the server again
-        time.sleep(_POLL_SECONDS)
-    return paths
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_POLL)
+
+
+def _stop_if(called_off: Callable[[], bool]) -> Callable[[], None]:
+    def stop() -> None:
+        if called_off():
+            raise CheckpointError(CALLED_OFF)
+
+    return stop
 
 
 def _shallow_dict(header: Header) -> dict[str, Any]:

@@ -268,11 +268,13 @@ class Checkpoint:
     """Training goes on while a checkpoint is written, from a copy in host memory: of one rank's share of masters and
     moments. False: training waits, and there is no copy."""
     on_failure: str = "continue"
-    """What a checkpoint that cannot be written (a full disk) does to the run: ``continue`` trains on and the next save
-    tries again; ``stop`` ends it with exit code 3. The last checkpoint of a run must succeed either way."""
+    """What a checkpoint that a full or failing disk does not take does to the run: ``continue`` trains on and the next
+    save tries again; ``stop`` ends it with exit code 3. Any other failure ends it, and so does that of the last
+    checkpoint, unless the job is to be queued again and there is an older one."""
     resume: str = "auto"
     """``auto``: the newest complete checkpoint of this run, if it has any; ``never``: refuse a run that has some;
-    or the path of a checkpoint, which must load."""
+    or the path of a checkpoint, which must load. Later checkpoints of the run are then set aside; once it has saved
+    since, the same command goes on from there."""
     init_from: str | None = None
     """Path of a checkpoint whose weights (only) a fresh run starts from."""
     finetune_from: str | None = None

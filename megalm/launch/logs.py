@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -68,19 +69,21 @@ class Tee(io.TextIOBase):
         self._terminal.write(text)
         *finished, self._line = (self._line + text).split("\n")
         for line in finished:
-            self._log.write(_as_last_drawn(line) + "\n")
+            self.write_log(_as_last_drawn(line) + "\n")
         redrawn = self._line.rpartition("\r")[2]
         self._line = redrawn or self._line
         return len(text)
 
     def write_log(self, text: str) -> None:
-        """Write to the log alone."""
-        self._log.write(text)
+        """Write to the log alone. What a full disk does not take is left out: the terminal has it."""
+        with contextlib.suppress(OSError):
+            self._log.write(text)
 
     def flush(self) -> None:
         """Flush both."""
         self._terminal.flush()
-        self._log.flush()
+        with contextlib.suppress(OSError):
+            self._log.flush()
 
     def isatty(self) -> bool:
         """Whether the terminal is one, and a person sees it."""

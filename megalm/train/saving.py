@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.manifest import WEIGHT, combined_hash
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.save import Save
-from megalm.checkpoint.start import StartMode, StartPoint
-from megalm.checkpoint.store import CHECKPOINTS_FOLDER, Retention, prune, remove_leftovers
+from megalm.checkpoint.start import RESUMED_FROM, StartMode, StartPoint
+from megalm.checkpoint.store import CHECKPOINTS_FOLDER, Retention, find_latest, prune, remove_leftovers, set_aside
 from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
@@ -38,12 +42,14 @@ class RunState:
         scalars: of the engine.
         progress: of the run.
         validation: the validation at this step, if there was one.
+        whole_split: whether that was of the whole split, and not of the samples of every validation.
     """
 
     data: dict[str, Any]
     scalars: dict[str, float]
     progress: Progress
     validation: ValidationMetrics | None = None
+    whole_split: bool = False
 
 
 class Saver:
@@ -56,25 +62,36 @@ class Saver:
         config: what is stored with the tensors, and how many checkpoints are kept.
         context: this rank's place and groups.
         run_dir: the run's folder.
-        parent: whose weights the run began with, as the manifest says it; None: initial ones, or a resumed run's.
+        lineage: where the run's weights are from, as manifests say it.
+        start: what the run started from; checkpoints of its own after that step are set aside.
     """
 
     def __init__(
-        self, config: Config, context: ParallelContext, run_dir: Path, *, parent: dict[str, Any] | None = None
+        self,
+        config: Config,
+        context: ParallelContext,
+        run_dir: Path,
+        *,
+        lineage: Mapping[str, Any] = MappingProxyType({}),
+        start: StartPoint = StartPoint(StartMode.FRESH),  # noqa: B008 - frozen
     ) -> None:
         self._config = config
         self._context = context
         self._folder = run_dir / CHECKPOINTS_FOLDER
-        self._parent = parent
+        self._lineage = lineage
         self._copy = HostCopy()
         self._pending: Save | None = None
+        self._last: Save | None = None
         self._stall_seconds = 0.0
         self._reported = True
         self._attempts = 0
         settings = config.checkpoint
         self._retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
         if context.rank == 0:
-            remove_leftovers(self._folder)
+            for problem in remove_leftovers(self._folder):
+                warn(problem)
+            if start.is_named:
+                set_aside(self._folder, start.step)
 
     def start(self, pieces: Sequence[StatePiece], state: RunState, *, stall_began: float) -> None:
         """Begin to write a checkpoint; collective over all ranks. None may be pending: see :meth:`finish`.
@@ -86,6 +103,7 @@ class Saver:
             stall_began: when training stopped for this save, by ``time.perf_counter``.
         """
         assert self._pending is None, "finish() comes before the next save"
+        self.close()
         asynchronous = self._config.checkpoint.asynchronous
         self._attempts += 1
         self._pending = Save(
@@ -116,16 +134,42 @@ class Saver:
         if save is None or self._reported or not save.is_complete:
             return None
         self._reported = True
+        for problem in save.warnings:
+            warn(problem)
         return CheckpointMetrics(
             step=save.step,
             checkpoint=str(save.path),
-            stall_seconds=self._stall_seconds + (0.0 if self._config.checkpoint.asynchronous else save.seconds),
+            stall_seconds=self._stall_seconds,
             write_seconds=save.seconds,
             gigabytes=save.nbytes / 1e9,
         )
 
-    def finish(self) -> CheckpointMetrics | None:
+    def call_off(self) -> None:
+        """Stop writing, as the pending save has failed on some rank."""
+        if self._pending is not None:
+            self._pending.call_off()
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether the run has a complete checkpoint."""
+        return find_latest(self._folder) is not None
+
+    def close(self) -> None:
+        """Wait until older checkpoints are deleted, which goes on after a save is complete."""
+        if self._last is not None:
+            self._last.join()
+            self._last = None
+
+    def linger(self) -> None:
+        """Give the pending save its chance before this process ends."""
+        if self._pending is not None:
+            self._pending.linger(_LINGER_SECONDS)
+
+    def finish(self, *, training_waits: bool = False) -> CheckpointMetrics | None:
         """Wait for the pending save, if there is one; collective over all ranks.
+
+        Args:
+            training_waits: whether the wait is part of this save's stall; else it is part of the next one's.
 
         Returns:
             As :meth:`newly_complete`.
@@ -135,22 +179,24 @@ class Saver:
         """
         if self._pending is None:
             return None
+        began = time.perf_counter()
         try:
             self._pending.finish(self._agree)
+            if training_waits:
+                self._stall_seconds += time.perf_counter() - began
             return self.newly_complete()
         finally:
-            self._pending = None
+            self._pending, self._last = None, self._pending
 
     def _header(self, state: RunState) -> Header:
         topology, parallel = self._context.topology, self._config.parallel
-        training: dict[str, Any] = {"progress": asdict(state.progress), "engine": state.scalars}
+        training: dict[str, Any] = {"progress": asdict(state.progress), "engine": state.scalars, **self._lineage}
         if state.validation is not None:
             training["validation"] = {
                 "val_loss": state.validation.val_loss,
                 "val_accuracy": state.validation.val_accuracy,
+                "whole_split": state.whole_split,
             }
-        if self._parent is not None:
-            training["parent"] = self._parent
         return Header(
             step=state.progress.step,
             config=config_to_dict(self._config),
@@ -167,10 +213,8 @@ class Saver:
         )
 
     def _prune(self) -> None:
-        try:
-            prune(self._folder, self._retention)
-        except (OSError, CheckpointError) as error:  # the new one is safe; the next save tries again
-            warn(f"an old checkpoint could not be deleted: {error}")
+        for problem in prune(self._folder, self._retention):  # the next save tries again
+            warn(problem)
 
     def _agree(self, error: str | None) -> str | None:
         """The first error of any rank, on every rank."""
@@ -193,7 +237,9 @@ class HostCopy:
         total = sum(piece.values.numel() for piece in pieces)
         on_gpu = any(piece.values.is_cuda for piece in pieces)
         if self._buffer.numel() < total:
-            self._buffer = torch.empty(total, pin_memory=on_gpu)
+            self._buffer = torch.empty(total)
+            if on_gpu:
+                _lock_pages(self._buffer)
         copies, offset = [], 0
         for piece in pieces:
             copy = self._buffer[offset : offset + piece.values.numel()]
@@ -205,6 +251,25 @@ class HostCopy:
         return copies
 
 
+def _lock_pages(buffer: Tensor) -> None:
+    """Have copies from the GPU go straight to a buffer; where the system refuses, they are slower.
+
+    torch's own pinned memory rounds up to a power of two, which for a rank's share of a large model is gigabytes.
+    """
+    torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+
+
+def is_fault_of_disk(reason: str) -> bool:
+    """Whether a save failed for what may pass: a full or failing disk, or one that does not answer."""
+    return any(os.strerror(code) in reason for code in _FAULTS_OF_DISKS)
+
+
+_FAULTS_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+
+_LINGER_SECONDS = 60.0
+"""Longest that a rank that has failed waits for a checkpoint that is being written."""
+
+
 @dataclass(frozen=True)
 class Restored:
     """What a run began with.
@@ -212,12 +277,13 @@ class Restored:
     Attributes:
         progress: how far it is.
         words: what was loaded, in one line; None for initial weights.
-        parent: what the checkpoints of the run say of where its weights are from; None: it began with initial weights.
+        lineage: what checkpoints of the run say of where its weights are from: ``parent``, another run's checkpoint
+            that it began with, and ``resumed_from``, the named one that it went on from.
     """
 
     progress: Progress
     words: str | None = None
-    parent: dict[str, Any] | None = None
+    lineage: dict[str, Any] = field(default_factory=dict)
 
 
 def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader, context: ParallelContext) -> Restored:
@@ -240,7 +306,10 @@ def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader, con
     parameters = _prove_loaded(reader, engine, context)
     words = f"{start.mode.value}, step {manifest.step:,}: {_WORDS[start.mode]}; hash {parameters}; {start.path}"
     if resumes:
-        return Restored(Progress(**manifest.training["progress"]), words, manifest.training.get("parent"))
+        lineage = {key: manifest.training[key] for key in (PARENT, RESUMED_FROM) if key in manifest.training}
+        if start.is_named:
+            lineage[RESUMED_FROM] = {"checkpoint": str(start.path.resolve()), "step": manifest.step}
+        return Restored(Progress(**manifest.training["progress"]), words, lineage)
     parent = {
         "mode": start.mode.value,
         "checkpoint": str(start.path),
@@ -248,7 +317,11 @@ def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader, con
         "parameters": parameters,
         "data": manifest.data,
     }
-    return Restored(Progress(), words, parent)
+    return Restored(Progress(), words, {PARENT: parent})
+
+
+PARENT = "parent"
+"""Where a manifest's ``training`` says whose weights the run began with."""
 
 
 _WORDS = {

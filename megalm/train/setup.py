@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megalm.checkpoint.start import resolve_start, run_folder
+from megalm.checkpoint.start import StartPoint, await_visible, run_folder
 from megalm.compose import save_config
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
@@ -38,14 +38,16 @@ from megalm.train.validation import Validator
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Trainer, CallbackList]:
+def build_trainer(config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint) -> tuple[Trainer, CallbackList]:
     """Everything that a rank trains with; collective over all ranks of an initialised process group.
+
+    ``start`` was chosen on one rank: two that looked for themselves might see different checkpoints.
 
     Raises:
         DataError, CheckpointError: the data or the checkpoint do not fit the config.
     """
     run_dir = run_folder(config)
-    start = resolve_start(config, run_dir)
+    await_visible(start)
     context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
     datasets = open_datasets(config.data)
     train_data, val_data = (
@@ -96,7 +98,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest) -> tuple[Tr
         engine=engine,
         loader=loader,
         validator=Validator(config, context, val_data, objective, eos_id=eos_id),
-        saver=Saver(config, context, run_dir, parent=restored.parent),
+        saver=Saver(config, context, run_dir, lineage=restored.lineage, start=start),
         callbacks=callbacks,
         learning_rate=LearningRate(config.optim, batch_size.tokens_after(config.train.steps)),
         utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megalm.checkpoint.start import StartPoint
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
 from megalm.data.loader import TrainLoader
@@ -25,7 +26,7 @@ from megalm.signals import StopRequest
 from megalm.train.callbacks.base import CallbackList, CheckpointMetrics, Outcome, StepMetrics, ValidationMetrics
 from megalm.train.metrics import StepTimer, mfu, peak_memory_gib, perplexity, tokens_per_second
 from megalm.train.progress import Progress
-from megalm.train.saving import RunState, Saver
+from megalm.train.saving import RunState, Saver, is_fault_of_disk
 from megalm.train.validation import Validator
 
 _OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
@@ -90,6 +91,7 @@ class Trainer:
         self._eos_id = eos_id
         self._timer = StepTimer()
         self._validation: ValidationMetrics | None = None
+        self._validated_whole_split = False
 
     def fit(self) -> Outcome:
         """Train from the current step to the last one, or until a stop is asked for; the state is saved either way.
@@ -101,15 +103,16 @@ class Trainer:
         self._timer.restart()
         while self.progress.step < steps:
             metrics, end = self._train_step()
+            diverged = divergence(metrics)
+            # Before the row is written: a failed save may have filled the disk that the row goes to.
+            self._follow_save(failed=end.save_failed, tolerant=diverged is not None)
             self._callbacks.on_step(metrics)
-            self._follow_save(failed=end.save_failed)
-            if diverged := divergence(metrics):
-                self._finish_save()
+            if diverged is not None:
+                self._finish_save(tolerant=True)
                 raise diverged
-            stop = end.stop
-            if stop is not None and self.progress.step < steps:
-                self._save_for_good()
-                return stop
+            if end.stop is not None and self.progress.step < steps:
+                self._save_and_stop(end.stop)
+                return end.stop
             if _is_due(self._config.train.validate_every, self.progress.step) and self.progress.step < steps:
                 self._validate(self._config.train.validation_samples)
             if _is_due(self._config.checkpoint.every, self.progress.step) and self.progress.step < steps:
@@ -181,6 +184,7 @@ class Trainer:
 
     def _validate(self, samples: int | None) -> None:
         scores = self._validator.scores(self._engine, samples)
+        self._validated_whole_split = samples is None
         self._validation = ValidationMetrics(
             step=self.progress.step,
             samples=self.progress.samples,
@@ -197,13 +201,27 @@ class Trainer:
         """Begin a checkpoint, and wait for it only where saving is not asynchronous."""
         self._begin_save()
         if not self._config.checkpoint.asynchronous:
-            self._finish_save()
+            self._finish_save(training_waits=True)
         self._timer.restart()
 
     def _save_for_good(self) -> None:
         """The checkpoint that the run ends with: nothing comes after it that could make up for a failure."""
         self._begin_save()
-        self._report(self._saver.finish())
+        self._report(self._saver.finish(training_waits=True))
+        self._saver.close()
+
+    def _save_and_stop(self, stop: Outcome) -> None:
+        """A job that is queued again goes on from the newest checkpoint there is, should this one fail."""
+        try:
+            self._save_for_good()
+        except CheckpointError as error:
+            if stop is not Outcome.REQUEUE or not self._saver.has_checkpoints:
+                raise
+            self._callbacks.on_checkpoint_failed(self.progress.step, str(error))
+
+    def linger(self) -> None:
+        """Another error ends this rank: a checkpoint that is being written gets its chance to become complete."""
+        self._saver.linger()
 
     def _begin_save(self) -> None:
         """The save before is finished first."""
@@ -215,27 +233,34 @@ class Trainer:
             self._engine.scalar_state(),
             self.progress,
             self._validation if validated else None,
+            whole_split=self._validated_whole_split,
         )
         self._saver.start(self._engine.state_pieces(), state, stall_began=began)
 
-    def _follow_save(self, *, failed: bool) -> None:
+    def _follow_save(self, *, failed: bool, tolerant: bool) -> None:
         """After a step: tell of a checkpoint that is complete, and deal with one that failed on any rank."""
-        if failed:
-            self._finish_save()
-        else:
+        if not failed:
             self._report(self._saver.newly_complete())
+            return
+        self._saver.call_off()
+        self._finish_save(tolerant=tolerant)
+        self._timer.restart()
 
-    def _finish_save(self) -> None:
+    def _finish_save(self, *, training_waits: bool = False, tolerant: bool = False) -> None:
         """Wait for the save that is being written.
+
+        Args:
+            training_waits: whether the wait is part of the save's stall.
+            tolerant: a failure is told of and no more, whatever the config says.
 
         Raises:
             CheckpointError: it failed, and the run is to stop for that.
         """
         step = self._saver.pending_step
         try:
-            self._report(self._saver.finish())
+            self._report(self._saver.finish(training_waits=training_waits))
         except CheckpointError as error:
-            if self._config.checkpoint.on_failure == "stop":
+            if not tolerant and (self._config.checkpoint.on_failure == "stop" or not is_fault_of_disk(str(error))):
                 raise
             assert step is not None, "what is not pending cannot fail"
             self._callbacks.on_checkpoint_failed(step, str(error))
@@ -245,16 +270,19 @@ class Trainer:
             self._callbacks.on_checkpoint(metrics)
 
 
-def run_training(config: Config, rank: RankInfo, stop: StopRequest) -> ExitCode:
+def run_training(config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint) -> ExitCode:
     """What every rank runs, in an initialised process group: set up, train, and say how it ended."""
     from megalm.train.setup import build_trainer
 
-    trainer, callbacks = build_trainer(config, rank, stop)
+    trainer, callbacks = build_trainer(config, rank, stop, start)
     outcome = Outcome.FAILED
     try:
         outcome = trainer.fit()
     except DivergedError:
         outcome = Outcome.DIVERGED
+        raise
+    except Exception:
+        trainer.linger()
         raise
     finally:
         try:

@@ -6,12 +6,14 @@ numbers that are not finite; they are the strings ``"NaN"``, ``"Infinity"`` and 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar
 
 from megalm.errors import DataError
 from megalm.train.callbacks.base import (
@@ -21,9 +23,12 @@ from megalm.train.callbacks.base import (
     RunContext,
     StepMetrics,
     ValidationMetrics,
+    warn,
 )
 
 FILE_NAME = "metrics.jsonl"
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -32,20 +37,23 @@ class MetricsJsonl(Callback):
     """Appends a row for every step, validation and checkpoint.
 
     A resumed run first drops the rows beyond the restored step: those steps are about to be taken again. A row is
-    handed to the operating system at once, and forced to disk before each checkpoint is reported and at the end.
+    handed to the operating system at once, and forced to disk before each checkpoint is reported and at the end. Rows
+    that a full disk does not take wait in memory for the next one: training is worth more than its record in time.
     """
 
     essential: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._waiting = b""
+        self._has_warned = False
 
     def on_start(self, context: RunContext) -> None:
         """Cut the file back to ``start_step`` and open it for appending."""
         path = context.run_dir / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_back(path, context.start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Append a row."""
@@ -58,14 +66,19 @@ class MetricsJsonl(Callback):
     def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Append a row; make the rows that lead to the checkpoint as durable as it is."""
         self._append(asdict(metrics))
-        self._sync()
+        if not self._waiting:
+            self._sync()
 
     def on_checkpoint_failed(self, step: int, reason: str) -> None:
         """Append a row."""
         self._append({"step": step, "checkpoint_error": reason})
 
     def on_end(self, outcome: Outcome) -> None:  # noqa: ARG002 - a hook
-        """Make every row durable."""
+        """Make every row durable.
+
+        Raises:
+            OSError: there are rows that the disk does not take.
+        """
         self._sync()
 
     def close(self) -> None:
@@ -76,11 +89,24 @@ class MetricsJsonl(Callback):
 
     def _append(self, row: dict[str, Any]) -> None:
         assert self._file is not None, "on_start comes before the first row"
-        self._file.write(encode_row(row) + "\n")
-        self._file.flush()
+        self._waiting += encode_row(row).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            if not self._has_warned:
+                self._has_warned = True
+                warn(f"{FILE_NAME}: {error.strerror}: rows wait in memory until there is room")
+
+    def _write(self) -> None:
+        assert self._file is not None
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def _sync(self) -> None:
         if self._file is not None:
+            self._write()
             os.fsync(self._file.fileno())
 
 

@@ -250,6 +250,20 @@ def test_sigkill_at_twenty_random_moments_leaves_a_loadable_checkpoint_and_the_t
     assert torn >= 10, "the kills hit saves"
 
 
+@given(
+    losses=st.lists(st.one_of(st.just(math.nan), st.just(math.inf), st.sampled_from([1.0, 2.0, 3.0])), max_size=9),
+    last=st.integers(1, 3),
+    best=st.integers(0, 3),
+)
+def test_no_better_checkpoint_goes_while_a_worse_one_is_kept_for_its_loss(losses, last: int, best: int) -> None:
+    checkpoints = [CheckpointInfo(Path(str(step)), step) for step in range(len(losses))]
+    expired = Retention(last=last, best=best).expired(checkpoints, lambda info: losses[info.step])
+    kept = [info.step for info in checkpoints if info not in expired]
+    assert kept[-last:] == list(range(len(losses)))[-last:]
+    finite = sorted(loss for loss in losses if math.isfinite(loss))[:best]
+    assert sorted(losses[step] for step in kept if math.isfinite(losses[step]))[: len(finite)] == finite
+
+
 @pytest.mark.parametrize(
     ("retention", "kept"),
     [
@@ -270,9 +284,12 @@ def test_the_newest_every_nth_and_the_best_are_kept(retention: Retention, kept: 
 def test_the_best_is_read_from_manifests(tmp_path: Path) -> None:
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
         save(tmp_path, Layout(), step, training={"validation": {"val_loss": loss}})
-    save(tmp_path, Layout(), step=4)
-    prune(tmp_path, Retention(last=1, best=1))
-    assert [info.step for info in complete_checkpoints(tmp_path)] == [2, 4]
+    save(tmp_path, Layout(), step=4, training={"validation": {"val_loss": 0.5, "whole_split": True}})
+    save(tmp_path, Layout(), step=5, training={"validation": {"val_loss": "damaged"}})
+    (save(tmp_path, Layout(), step=6)[0] / MANIFEST_FILE).write_text("damaged")
+    save(tmp_path, Layout(), step=7)
+    assert prune(tmp_path, Retention(last=1, best=1)) == []
+    assert [info.step for info in complete_checkpoints(tmp_path)] == [2, 7]
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -308,12 +325,13 @@ def test_a_hash_changes_with_a_bit_a_place_and_a_name() -> None:
 
 
 _MEASURED = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.core.sharding import ShardSpec, StatePiece
 reader = CheckpointReader(Path(sys.argv[1]))
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not ru_maxrss, which begins with the size of the process that this one was forked from
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text()).group(1))
 reader.read_local("small", "weight", ShardSpec.replicated(8))
 before = peak()
 for number in range(6):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -12,8 +13,15 @@ from layouts import Layout, pieces_of
 
 from megalm.checkpoint.manifest import COMPLETE_FILE
 from megalm.checkpoint.save import save_checkpoint
-from megalm.checkpoint.start import StartMode, resolve_start, run_folder
-from megalm.checkpoint.store import CHECKPOINTS_FOLDER, TEMPORARY_PREFIX
+from megalm.checkpoint.start import RESUMED_FROM, StartMode, StartPoint, resolve_start, run_folder
+from megalm.checkpoint.store import (
+    CHECKPOINTS_FOLDER,
+    TEMPORARY_PREFIX,
+    Retention,
+    complete_checkpoints,
+    prune,
+    set_aside,
+)
 from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.config.schema import Config, Data, Model, Optim, Run, Train
 from megalm.errors import CheckpointError
@@ -87,6 +95,40 @@ def test_a_given_path_must_load(config: Config, tmp_path: Path) -> None:
         resolve_start(_with(fresh, init_from=str(tmp_path / "typo")), run_folder(fresh))
 
 
+def test_a_requeued_job_does_not_go_back_to_the_named_checkpoint_again(config: Config, tmp_path: Path) -> None:
+    named = _save(replace(config, run=replace(config.run, name="other")), 2)
+    back = _with(config, resume=str(named))
+    start = resolve_start(back, run_folder(config))
+    assert (start.path, start.is_named, start.notes) == (named, True, ())
+    origin = {"progress": {"step": 3}, RESUMED_FROM: {"checkpoint": str(named.resolve()), "step": 2}}
+    own = _save(config, 3, training=origin)
+    start = resolve_start(back, run_folder(config))
+    assert (start.path, start.step, start.is_named) == (own, 3, False)
+    assert start.notes == (f"checkpoint.resume={named}: the run has gone on from there to step 3",)
+
+
+def test_a_run_that_goes_back_sets_its_later_checkpoints_aside(config: Config) -> None:
+    """Else the newest by number would be of the course that was left, and the next save the first to be deleted."""
+    older, later = _save(config, 2), _save(config, 5)
+    own = run_folder(config) / CHECKPOINTS_FOLDER
+    start = resolve_start(_with(config, resume=str(older)), run_folder(config))
+    assert (start.step, start.is_named) == (2, True)
+    assert start.notes == (f"{later} is set aside: the run goes back to step 2",)
+    assert [path.name for path in set_aside(own, start.step)] == ["step-00000005.set-aside"]
+    assert resolve_start(config, run_folder(config)).path == older
+    prune(own, Retention(last=1))
+    assert [info.step for info in complete_checkpoints(own)] == [2]
+    set_aside(own, 0)
+    with pytest.raises(CheckpointError, match=r"set aside.*checkpoint\.resume=PATH"):  # and never from scratch
+        resolve_start(config, run_folder(config))
+
+
+def test_a_start_point_survives_its_journey_to_other_ranks(config: Config) -> None:
+    source = _save(config, 3)
+    start = resolve_start(_with(config, resume=str(source)), run_folder(config))
+    assert StartPoint.from_dict(json.loads(json.dumps(asdict(start), default=str))) == start
+
+
 def test_init_from_is_for_the_fresh_start_only_so_that_a_requeued_job_continues(config: Config) -> None:
     source = _save(config, 3)
     mine = _with(replace(config, run=replace(config.run, name="try2")), init_from=str(source))
@@ -95,6 +137,9 @@ def test_init_from_is_for_the_fresh_start_only_so_that_a_requeued_job_continues(
     own = _save(mine, 1)
     start = resolve_start(mine, run_folder(mine))
     assert (start.mode, start.path, start.step) == (StartMode.RESUME, own, 1)
+    assert start.notes == (
+        f"checkpoint.init_from={source}: was for the beginning; the run goes on from its own step 1",
+    )
 
 
 def test_finetuning_needs_a_phase_of_its_own_and_says_which(config: Config) -> None:

@@ -11,13 +11,14 @@ import torch
 
 from megalm.checkpoint import save as save_module
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.checkpoint.store import complete_checkpoints
+from megalm.checkpoint.start import StartMode, StartPoint
+from megalm.checkpoint.store import checkpoints_set_aside, complete_checkpoints
 from megalm.config.schema import Checkpoint, Config, Data, Model, Optim, Run, Train
 from megalm.core.groups import ParallelContext
 from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.train.callbacks.base import ValidationMetrics
 from megalm.train.progress import Progress
-from megalm.train.saving import RunState, Saver
+from megalm.train.saving import RunState, Saver, is_fault_of_disk
 
 SLOW = 0.3
 
@@ -93,7 +94,7 @@ def test_where_saving_is_not_asynchronous_the_stall_is_the_write(config: Config,
     waiting = replace(config, checkpoint=replace(config.checkpoint, asynchronous=False))
     saver = Saver(waiting, ParallelContext.single(), tmp_path)
     _start(saver, torch.zeros(4), _state(1))
-    assert saver.finish().stall_seconds >= SLOW
+    assert saver.finish(training_waits=True).stall_seconds >= SLOW
 
 
 def test_what_is_kept_is_what_the_config_says(config: Config, tmp_path: Path) -> None:
@@ -101,7 +102,34 @@ def test_what_is_kept_is_what_the_config_says(config: Config, tmp_path: Path) ->
     for step, loss in enumerate((3.0, 1.0, 2.0, None, None), start=1):
         _start(saver, torch.zeros(4), _state(step, loss))
         saver.finish()
+    saver.close()  # older ones are deleted while training goes on
     assert [info.step for info in complete_checkpoints(tmp_path / "checkpoints")] == [2, 3, 5]
+
+
+def test_a_full_disk_passes_and_a_lost_tensor_does_not() -> None:
+    assert is_fault_of_disk(
+        "checkpoint of step 5 was not saved: runs/a/rank-00000.safetensors: No space left on device"
+    )
+    assert not is_fault_of_disk("checkpoint of step 5 was not saved: qkv.weight: no rank wrote exp_avg rows 3 onwards")
+    assert not is_fault_of_disk("checkpoint of step 5 was not saved: ZeroDivisionError: division by zero")
+
+
+def test_going_back_sets_the_other_course_aside_and_says_where_the_run_came_from(
+    config: Config, tmp_path: Path
+) -> None:
+    saver = Saver(config, ParallelContext.single(), tmp_path)
+    for step in (2, 3):
+        _start(saver, torch.zeros(4), _state(step))
+        saver.finish()
+    saver.close()
+    start = StartPoint(StartMode.RESUME, tmp_path / "checkpoints" / "step-00000002", 2, is_named=True)
+    again = Saver(config, ParallelContext.single(), tmp_path, lineage={"resumed_from": {"step": 2}}, start=start)
+    assert [path.name for path in checkpoints_set_aside(tmp_path / "checkpoints")] == ["step-00000003.set-aside"]
+    _start(again, torch.zeros(4), _state(3))
+    again.finish()
+    again.close()
+    saved = CheckpointReader(tmp_path / "checkpoints" / "step-00000003").manifest
+    assert saved.training["resumed_from"] == {"step": 2}
 
 
 def test_a_new_life_clears_what_the_last_one_left(config: Config, tmp_path: Path) -> None:
