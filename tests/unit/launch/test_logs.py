@@ -1,5 +1,6 @@
 """What reaches a rank's log, and what a progress bar sees."""
 
+import errno
 import io
 import subprocess
 import sys
@@ -25,6 +26,18 @@ def test_lines_go_to_both_and_colours_to_the_terminal_alone():
     assert log.getvalue() == "red and plain\n"
     print(file=tee)
     assert log.getvalue() == "red and plain\nnot finished\n"
+
+
+def test_a_full_disk_takes_the_log_and_nothing_else():
+    class FullDisk(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = write
+
+    terminal = io.StringIO()
+    print("said", file=Tee(terminal, FullDisk()), flush=True)
+    assert terminal.getvalue() == "said\n"
 
 
 def test_a_progress_bar_leaves_the_lines_above_it_and_its_last_state():

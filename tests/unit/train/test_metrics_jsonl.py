@@ -5,15 +5,18 @@ from dataclasses import asdict, fields
 import pytest
 
 from megalm.errors import DataError
-from megalm.train.callbacks.base import Outcome, StepMetrics
+from megalm.train.callbacks.base import CheckpointMetrics, Outcome, StepMetrics
 from megalm.train.callbacks.metrics_jsonl import (
     MetricsJsonl,
+    checkpoint_rows,
     cut_back,
     encode_row,
     read_metrics,
     step_rows,
     validation_rows,
 )
+
+CHECKPOINT = CheckpointMetrics(step=1, checkpoint="here", stall_seconds=0.1, write_seconds=2.0, gigabytes=1.5)
 
 
 @pytest.fixture
@@ -53,6 +56,38 @@ def test_a_row_is_in_the_file_before_the_next_step(path, make_context, make_step
     log.on_step(make_step(1))
     assert [row["step"] for row in read_metrics(path)] == [1]
     log.close()
+
+
+def test_checkpoints_and_their_failures_are_rows(path, make_context, make_step):
+    log = MetricsJsonl()
+    log.on_start(make_context())
+    log.on_step(make_step(1))
+    log.on_checkpoint(CHECKPOINT)
+    log.on_checkpoint_failed(2, "no room")
+    log.close()
+    rows = read_metrics(path)
+    assert checkpoint_rows(rows) == [asdict(CHECKPOINT)]
+    assert rows[-1] == {"step": 2, "checkpoint_error": "no room"}
+    assert len(step_rows(rows)) == 1
+
+
+def test_rows_that_a_full_disk_does_not_take_wait_for_room(path, make_context, make_step, capsys):
+    log = MetricsJsonl()
+    log.on_start(make_context())
+    room = log._file
+    with open("/dev/full", "ab", buffering=0) as full:  # noqa: PTH123 - a device
+        log._file = full
+        for step in (1, 2):
+            log.on_step(make_step(step))
+        log.on_checkpoint(CHECKPOINT)
+        with pytest.raises(OSError, match="No space left"):
+            log.on_end(Outcome.DONE)
+    assert capsys.readouterr().err.count("rows wait in memory") == 1
+    log._file = room
+    log.on_step(make_step(3))
+    log.on_end(Outcome.DONE)
+    log.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 1, 3]
 
 
 def test_numbers_that_are_not_finite_are_standard_json(path):

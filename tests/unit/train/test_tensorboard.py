@@ -1,6 +1,7 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megalm.train.callbacks.base import CheckpointMetrics
 from megalm.train.callbacks.tensorboard import TensorBoardLog
 
 
@@ -22,6 +23,14 @@ def test_rows_are_written_and_the_redone_steps_hidden(make_context, make_step, m
     assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
     assert losses[5][1] == pytest.approx(make_step(6).loss)
     assert scalars(tmp_path / "tensorboard", "validation/perplexity")[-1] == (6, pytest.approx(7.389))
+
+
+def test_what_a_checkpoint_cost_is_written_at_its_step(make_context, tmp_path):
+    log = TensorBoardLog()
+    log.on_start(make_context())
+    log.on_checkpoint(CheckpointMetrics(step=4, checkpoint="here", stall_seconds=0.5, write_seconds=2.0, gigabytes=1.5))
+    log.close()
+    assert scalars(tmp_path / "tensorboard", "checkpoint/stall_seconds") == [(4, 0.5)]
 
 
 def test_it_is_quiet_about_numbers_that_are_not_finite(make_context, make_step, capfd):

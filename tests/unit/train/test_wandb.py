@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from megalm.train.callbacks import wandb as module
-from megalm.train.callbacks.base import Outcome
+from megalm.train.callbacks.base import CheckpointMetrics, Outcome
 from megalm.train.callbacks.wandb import WandbLog, resolve_mode, stored_run_id
 
 
@@ -32,9 +32,11 @@ def test_every_row_arrives_in_order(run, make_context, make_step, make_validatio
     for step in range(1, 4):
         log.on_step(make_step(step))
     log.on_validation(make_validation(3))
+    log.on_checkpoint(CheckpointMetrics(step=2, checkpoint="here", stall_seconds=0.5, write_seconds=2.0, gigabytes=1.5))
     log.on_end(Outcome.DONE)
     log.close()
-    assert [step for step, _ in run.rows] == [1, 2, 3, 3]
+    assert [step for step, _ in run.rows] == [1, 2, 3, 3, 3], "W&B's steps never go back"
+    assert run.rows[4][1]["checkpoint/stall_seconds"] == 0.5
     assert run.rows[0][1]["loss"] == make_step(1).loss
     assert "mfu" not in run.rows[0][1]
     assert run.rows[3][1]["val_perplexity"] == 7.389
