@@ -125,7 +125,7 @@ def _tiny(kind: str, **changes: Any) -> Any:
             "max_position_embeddings": 32,
         },
     }
-    return getattr(transformers, f"{kind}Config")(vocab_size=101, initializer_range=0.2, **sizes[kind], **changes)
+    return getattr(transformers, f"{kind}Config")(vocab_size=101, initializer_range=0.2, **sizes[kind] | changes)
 
 
 LIBRARY_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -155,10 +155,50 @@ LIBRARY_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}},
     ),
     "llama-linear": ("Llama", "LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+    "neox-14-of-50": (
+        "GPTNeoX",
+        "GPTNeoXForCausalLM",
+        {"hidden_size": 100, "num_attention_heads": 2, "rotary_pct": 0.28},
+    ),
     "bert": ("Bert", "BertForMaskedLM", {}),
     "bert-pretraining": ("Bert", "BertForPreTraining", {}),
     "bert-untied": ("Bert", "BertForMaskedLM", {"tie_word_embeddings": False}),
 }
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+ROTARY_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "base-in-scaling": ("Llama", {"rope_scaling": LINEAR | {"rope_theta": 500.0}, "rope_theta": 100.0}),
+    "fraction-in-scaling": ("GPTNeoX", {"rope_scaling": LINEAR | {"partial_rotary_factor": 0.5}, "rotary_pct": 1.0}),
+    "empty-parameters": ("Llama", {"rope_parameters": {}, "rope_scaling": LINEAR}),
+    "empty-scaling": ("Llama", {"rope_parameters": LINEAR | {"rope_theta": 500.0}, "rope_scaling": {}}),
+    "both-agree": (
+        "Llama",
+        {"rope_parameters": LINEAR | {"rope_theta": 500.0}, "rope_scaling": LINEAR, "rope_theta": 500.0},
+    ),
+    "original-at-the-top": ("Llama", {"rope_scaling": LLAMA3, "original_max_position_embeddings": 8}),
+    "original-of-yarn-at-the-top": (
+        "Llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": None}, "original_max_position_embeddings": 8},
+    ),
+}
+"""What files say of rotation, in places where the library looks too."""
+
+
+@pytest.mark.parametrize("name", ROTARY_FIELDS)
+def test_rotary_fields_count_wherever_the_library_finds_them(name: str, tmp_path: Path) -> None:
+    kind, changes = ROTARY_FIELDS[name]
+    transformers.AutoModelForCausalLM.from_config(_tiny(kind)).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    values = json.loads(file.read_text())
+    values.pop("rope_parameters")
+    file.write_text(json.dumps(values | changes))
+    model = HfSource(tmp_path / "theirs").info.model
+    own = _own_logits(HfSource(tmp_path / "theirs"))
+    torch.testing.assert_close(_library_logits(tmp_path / "theirs", model), own, rtol=0, atol=1e-4)
+    file.write_text(json.dumps(values))
+    assert (_own_logits(HfSource(tmp_path / "theirs")) - own).abs().max() > 1e-3  # else nothing were proven
 
 
 @pytest.mark.parametrize("name", LIBRARY_MODELS)

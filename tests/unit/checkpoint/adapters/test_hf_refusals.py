@@ -108,6 +108,33 @@ def test_configs_that_megalm_cannot_be_are_named_field_and_value(
     _refused(source, "config.json: ", f"{name}=" if name != "rope_scaling" or value == "linear" else "rope_scaling.")
 
 
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0},
+                "rope_scaling": {"type": "linear", "factor": 2},
+            },
+            'rope_scaling={"type": "linear", "factor": 2}: contradicts rope_parameters',
+        ),
+        (
+            {
+                "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+                "original_max_position_embeddings": 8,
+            },
+            "original_max_position_embeddings=8: contradicts the 16 beside",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": "10k"}}, "rope_scaling.rope_theta=10k"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor=0.5"),
+    ],
+)
+def test_rotary_fields_that_contradict_each_other(
+    changes: dict[str, Any], fragment: str, copy_of: Callable[[str], Path]
+) -> None:
+    _refused(_change_config(copy_of("llama"), **changes), fragment)
+
+
 def test_all_mistakes_of_a_config_are_named_at_once(copy_of: Callable[[str], Path]) -> None:
     source = _change_config(copy_of("gpt2"), n_layer="two", scale_attn_weights=False, activation_function="relu")
     _refused(source, "n_layer=two: not an integer", "scale_attn_weights=false", "activation_function=relu")
