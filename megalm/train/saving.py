@@ -1,4 +1,4 @@
-"""Saves and restores a run: joins the engine's pieces, the loader's position and the run's progress."""
+"""Saves a run: joins the engine's pieces, the loader's position and the run's progress, while training goes on."""
 
 from __future__ import annotations
 
@@ -6,29 +6,22 @@ import errno
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from megalm.checkpoint.fingerprint import fingerprint
-from megalm.checkpoint.manifest import WEIGHT, combined_hash
-from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.save import Save
-from megalm.checkpoint.start import RESUMED_FROM, StartMode, StartPoint
+from megalm.checkpoint.start import StartMode, StartPoint
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, Retention, find_latest, prune, remove_leftovers, set_aside
 from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
 from megalm.core.sharding import StatePiece
-from megalm.data.loader import TrainLoader
-from megalm.engine.deepspeed_engine import DeepSpeedEngine
-from megalm.errors import CheckpointError
 from megalm.train.callbacks.base import CheckpointMetrics, ValidationMetrics, warn
 from megalm.train.progress import Progress
 
@@ -231,15 +224,14 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
+        self._is_locked = False
 
     def take(self, pieces: Sequence[StatePiece]) -> list[PieceToWrite]:
         """Copy live tensors; the copies stay as they are until the next call."""
         total = sum(piece.values.numel() for piece in pieces)
         on_gpu = any(piece.values.is_cuda for piece in pieces)
         if self._buffer.numel() < total:
-            self._buffer = torch.empty(total)
-            if on_gpu:
-                _lock_pages(self._buffer)
+            self._allocate(total, lock=on_gpu)
         copies, offset = [], 0
         for piece in pieces:
             copy = self._buffer[offset : offset + piece.values.numel()]
@@ -250,13 +242,17 @@ class HostCopy:
             torch.cuda.synchronize()
         return copies
 
+    def _allocate(self, elements: int, *, lock: bool) -> None:
+        """Make room; page-locked, copies from the GPU go straight there. Where the system refuses, they are slower.
 
-def _lock_pages(buffer: Tensor) -> None:
-    """Have copies from the GPU go straight to a buffer; where the system refuses, they are slower.
-
-    torch's own pinned memory rounds up to a power of two, which for a rank's share of a large model is gigabytes.
-    """
-    torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+        torch's own pinned memory rounds up to a power of two, which for a rank's share of a large model is gigabytes.
+        """
+        if self._is_locked:
+            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+        self._buffer = torch.empty(elements)
+        if lock:
+            code = torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), self._buffer.nbytes, 0)
+            self._is_locked = int(code) == 0
 
 
 def is_fault_of_disk(reason: str) -> bool:
@@ -268,96 +264,3 @@ _FAULTS_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.E
 
 _LINGER_SECONDS = 60.0
 """Longest that a rank that has failed waits for a checkpoint that is being written."""
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a run began with.
-
-    Attributes:
-        progress: how far it is.
-        words: what was loaded, in one line; None for initial weights.
-        lineage: what checkpoints of the run say of where its weights are from: ``parent``, another run's checkpoint
-            that it began with, and ``resumed_from``, the named one that it went on from.
-    """
-
-    progress: Progress
-    words: str | None = None
-    lineage: dict[str, Any] = field(default_factory=dict)
-
-
-def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader, context: ParallelContext) -> Restored:
-    """Load what the start point says; collective over all ranks.
-
-    Raises:
-        CheckpointError: the checkpoint does not fit the model, or is damaged, or what arrived in the model is not what
-            was saved.
-        DataError: the data or its order is not what the checkpoint was trained with.
-    """
-    if start.path is None:
-        return Restored(Progress())
-    reader = CheckpointReader(start.path)
-    manifest = reader.manifest
-    reader.check_parameters(engine.full_shapes())
-    resumes = start.mode is StartMode.RESUME
-    if resumes:
-        loader.load_state_dict(manifest.data)
-    engine.load_state(reader, scalars=manifest.training["engine"] if resumes else None)
-    parameters = _prove_loaded(reader, engine, context)
-    words = f"{start.mode.value}, step {manifest.step:,}: {_WORDS[start.mode]}; hash {parameters}; {start.path}"
-    if resumes:
-        lineage = {key: manifest.training[key] for key in (PARENT, RESUMED_FROM) if key in manifest.training}
-        if start.is_named:
-            lineage[RESUMED_FROM] = {"checkpoint": str(start.path.resolve()), "step": manifest.step}
-        return Restored(Progress(**manifest.training["progress"]), words, lineage)
-    parent = {
-        "mode": start.mode.value,
-        "checkpoint": str(start.path),
-        "step": manifest.step,
-        "parameters": parameters,
-        "data": manifest.data,
-    }
-    return Restored(Progress(), words, {PARENT: parent})
-
-
-PARENT = "parent"
-"""Where a manifest's ``training`` says whose weights the run began with."""
-
-
-_WORDS = {
-    StartMode.RESUME: "weights, optimizer and position",
-    StartMode.INIT_FROM: "weights alone",
-    StartMode.FINETUNE: "weights, for a new phase of data",
-}
-
-
-def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: ParallelContext) -> str:
-    """Hash the parameters that all ranks hold now, and compare tensor by tensor with what the checkpoint says of them.
-
-    Returns:
-        One hash of them all, the same for every layout.
-    """
-    names = sorted(reader.manifest.tensors)
-    number = {name: index for index, name in enumerate(names)}
-    sums = torch.zeros(2, len(names), dtype=torch.int64)  # shares of fingerprints; how many there are
-    for piece in engine.state_pieces():
-        if piece.kind == WEIGHT:
-            share = fingerprint(piece.name, piece.shard, piece.flat_start, piece.values)
-            sums[0, number[piece.name]] += share - (1 << 64) if share >= 1 << 63 else share
-            sums[1, number[piece.name]] += 1
-    totals, counts = context.world.all_reduce(sums.to(context.device)).tolist()
-    loaded = {name: total % (1 << 64) for name, total in zip(names, totals, strict=True)}
-    saved = reader.manifest.fingerprints
-    problems = [
-        f"{reader.path}: {name}: in the checkpoint, not in the model"
-        for name, count in zip(names, counts, strict=True)
-        if not count
-    ]
-    problems += [
-        f"{reader.path}: {name}: what was loaded is not what was saved"
-        for name, count in zip(names, counts, strict=True)
-        if count and saved is not None and loaded[name] != saved[name]
-    ]
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    return combined_hash(loaded)

@@ -31,7 +31,8 @@ from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
 from megalm.train.callbacks.report import ClosingReport
 from megalm.train.callbacks.tensorboard import TensorBoardLog
 from megalm.train.callbacks.wandb import WandbLog
-from megalm.train.saving import Saver, restore
+from megalm.train.restoring import restore
+from megalm.train.saving import Saver
 from megalm.train.trainer import Trainer, Utilisation
 from megalm.train.validation import Validator
 

@@ -20,7 +20,8 @@ from megalm.core.groups import ParallelContext
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.models.gpt import build_gpt
 from megalm.train.progress import Progress
-from megalm.train.saving import RunState, Saver, restore
+from megalm.train.restoring import restore
+from megalm.train.saving import RunState, Saver
 from megalm.verify.parity import DTYPES, micro_batches_of_rank
 
 SAVED_AT = 3

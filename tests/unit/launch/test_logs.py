@@ -30,7 +30,7 @@ def test_lines_go_to_both_and_colours_to_the_terminal_alone():
 
 def test_a_full_disk_takes_the_log_and_nothing_else():
     class FullDisk(io.StringIO):
-        def write(self, text):
+        def write(self, *_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         flush = write
