@@ -2,15 +2,12 @@
 
 ``torch.load`` with ``weights_only=True`` knows tensors and plain containers. What Megatron-LM and DeepSpeed put beside
 them (enums, settings, scalers, random states) is on a list of names here, each read as an :class:`Inert`: it keeps what
-the file says and does nothing. Any other name is refused.
+the file says and does nothing. Any other name is refused, before torch sees the pickle: see ``pickle_scan``.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
 import types
-import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +19,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from megalm.checkpoint.adapters.pickle_scan import scan
+from megalm.checkpoint.adapters.torch_archive import read_archive
 from megalm.errors import CheckpointError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,9 +72,12 @@ _INERT_NAMES = {
     "numpy.core.multiarray": ("_reconstruct", "scalar"),
     "numpy.dtypes": ("Float32DType", "Float64DType", "Int32DType", "Int64DType", "UInt32DType"),
     "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath"),
     "signal": ("Signals",),
 }
 """Modules ▶ what of them an :class:`Inert` stands for."""
+
+_INERT_FULL_NAMES = frozenset(f"{module}.{name}" for module, names in _INERT_NAMES.items() for name in names)
 
 
 class Inert:
@@ -98,49 +100,17 @@ def load(path: Path) -> Any:
     """What a file of ``torch.save`` holds, its tensors as views of the mapped file.
 
     Raises:
-        CheckpointError: no such file, or not one of ``torch.save``'s of this decade; damaged; or it names something
-            that is not a tensor, a plain container, or on the list above.
+        CheckpointError: no such file, or not one of ``torch.save``'s of this decade; damaged; its pickle claims other
+            lengths than its tensors have; or it names something that is not a tensor, a plain container, or on the
+            list above.
     """
-    _check_archive(path)
-    allowed: list[Any] = [Namespace, types.SimpleNamespace]
-    allowed += [(Inert, f"{module}.{name}") for module, names in _INERT_NAMES.items() for name in names]
+    scan(path, read_archive(path), _INERT_FULL_NAMES)
+    allowed: list[Any] = [Namespace, types.SimpleNamespace, *((Inert, name) for name in _INERT_FULL_NAMES)]
     try:
         with _LOCK, torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from None
     except Exception as error:  # a damaged pickle can fail in any way
-        raise CheckpointError(f"{path}: damaged: {_first_line(error)}") from None
-
-
-def _check_archive(path: Path) -> None:
-    """The zip file that torch writes holds its parts as they are, so that they can be mapped."""
-    try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: no whole file of torch.save, or of a torch before 1.6 ({_first_line(error)}); take another copy, "
-            "or open the old one with torch.load and save it again"
-        ) from None
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise CheckpointError(f"{path}: its parts are compressed, which torch.save never does; save it again")
-    if sum(member.file_size for member in members) > size:
-        raise CheckpointError(f"{path}: damaged: its parts are longer than the file")
-
-
-def _refusal(path: Path, message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.<>]+)", message)
-    if found is None:
-        return f"{path}: damaged, or made to run code: {_first_line(message)}"
-    return (
-        f"{path}: holds {found[1]}, which would run code of that module; megalm reads tensors, plain values and the "
-        "settings of Megatron-LM and DeepSpeed only. Where you trust the file, open it with the tool that wrote it, "
-        "drop that entry, and save it again"
-    )
+        raise CheckpointError(f"{path}: damaged, or made to run code: {_first_line(error)}") from None
 
 
 def _first_line(error: object) -> str:
