@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from megalm.checkpoint.adapters import verify
 from megalm.checkpoint.adapters.checks import same_values
 from megalm.checkpoint.adapters.convert import Request, convert
 from megalm.checkpoint.adapters.hf import HfSource
+from megalm.checkpoint.adapters.hf_gpt2 import GPT2Family
 from megalm.checkpoint.adapters.mapping import Rule
 from megalm.checkpoint.adapters.run import RunSource, write_run
 from megalm.checkpoint.adapters.transfer import Transfer
@@ -33,7 +35,9 @@ def run(tmp_path: Path) -> Path:
 
 def _spoil_writes(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str, Tensor], Tensor]) -> None:
     write = TensorFileWriter.write
-    monkeypatch.setattr(TensorFileWriter, "write", lambda self, name, tensor: write(self, name, spoil(name, tensor)))
+    monkeypatch.setattr(
+        TensorFileWriter, "write", lambda self, name, tensor, **how: write(self, name, spoil(name, tensor), **how)
+    )
 
 
 def test_a_flipped_bit_is_found_and_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +121,12 @@ def test_weights_that_are_no_numbers_are_warned_of_and_converted(tmp_path: Path)
         "blocks.0.mlp.up.weight: holds NaN or infinity",
         "final_norm.bias: holds NaN or infinity",
     ]
-    report = convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf", verify=True)
+    report = convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf")
     assert len(report.warnings) == 2
-    report = convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again", tp=2, verify=True)
+    report = convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again", tp=2)
     assert len(report.warnings) == 2
+    with pytest.raises(CheckpointError, match=r"--verify: logits .* all NaN or infinite \(6,464 of 6,464\).* nothing"):
+        convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "proven", verify=True)
     for name, value in source.values.items():
         assert same_values(RunSource(tmp_path / "again").read(name), value)
 
@@ -217,12 +223,70 @@ def test_progress_counts_every_tensor_once(run: Path) -> None:
         assert len(parts) == 15
 
 
-def test_logits_in_the_hundreds_are_allowed_what_fp32_rounds_them_by(tmp_path: Path) -> None:
+def test_logits_that_are_no_numbers_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = RandomSource(replace(GPT2, tie_embeddings=False))
+    source.values["head.weight"][7] = float("inf")
+    _write(source, tmp_path / "run")
+    report = convert_quietly("megalm", "megalm", tmp_path / "run", tmp_path / "again", verify=True)
+    assert report.verified[1].endswith("and 64 of 6,464 are NaN or infinite")
+    own = verify._own_logits
+    spoilt = iter((0.0, float("nan")))
+    monkeypatch.setattr(verify, "_own_logits", lambda *of: own(*of).index_fill(2, torch.tensor([9]), next(spoilt)))
+    with pytest.raises(CheckpointError, match="64 and 128 of 6,464 are NaN or infinite, and not the same ones"):
+        convert_quietly("megalm", "megalm", tmp_path / "run", tmp_path / "other", verify=True)
+
+
+def test_where_fp32_rounds_too_much_fp64_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
     source = RandomSource(GPT2)
-    source.values["final_norm.weight"] *= 500.0
+    source.values["final_norm.weight"] *= 5000.0
     _write(source, tmp_path / "run")
     report = convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf", verify=True)
-    assert "largest difference" in report.verified[1]
+    pattern = r"in fp32: largest difference .* more than 0\.0001, and in fp64: largest difference .*e-\d.*, so it is fp32's rounding"
+    assert re.search(pattern, report.verified[1])
+    right = GPT2Family.config_from_model
+    wrong = {"activation_function": "gelu"}
+    monkeypatch.setattr(GPT2Family, "config_from_model", lambda self, model: right(self, model) | wrong)
+    with pytest.raises(CheckpointError, match=r"in fp64: largest difference .* more than 0\.0001 as well"):
+        convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "wrong", verify=True)
+
+
+def test_a_wrong_base_is_found_however_ill_the_weights_are_conditioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large queries and keys make attention a choice of one token, which any rounding may tip."""
+    pytest.importorskip("transformers")
+    from megalm.checkpoint.adapters.hf_llama import LlamaFamily
+
+    source = RandomSource(LLAMA)
+    for name in source.values:
+        if name.endswith("qkv.weight"):
+            source.values[name] *= 300.0
+    _write(source, tmp_path / "run")
+    right = LlamaFamily.config_from_model
+    monkeypatch.setattr(LlamaFamily, "config_from_model", lambda self, model: right(self, model) | {"rope_theta": 9e3})
+    with pytest.raises(CheckpointError, match=r"where the largest is .* more than 0\.0001 as well"):
+        convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf", verify=True)
+
+
+def test_what_the_library_cannot_compute_is_a_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def fail(*_: object, **__: object) -> None:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", fail)
+    with pytest.raises(CheckpointError, match="transformers cannot compute logits of what was written: index out of"):
+        convert_quietly("megalm", "hf", run, run.parent / "hf", verify=True)
+
+
+@pytest.mark.parametrize("scaling", ["none", "yarn"])
+def test_an_endless_context_takes_no_endless_table(scaling: str, tmp_path: Path) -> None:
+    factor = 1.0 if scaling == "none" else 2.0
+    model = replace(LLAMA, sequence_length=2**31 - 2, rotary_scaling=scaling, rotary_factor=factor)
+    write_random_run(tmp_path / "run", model)
+    report = convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf", verify=True)
+    assert "2 random sequences of 512 tokens" in report.verified[1]
 
 
 def _write(source: RandomSource, folder: Path) -> Transfer:
