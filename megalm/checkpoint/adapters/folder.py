@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +14,10 @@ from pathlib import Path
 
 from megalm.checkpoint.store import TEMPORARY_PREFIX
 from megalm.errors import ConfigError
+
+_UNIQUE_BYTES = 4
+_UNIQUE = rf"[0-9a-f]{{{2 * _UNIQUE_BYTES}}}"
+"""What tells the temporary folders of two conversions to one place apart."""
 
 
 def check_absent(folder: Path) -> None:
@@ -28,21 +36,80 @@ def check_absent(folder: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside ``folder`` to write to, which takes its place at the end and is removed after an error.
 
-    What an earlier conversion left there, when it was killed, is removed first.
+    What earlier conversions left there, when they were killed, is removed first; those that still run are let alone.
+
+    Raises:
+        ConfigError: the path exists and is not an empty folder, from the start or at the end.
     """
     check_absent(folder)
     folder = folder.absolute()
-    temporary = folder.parent / f"{TEMPORARY_PREFIX}{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, lock = _locked_folder(folder)
     try:
         yield temporary
         _flush_tree(temporary)
-        temporary.rename(folder)
+        _take_place(temporary, folder)
         _flush(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _locked_folder(folder: Path) -> tuple[Path, int]:
+    """A temporary folder of this conversion's own, and the descriptor whose lock says that its owner lives."""
+    prefix = f"{TEMPORARY_PREFIX}{folder.name}-"
+    parent = os.open(folder.parent, os.O_RDONLY)
+    try:
+        # Between its making and its locking, a folder looks like one whose owner is dead.
+        can_lock = _lock(parent, wait=True)
+        if can_lock:
+            for left in folder.parent.iterdir():
+                if re.fullmatch(re.escape(prefix) + _UNIQUE, left.name):
+                    _remove_if_dead(left)
+        temporary = folder.parent / (prefix + secrets.token_hex(_UNIQUE_BYTES))
+        temporary.mkdir()
+        lock = os.open(temporary, os.O_RDONLY)
+        _lock(lock)
+        return temporary, lock
+    finally:
+        os.close(parent)
+
+
+def _remove_if_dead(folder: Path) -> None:
+    """Remove a folder that a conversion left, unless its owner holds the lock."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # it took its place, or is none of ours
+        return
+    try:
+        if _lock(descriptor):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock what is open; False where another has it, or where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _take_place(temporary: Path, folder: Path) -> None:
+    """Rename, which fails where something stands but an empty folder: between a look and a rename it could appear."""
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise ConfigError(
+            f"DST {folder}: appeared while this was being converted, perhaps by another conversion, and was left as it "
+            "is; choose another, or remove it first"
+        ) from None
 
 
 def _flush_tree(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megalm.checkpoint.adapters import verify
 from megalm.checkpoint.adapters.checks import same_values
 from megalm.checkpoint.adapters.convert import Request, convert
+from megalm.checkpoint.adapters.folder import new_folder
 from megalm.checkpoint.adapters.hf import HfSource
 from megalm.checkpoint.adapters.hf_gpt2 import GPT2Family
 from megalm.checkpoint.adapters.mapping import Rule
@@ -24,7 +25,7 @@ from megalm.checkpoint.adapters.run import RunSource, write_run
 from megalm.checkpoint.adapters.transfer import Transfer
 from megalm.checkpoint.tensor_file import TensorFileWriter
 from megalm.config.schema import Model
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
@@ -174,10 +175,28 @@ def test_ctrl_c_leaves_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_a_killed_conversion_left_is_removed(run: Path) -> None:
-    left = run.parent / ".unfinished-hf"
+    left = run.parent / ".unfinished-hf-0123abcd"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
+    anothers = run.parent / ".unfinished-hf-2-0123abcd"  # of a conversion to hf-2
+    anothers.mkdir()
     convert_quietly("megalm", "hf", run, run.parent / "hf")
+    assert sorted(path.name for path in run.parent.iterdir()) == [anothers.name, "hf", "run"]
+
+
+def test_two_conversions_to_one_place_leave_each_other_alone(run: Path) -> None:
+    target = run.parent / "hf"
+    held = {}
+    with (
+        pytest.raises(ConfigError, match="hf: appeared while this was being converted"),
+        new_folder(target) as slow,
+    ):
+        (slow / "file").write_text("slow")
+        assert slow.stat().st_mode == run.stat().st_mode
+        convert_quietly("megalm", "hf", run, target)
+        assert (slow / "file").read_text() == "slow"
+        held = {file.name: file.read_bytes() for file in target.iterdir()}
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == held
     assert sorted(path.name for path in run.parent.iterdir()) == ["hf", "run"]
 
 
@@ -242,7 +261,9 @@ def test_where_fp32_rounds_too_much_fp64_tells(tmp_path: Path, monkeypatch: pyte
     source.values["final_norm.weight"] *= 5000.0
     _write(source, tmp_path / "run")
     report = convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf", verify=True)
-    pattern = r"in fp32: largest difference .* more than 0\.0001, and in fp64: largest difference .*e-\d.*, so it is fp32's rounding"
+    pattern = (
+        r"in fp32: largest .* more than 0\.0001, and in fp64: largest difference .*e-\d.*, so it is fp32's rounding"
+    )
     assert re.search(pattern, report.verified[1])
     right = GPT2Family.config_from_model
     wrong = {"activation_function": "gelu"}
