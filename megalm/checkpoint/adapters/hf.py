@@ -77,8 +77,8 @@ class HfSource(WeightSource):
     def _check_tensors(self, path: Path, model: Model) -> list[str]:
         """Prove by the headers that the tensors are those of the model; returns notes on what is left out."""
         family, stored = self.family, self._stored
-        duplicates = family.duplicates(model)
-        for name, original in duplicates.items():
+        duplicates, stand_ins = family.duplicates(model), family.stand_ins(model)
+        for name, original in (duplicates | stand_ins).items():
             if name in stored and original not in stored:  # a file may keep either of two names of one tensor
                 stored[original] = stored.pop(name)
         left_out = {name: what for name in stored if (what := family.what_is_left_out(name))}
@@ -88,6 +88,7 @@ class HfSource(WeightSource):
             name
             for name in stored
             if name in left_out
+            or name in stand_ins
             or family.is_ignored(name)
             or (name in duplicates and stored[name].shape == wanted.get(duplicates[name]))
         ]

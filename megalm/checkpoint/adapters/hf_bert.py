@@ -17,6 +17,7 @@ from megalm.checkpoint.adapters.mapping import Fused, Rule
 from megalm.config.schema import Model
 
 _HEAD = "cls.predictions"
+_DECODER_BIAS = f"{_HEAD}.decoder.bias"
 
 
 class BertFamily(Family):
@@ -117,10 +118,12 @@ class BertFamily(Family):
             rules += layer_rules(f"{here}.mlp_norm", f"{there}.output.LayerNorm", bias=True)
             rules += layer_rules(f"{here}.mlp.up", f"{there}.intermediate.dense", bias=True)
             rules += layer_rules(f"{here}.mlp.down", f"{there}.output.dense", bias=True)
+        # Untied, the library has two biases and computes with the decoder's.
+        bias = f"{_HEAD}.bias" if model.tie_embeddings else _DECODER_BIAS
         rules += [
             Rule("masked_lm.weight", (f"{_HEAD}.transform.dense.weight",)),
             Rule("masked_lm.dense_bias", (f"{_HEAD}.transform.dense.bias",)),
-            Rule("masked_lm.bias", (f"{_HEAD}.bias",)),
+            Rule("masked_lm.bias", (bias,)),
             *layer_rules("masked_lm.norm", f"{_HEAD}.transform.LayerNorm", bias=True),
         ]
         if not model.tie_embeddings:
@@ -129,11 +132,15 @@ class BertFamily(Family):
 
     def duplicates(self, model: Model) -> dict[str, str]:
         """See the base class."""
-        found = {f"{_HEAD}.decoder.bias": f"{_HEAD}.bias"}
-        if model.tie_embeddings:
-            found[f"{_HEAD}.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
-        return found
+        if not model.tie_embeddings:
+            return {}
+        word_embedding = self.prefix + self.word_embedding
+        return {_DECODER_BIAS: f"{_HEAD}.bias", f"{_HEAD}.decoder.weight": word_embedding}
+
+    def stand_ins(self, model: Model) -> dict[str, str]:
+        """See the base class. Version 4 of the library had one bias of two names, tied or not."""
+        return {} if model.tie_embeddings else {f"{_HEAD}.bias": _DECODER_BIAS}
 
     def copies(self, model: Model) -> dict[str, str]:
-        """The library ties the bias to its second name only where it ties the embedding too."""
-        return {} if model.tie_embeddings else {f"{_HEAD}.decoder.bias": f"{_HEAD}.bias"}
+        """The library ties the bias to its second name only where it ties the embedding too, and wants both."""
+        return {} if model.tie_embeddings else {f"{_HEAD}.bias": _DECODER_BIAS}

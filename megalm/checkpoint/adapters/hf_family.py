@@ -67,8 +67,12 @@ class Family(ABC):
         """Tensors that may be in a file and must then equal another: their names ▶ the other's."""
         return {"lm_head.weight": self.prefix + self.word_embedding} if model.tie_embeddings else {}
 
+    def stand_ins(self, model: Model) -> dict[str, str]:  # noqa: ARG002 - most have none, whatever the model
+        """Tensors that take another's place where a file lacks it, and else mean nothing: their names ▶ the other's."""
+        return {}
+
     def copies(self, model: Model) -> dict[str, str]:  # noqa: ARG002 - most need none, whatever the model
-        """Duplicates that the library wants to find in a file: their names ▶ the other's."""
+        """Tensors that the library wants to find in a file beside others that they equal: names ▶ the others'."""
         return {}
 
     def canonical_names(self, stored: Iterable[str]) -> list[tuple[str, str]]:
