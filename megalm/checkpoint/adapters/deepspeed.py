@@ -185,7 +185,7 @@ def _module_state(rank: RankFiles) -> dict[str, Any]:
 
 def _megatron_weights(path: Path, file: Path, args: Namespace, ranks: list[RankTensors]) -> MegatronWeights:
     """Megatron-DeepSpeed's: model-parallel ranks are tensor-parallel ones."""
-    fields = Fields(file, {str(name): value for name, value in vars(args).items()}, place="args.")
+    fields = Fields(file, {name: value for name, value in vars(args).items() if isinstance(name, str)}, place="args.")
     legacy = any("language_model" in ranks[0].as_stored(name) for name in ranks[0].headers)
     model = model_from_args(fields, legacy=legacy)
     fields.check()

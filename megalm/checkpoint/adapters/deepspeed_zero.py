@@ -20,12 +20,16 @@ from torch import Tensor
 
 from megalm.checkpoint.adapters.mapping import Shape
 from megalm.checkpoint.adapters.safe_pickle import DTYPES, Header, Inert, PickledTensors, load
+from megalm.config.violation import format_value
 from megalm.errors import CheckpointError
 
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,5})_mp_rank_(\d{2,4})_optim_states\.pt")
 _MODULE = re.compile(r"(?:zero_pp_rank_(\d{1,5})_)?mp_rank_(\d{2,4})_model_states\.pt")
 _PARTITIONS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 """ZeRO stage ▶ under which key an optimizer's file has the fp32 weights."""
+
+_MOST_DIMS = 8
+"""Of a parameter: a claimed shape of a million dims would take long to multiply."""
 
 
 @dataclass(frozen=True)
@@ -177,13 +181,13 @@ def _optimizer_settings(files: RankFiles) -> tuple[int, Mapping[str, Any]]:
     if isinstance(stage, Inert):  # an enum of DeepSpeed's
         stage = stage.args[0] if stage.args else None
     if not isinstance(stage, int) or stage not in _PARTITIONS:
-        raise CheckpointError(f"{file}: zero_stage={stage!r}; partitions of stages 1, 2 and 3 are read")
+        raise CheckpointError(f"{file}: zero_stage={format_value(stage)}; partitions of stages 1, 2 and 3 are read")
     counts = settings.get("partition_count")
     counts = counts if isinstance(counts, list) else [counts]
     if not all(isinstance(count, int) and count == len(files.optimizers) for count in counts):
         raise CheckpointError(
-            f"{file}: partition_count={counts}, and there are {len(files.optimizers)} files of replicas; copy all of "
-            "the checkpoint (partitions of experts are not converted)"
+            f"{file}: partition_count={format_value(counts)}, and there are {len(files.optimizers)} files of replicas; "
+            "copy all of the checkpoint (partitions of experts are not converted)"
         )
     return stage, {name: settings.get(name) for name in ("param_alignment_paddings",)}
 
@@ -206,26 +210,31 @@ def _tensors_of(found: Any) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         return {}
     return {
-        str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor) and tensor.dtype in DTYPES
+        name: tensor
+        for name, tensor in found.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in DTYPES
     }
 
 
 def _param_shapes(file: Path, state: Mapping[str, Any]) -> list[dict[str, Shape]]:
     """Names and shapes of the parameters of each group, in the order in which they lie in the partitions."""
     groups = state.get("param_shapes")
-    valid = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    valid = isinstance(groups, list) and all(
+        isinstance(group, dict) and all(isinstance(name, str) for name in group) for group in groups
+    )
     shapes = [shape for group in groups for shape in group.values()] if valid and groups else []
     if not shapes or not all(_is_shape(shape) for shape in shapes):
         raise CheckpointError(f"{file}: param_shapes does not list shapes by name, as DeepSpeed's ZeRO saves them")
     assert groups is not None
-    named = [{str(name): tuple(shape) for name, shape in group.items()} for group in groups]
+    named = [{name: tuple(shape) for name, shape in group.items()} for group in groups]
     if len({name for group in named for name in group}) != len(shapes):
         raise CheckpointError(f"{file}: param_shapes has a name twice")
     return named
 
 
 def _is_shape(shape: object) -> bool:
-    return isinstance(shape, tuple | list) and all(isinstance(n, int) and 0 <= n < 2**48 for n in shape)
+    is_short = isinstance(shape, tuple | list) and len(shape) <= _MOST_DIMS
+    return is_short and all(isinstance(n, int) and 0 <= n < 2**48 for n in shape)
 
 
 def _shared(state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from megalm.checkpoint.adapters.megatron_weights import MegatronWeights, RankTen
 from megalm.checkpoint.adapters.safe_pickle import PickledTensors, load
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource
 from megalm.config.schema import Model
+from megalm.config.violation import format_value
 from megalm.errors import CheckpointError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -29,6 +30,8 @@ RELEASE = "release"
 _RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,4}))?")
 _DISTRIBUTED = (".metadata", "metadata.json", "common.pt")
 _OLDEST = 2.0
+_LONGEST_NAME = 1000
+"""Characters; what lies deeper in mappings is no tensor of Megatron-LM's."""
 
 
 class MegatronSource(WeightSource):
@@ -135,7 +138,7 @@ def _args(file: Path, state: Any) -> Fields:
     args = state.get("args") if isinstance(state, dict) else None
     if not isinstance(args, Namespace):
         raise CheckpointError(f"{file}: holds no args, by which Megatron-LM records the architecture")
-    return Fields(file, {str(name): value for name, value in vars(args).items()}, place="args.")
+    return Fields(file, {name: value for name, value in vars(args).items() if isinstance(name, str)}, place="args.")
 
 
 def _model_names(file: Path, state: Mapping[str, Any]) -> list[str]:
@@ -167,10 +170,12 @@ def _flattened(tensors: Any) -> Iterator[tuple[str, Tensor]]:
     left: list[tuple[str, Any]] = [("", tensors)]
     while left:
         prefix, here = left.pop()
-        if not isinstance(here, dict) or id(here) in seen:
+        if not isinstance(here, dict) or id(here) in seen or len(prefix) > _LONGEST_NAME:
             continue
         seen.add(id(here))
         for name, value in here.items():
+            if not isinstance(name, str):
+                continue
             if isinstance(value, Tensor):
                 yield f"{prefix}{name}", value
             else:
@@ -182,8 +187,8 @@ def _check_version(file: Path, state: Mapping[str, Any], *, legacy: bool) -> Non
     version = state.get("checkpoint_version", 0.0 if legacy else _OLDEST)
     if not isinstance(version, int | float) or version < _OLDEST:
         raise CheckpointError(
-            f"{file}: checkpoint_version={version!r}, whose query, key and value rows are in another order; let a "
-            "Megatron-LM of 2021 or later load it and save it again"
+            f"{file}: checkpoint_version={format_value(version)}, whose query, key and value rows are in another order; "
+            "let a Megatron-LM of 2021 or later load it and save it again"
         )
 
 

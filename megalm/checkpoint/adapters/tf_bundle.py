@@ -145,7 +145,7 @@ def _read_table(index: Path) -> dict[bytes, bytes]:
         place = _Bytes(index, handle)
         for key, value in _entries(index, _block(index, data, place.varint(), place.varint())):
             if key in found:
-                raise CheckpointError(f"{index}: damaged: {key!r} comes twice")
+                raise CheckpointError(f"{index}: damaged: {key[:200]!r} comes twice")
             found[key] = value
     return found
 
@@ -247,7 +247,7 @@ def _read_entry(index: Path, key: bytes, value: bytes) -> Entry:
     fields = dict(_Bytes(index, value).fields())
     shape = fields.get(2, b"")
     if not isinstance(shape, bytes):
-        raise CheckpointError(f"{index}: damaged: the shape of {key!r}")
+        raise CheckpointError(f"{index}: damaged: the shape of {key[:200]!r}")
     return Entry(
         dtype=_number(index, fields, 1),
         shape=tuple(_read_shape(index, shape)),

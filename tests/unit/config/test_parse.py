@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,4 +111,16 @@ def test_values_are_spelt_on_one_line() -> None:
     assert format_value(None) == "null"
     assert format_value("a\nb") == '"a\\nb"'
     assert len(format_value("x" * 500)) == 60
+    assert format_value({"a": [1, None, "x"]}) == '{"a": [1, null, "x"]}'
     assert "\n" not in str(Violation("a.b", "x\ny", "wrong", "right"))
+
+
+def test_values_are_spelled_out_as_far_as_they_fit() -> None:
+    lists, mappings = ["a"], {"a": 1}
+    for _ in range(64):
+        lists, mappings = [lists, lists], {"x": mappings, "y": mappings}
+    lists.append(lists)
+    assert format_value(lists) == "[[[...], [...]], [[...], [...]], [[...], [...], [...]]]"
+    assert format_value(mappings).startswith('{"x": {"x": {...}')
+    assert format_value(SimpleNamespace(x=lists)) == "<SimpleNamespace>"
+    assert format_value([1 << 10**6]) == "[<int of 1000001 bits>]"

@@ -239,6 +239,20 @@ def test_partitions_that_lie(copy: Callable[[str], Path], file: str, change: Cal
     refused(lambda: open_source(folder), str(folder), fragment)
 
 
+def test_lists_in_lists_are_named_in_a_short_message(copy: Callable[[str], Path]) -> None:
+    lists: list = ["a"]
+    for _ in range(64):
+        lists = [lists, lists]
+    for key in ("zero_stage", "partition_count"):
+        folder = copy("gpt2_zero2")
+        _edit(
+            folder / "global_step2" / FIRST,
+            lambda state, key=key: state["optimizer_state_dict"].update({key: lists}),
+        )
+        assert len(refused(lambda folder=folder: open_source(folder), f"{key}=[[")) < 1000
+        shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("value", [torch.zeros(8), torch.zeros(2142).half(), torch.zeros(2, 1071), "text", None])
 def test_partitions_of_other_kinds(copy: Callable[[str], Path], value: object) -> None:
     folder = copy("gpt2_zero2")

@@ -260,6 +260,18 @@ def test_a_mapping_that_holds_itself_is_read_once(edited: Callable[..., Path]) -
     open_source(edited(lambda state: state["model"].update(model=state["model"], state=state)))
 
 
+def test_lists_in_lists_are_named_in_a_short_message(edited: Callable[..., Path]) -> None:
+    lists: list = ["a"]
+    for _ in range(64):
+        lists = [lists, lists]
+    for values in ({"num_experts": lists}, {"num_layers": lists}, {"num_experts": Namespace(a=lists)}):
+        folder = edited(_args(**values))
+        assert len(refused(lambda folder=folder: open_source(folder), RANK_FILE)) < 2000
+        shutil.rmtree(folder)
+    folder = edited(lambda state: state.update(checkpoint_version=lists))
+    assert len(refused(lambda: open_source(folder), "checkpoint_version")) < 2000
+
+
 def test_tied_copies_must_be_equal(edited: Callable[..., Path]) -> None:
     folder = edited(lambda state: state["model"]["output_layer.weight"].add_(1), "mp_rank_01_001")
     source = open_source(folder)
