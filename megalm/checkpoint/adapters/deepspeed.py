@@ -24,6 +24,7 @@ from megalm.checkpoint.adapters.json_fields import Fields, read_json
 from megalm.checkpoint.adapters.mapping import Rule, missing_and_extra
 from megalm.checkpoint.adapters.megatron_args import model_from_args
 from megalm.checkpoint.adapters.megatron_weights import MegatronWeights, RankTensors, Tensors
+from megalm.checkpoint.adapters.safe_path import safe_file
 from megalm.checkpoint.adapters.safe_pickle import Header, load
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, full_shapes
 from megalm.config.parse import config_from_dict, config_to_dict
@@ -50,7 +51,7 @@ class DeepSpeedSource(WeightSource):
 
     def __init__(self, path: Path) -> None:
         folder = _tag_folder(path)
-        files = find_files(folder)
+        files = find_files(folder, path)
         states = [_module_state(rank) for rank in files]
         ranks = [
             ZeroTensors(rank, state) if rank.optimizers else ModuleTensors(rank)
@@ -160,7 +161,7 @@ class _NamedWeights:
 
 def _tag_folder(path: Path) -> Path:
     """The folder that the file ``latest`` names, or the one that was named."""
-    latest = path / LATEST_FILE
+    latest = safe_file(path, LATEST_FILE)
     try:
         if not latest.is_file():
             return path
@@ -203,7 +204,7 @@ def _named_weights(path: Path, folder: Path, ranks: list[ZeroTensors | ModuleTen
         )
     is_megalm = _MEGALM_NAME in stored.headers
     wanted = MEGALM_CONFIG if is_megalm else HF_CONFIG
-    places = dict.fromkeys((folder / wanted, path / wanted, folder.parent / wanted))
+    places = [safe_file(place, wanted) for place in dict.fromkeys((folder, path, folder.parent))]
     config = next((place for place in places if place.is_file()), None)
     if config is None:
         raise CheckpointError(

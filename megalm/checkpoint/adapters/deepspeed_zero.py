@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.adapters.mapping import Shape
+from megalm.checkpoint.adapters.safe_path import safe_path
 from megalm.checkpoint.adapters.safe_pickle import DTYPES, Header, Inert, PickledTensors, load
 from megalm.config.violation import format_value
 from megalm.errors import CheckpointError
@@ -45,11 +46,15 @@ class RankFiles:
     optimizers: tuple[Path, ...]
 
 
-def find_files(folder: Path) -> list[RankFiles]:
+def find_files(folder: Path, home: Path) -> list[RankFiles]:
     """The files of every model-parallel rank of a DeepSpeed checkpoint, in order.
 
+    Args:
+        folder: where they are.
+        home: what the user named, which they must lie in.
+
     Raises:
-        CheckpointError: the folder is none, has files that are not converted, or lacks some.
+        CheckpointError: the folder is none, has files that are not converted or links to elsewhere, or lacks some.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a DeepSpeed checkpoint is one with a file named latest")
@@ -79,7 +84,10 @@ def find_files(folder: Path) -> list[RankFiles]:
     if any(place not in optimizers for place in missing):
         raise CheckpointError(f"{folder}: its …_optim_states.pt are not those of {ranks} ranks × {replicas} replicas")
     return [
-        RankFiles(modules[rank], tuple(optimizers[rank, replica] for replica in range(replicas)))
+        RankFiles(
+            safe_path(home, modules[rank]),
+            tuple(safe_path(home, optimizers[rank, replica]) for replica in range(replicas)),
+        )
         for rank in range(ranks)
     ]
 
@@ -233,8 +241,9 @@ def _param_shapes(file: Path, state: Mapping[str, Any]) -> list[dict[str, Shape]
 
 
 def _is_shape(shape: object) -> bool:
-    is_short = isinstance(shape, tuple | list) and len(shape) <= _MOST_DIMS
-    return is_short and all(isinstance(n, int) and 0 <= n < 2**48 for n in shape)
+    if not isinstance(shape, tuple | list) or len(shape) > _MOST_DIMS:
+        return False
+    return all(isinstance(n, int) and 0 <= n < 2**48 for n in shape)
 
 
 def _shared(state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megalm.checkpoint.adapters.checks import same_values, some_of
 from megalm.checkpoint.adapters.json_fields import read_json
 from megalm.checkpoint.adapters.mapping import Shape
+from megalm.checkpoint.adapters.safe_path import safe_file
 from megalm.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -32,26 +33,6 @@ class Stored:
     name: str
     shape: Shape
     dtype: str
-
-
-def safe_file(folder: Path, name: str) -> Path:
-    """A file of a folder by a name that somebody else wrote; the file need not exist.
-
-    The links of the library's download cache, from a snapshot to its blobs, are followed; others must stay inside.
-
-    Raises:
-        CheckpointError: the name leaves the folder.
-    """
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise CheckpointError(f"{folder}: file name {name!r} leaves the folder; only plain names can be read")
-    path = folder / name
-    real, home = path.resolve(), folder.resolve()
-    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else None
-    if not real.is_relative_to(home) and (blobs is None or real.parent != blobs):
-        raise CheckpointError(f"{path}: a link to {real}, outside the folder; copy the file here")
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: not a file")
-    return path
 
 
 def read_headers(path: Path) -> dict[str, Stored]:

@@ -17,6 +17,7 @@ from megalm.checkpoint.adapters.checks import check_architecture
 from megalm.checkpoint.adapters.json_fields import Fields
 from megalm.checkpoint.adapters.megatron_args import model_from_args
 from megalm.checkpoint.adapters.megatron_weights import MegatronWeights, RankTensors
+from megalm.checkpoint.adapters.safe_path import safe_file, safe_path
 from megalm.checkpoint.adapters.safe_pickle import PickledTensors, load
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource
 from megalm.config.schema import Model
@@ -46,7 +47,7 @@ class MegatronSource(WeightSource):
 
     def __init__(self, path: Path) -> None:
         folder = _iteration_folder(path)
-        grid = _rank_files(folder)
+        grid = _rank_files(folder, path)
         first = load(grid[0][0])
         fields, names = _args(grid[0][0], first), _model_names(grid[0][0], first)
         legacy = any(name.split("/", 1)[1].startswith("language_model.") for name in _pick(first))
@@ -80,7 +81,7 @@ def open_source(path: Path) -> WeightSource:
 
 def _iteration_folder(path: Path) -> Path:
     """The folder that the tracker file names, or the one that was named."""
-    tracker = path / TRACKER_FILE
+    tracker = safe_file(path, TRACKER_FILE)
     try:
         is_there = tracker.is_file()
         text = tracker.read_text(encoding="utf-8").strip() if is_there else ""
@@ -96,8 +97,8 @@ def _iteration_folder(path: Path) -> Path:
     return folder
 
 
-def _rank_files(folder: Path) -> list[list[Path]]:
-    """Every rank's file, by pipeline rank, then tensor-parallel rank."""
+def _rank_files(folder: Path, home: Path) -> list[list[Path]]:
+    """Every rank's file, by pipeline rank, then tensor-parallel rank; all in what the user named."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a Megatron-LM checkpoint is one with {TRACKER_FILE}")
     found: dict[tuple[int, int], Path] = {}
@@ -110,7 +111,7 @@ def _rank_files(folder: Path) -> list[list[Path]]:
         place = int(match[2] or 0), int(match[1])
         if place in found:
             raise CheckpointError(f"{child}: the same rank as {found[place].parent.name}; move one of them away")
-        found[place] = child / RANK_FILE
+        found[place] = safe_path(home, child / RANK_FILE)
     if not found:
         raise CheckpointError(_no_ranks(folder))
     pp, tp = (1 + max(place[axis] for place in found) for axis in (0, 1))
@@ -187,8 +188,8 @@ def _check_version(file: Path, state: Mapping[str, Any], *, legacy: bool) -> Non
     version = state.get("checkpoint_version", 0.0 if legacy else _OLDEST)
     if not isinstance(version, int | float) or version < _OLDEST:
         raise CheckpointError(
-            f"{file}: checkpoint_version={format_value(version)}, whose query, key and value rows are in another order; "
-            "let a Megatron-LM of 2021 or later load it and save it again"
+            f"{file}: checkpoint_version={format_value(version)}, whose query, key and value rows are in another "
+            "order; let a Megatron-LM of 2021 or later load it and save it again"
         )
 
 

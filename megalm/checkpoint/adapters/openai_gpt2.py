@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.adapters.checks import check_architecture, check_size, some_of
-from megalm.checkpoint.adapters.hf import safe_file
 from megalm.checkpoint.adapters.json_fields import Fields, read_json
 from megalm.checkpoint.adapters.mapping import Form, Rule, Shape, missing_and_extra
+from megalm.checkpoint.adapters.safe_path import safe_file
 from megalm.checkpoint.adapters.safe_pickle import DTYPES as WEIGHT_DTYPES
 from megalm.checkpoint.adapters.tf_bundle import DTYPES, TensorBundle, find_bundle, overlapping
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, full_shapes

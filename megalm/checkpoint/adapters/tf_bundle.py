@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.adapters.crc32c import crc32c
+from megalm.checkpoint.adapters.safe_path import safe_file
 from megalm.errors import CheckpointError
 
 DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
@@ -65,14 +66,15 @@ class TensorBundle:
         prefix: path of the bundle's files up to ``.index``.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or not what it says.
+        CheckpointError: a file is missing, damaged, not what it says, or a link to elsewhere.
     """
 
     def __init__(self, prefix: Path) -> None:
-        self.index = prefix.with_name(prefix.name + ".index")
+        self.index = safe_file(prefix.parent, f"{prefix.name}.index")
         table = _read_table(self.index)
         shards = _read_header(self.index, table.get(b"", b""))
-        self._files = [prefix.with_name(f"{prefix.name}.data-{shard:05d}-of-{shards:05d}") for shard in range(shards)]
+        names = (f"{prefix.name}.data-{shard:05d}-of-{shards:05d}" for shard in range(shards))
+        self._files = [safe_file(prefix.parent, name) for name in names]
         sizes = [_size_of(file) for file in self._files]
         self.entries = {_text(key): _read_entry(self.index, key, value) for key, value in table.items() if key}
         for name, entry in self.entries.items():
@@ -279,7 +281,7 @@ def find_bundle(folder: Path) -> Path:
     Raises:
         CheckpointError: there is none, or several, or the file names one elsewhere.
     """
-    state = folder / "checkpoint"
+    state = safe_file(folder, "checkpoint")
     try:
         text = state.read_text(encoding="utf-8") if state.is_file() else ""
     except (OSError, ValueError) as error:

@@ -35,6 +35,13 @@ def refused(function, *fragments: str) -> str:
     return str(refusal.value)
 
 
+def moved_out(file: Path, elsewhere: Path) -> None:
+    """Put a file, or a folder, elsewhere, and a link to it where it was."""
+    elsewhere.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+
+
 class Marker:
     """Makes a folder when it is unpickled by anything that runs code."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_models import GPT2, LLAMA, RandomSource
-from golden import GOLDEN, Marker, refused
+from golden import GOLDEN, Marker, moved_out, refused
 
 from megalm.checkpoint.adapters.deepspeed import open_source
 from megalm.checkpoint.adapters.hf_gpt2 import GPT2Family
@@ -334,6 +334,13 @@ def test_folders_that_are_incomplete(copy: Callable[[str], Path], tmp_path: Path
     refused(lambda: open_source(folder), "PipelineModule")
     refused(lambda: open_source(tmp_path / "nowhere"), "no such folder")
     refused(lambda: open_source(tmp_path), "holds neither latest")
+
+
+@pytest.mark.parametrize("name", ["latest", "config.json", "global_step2", "global_step2/MODULE", "global_step2/FIRST"])
+def test_links_out_of_the_folder_are_not_followed(copy: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    folder = copy("gpt2_zero2")
+    moved_out(folder / name.replace("MODULE", MODULE).replace("FIRST", FIRST), tmp_path / "elsewhere" / "it")
+    refused(lambda: open_source(folder), str(folder), "outside the folder")
 
 
 def test_files_that_are_damaged_or_hold_code(copy: Callable[[str], Path], tmp_path: Path) -> None:

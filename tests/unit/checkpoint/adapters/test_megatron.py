@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_models import BERT, GPT2, LLAMA, NEOX, RandomSource
-from golden import GOLDEN, Marker, logits_of, refused
+from golden import GOLDEN, Marker, logits_of, moved_out, refused
 
 from megalm.checkpoint.adapters.megatron import open_source, write_megatron
 from megalm.checkpoint.adapters.safe_pickle import load
@@ -315,6 +315,23 @@ def test_trackers_that_point_elsewhere(edited: Callable[..., Path], text: str, f
     folder = edited(lambda state: None)
     (folder / "latest_checkpointed_iteration.txt").write_text(text)
     refused(lambda: open_source(folder), "latest_checkpointed_iteration.txt", fragment)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"release/mp_rank_01_001/{RANK_FILE}", "release/mp_rank_01_001", "release", "latest_checkpointed_iteration.txt"],
+)
+def test_links_out_of_the_folder_are_not_followed(edited: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    folder = edited(lambda state: None)
+    moved_out(folder / name, tmp_path / "elsewhere" / "it")
+    refused(lambda: open_source(folder), str(folder), "outside the folder")
+
+
+def test_links_in_the_folder_and_to_it_are_followed(edited: Callable[..., Path], tmp_path: Path) -> None:
+    folder = edited(lambda state: None)
+    moved_out(folder / "release", folder / "other")
+    (tmp_path / "link").symlink_to(folder)
+    assert open_source(tmp_path / "link").info.model.num_layers == 2
 
 
 def test_folders_that_are_incomplete(edited: Callable[..., Path], tmp_path: Path) -> None:

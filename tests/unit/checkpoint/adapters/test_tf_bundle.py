@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import GOLDEN, refused
+from golden import GOLDEN, moved_out, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -206,3 +206,18 @@ def test_the_file_checkpoint_names_a_bundle_beside_it(copy: Path) -> None:
     assert find_bundle(copy) == copy / "model.ckpt"
     shutil.copy(copy / "model.ckpt.index", copy / "second.index")
     refused(lambda: find_bundle(copy), "2 files *.index")
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "model.ckpt.index", "model.ckpt.data-00000-of-00001"])
+def test_links_out_of_the_folder_are_not_followed(copy: Path, tmp_path: Path, name: str) -> None:
+    moved_out(copy / name, tmp_path / "elsewhere" / "it")
+    refused(lambda: TensorBundle(find_bundle(copy)), name, "outside the folder")
+
+
+def test_links_of_the_download_cache_are_followed(copy: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--gpt2" / "snapshots" / "0123" / "124M"
+    snapshot.parent.mkdir(parents=True)
+    copy.rename(snapshot)
+    for file in list(snapshot.iterdir()):
+        moved_out(file, tmp_path / "models--gpt2" / "blobs" / file.name)
+    assert TensorBundle(find_bundle(snapshot)).entries
