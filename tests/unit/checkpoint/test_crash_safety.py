@@ -191,3 +191,40 @@ def _rewrite(checkpoint: Path, manifest: dict) -> None:
     text = json.dumps(manifest)
     (checkpoint / MANIFEST_FILE).write_text(text)
     (checkpoint / COMPLETE_FILE).write_text(hashlib.sha256(text.encode()).hexdigest())
+
+
+def test_a_save_that_is_called_off_stops_between_pieces_and_the_other_ranks_error_is_told(tmp_path: Path) -> None:
+    pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
+    loaded = []
+
+    def load(piece: PieceToWrite):
+        if len(loaded) == 2:
+            running.call_off()
+        loaded.append(piece.name)
+        return piece.load()
+
+    # The thread may be quicker than this line: it waits for the name.
+    ready = Event()
+    first = replace(pieces[0], load=lambda: ready.wait(30) and load(pieces[0]))
+    rest = [replace(piece, load=lambda piece=piece: load(piece)) for piece in pieces[1:]]
+    running = Save(tmp_path, header(1), [first, *rest], rank=0, world_size=1)
+    ready.set()
+    with pytest.raises(CheckpointError, match=r"^checkpoint of step 1 was not saved: rank 3: No space left"):
+        words = iter([None, "rank 3: No space left", None])  # all have ended; their errors; all have stopped
+        running.finish(lambda _: next(words))
+    assert len(loaded) == 3 < len(pieces)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_goes_wrong_after_a_checkpoint_is_complete_is_a_warning(tmp_path: Path, monkeypatch) -> None:
+    def unwilling(path: Path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    save(tmp_path, Layout(), step=5)
+    monkeypatch.setattr(writer, "remove_folder", unwilling)
+    pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
+    running = Save(tmp_path, header(5), pieces, rank=0, world_size=1, attempt=1, on_complete=lambda: 1 // 0)
+    running.finish(lambda word: word)
+    running.join()
+    assert ["Directory not empty" in running.warnings[0], "ZeroDivisionError" in running.warnings[1]] == [True, True]
+    assert list(CheckpointReader(find_latest(tmp_path).path).find_corruption()) == []
