@@ -7,15 +7,18 @@
     tools/convert_checkpoint.py --from megalm --to megatron runs/quickstart exported/megatron --tp 2
 
 Tensors pass one by one: memory is bounded by the largest. Weights keep their dtype unless --dtype names another. DST
-appears when it is complete, and not at all after an error. --verify needs memory for the whole model in fp32.
-Exit codes: 0 done, 2 bad arguments, 3 a source that is damaged or cannot be converted, or failed --verify, 130
-interrupted.
+appears when it is complete, and not at all after an error. --verify needs memory for the whole model in fp32, in fp64
+where rounding has to be told from error.
+Exit codes: 0 done, 2 bad arguments, 3 a source that is damaged or cannot be converted, or failed --verify, 70 a bug,
+130 interrupted by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -38,8 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if not _SMALLEST_SHARD_GB <= options.shard_gb <= _LARGEST_SHARD_GB:  # nor is NaN between them
-        parser.error(f"--shard-gb {options.shard_gb:g}: must lie between {_SMALLEST_SHARD_GB} and {_LARGEST_SHARD_GB}")
+    shard_gb = options.shard_gb
+    if shard_gb is not None and not _SMALLEST_SHARD_GB <= shard_gb <= _LARGEST_SHARD_GB:  # nor is NaN between them
+        parser.error(f"--shard-gb {shard_gb:g}: must lie between {_SMALLEST_SHARD_GB} and {_LARGEST_SHARD_GB}")
     # Torch takes a second: mistakes in the arguments do not wait for it.
     from megalm.checkpoint.adapters.convert import Request, convert
 
@@ -51,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         tp=options.tp,
         pp=options.pp,
         dtype=options.dtype,
-        shard_bytes=round(options.shard_gb * 1e9),
+        shard_bytes=None if shard_gb is None else round(shard_gb * 1e9),
         verify=options.verify,
     )
     try:
@@ -66,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # no permission, disk full
         print(f"{error.filename or request.target}: {error.strerror or error}", file=sys.stderr)
         return ExitCode.BAD_DATA
+    except Exception:
+        traceback.print_exc()
+        return ExitCode.BUG
     for warning in report.warnings[:_MOST_WARNINGS]:
         print(f"warning: {warning}", file=sys.stderr)
     if len(report.warnings) > _MOST_WARNINGS:
@@ -94,7 +101,7 @@ class _Bar:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
 
@@ -114,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tp", type=int, default=1, metavar="N", help="megalm, megatron: tensor-parallel degree of DST (default: 1)")
     add("--pp", type=int, default=1, metavar="N", help="megalm, megatron: pipeline-parallel degree of DST (default: 1)")
     add("--dtype", choices=_DTYPES, default="source", help="cast weights; 16 bits lose precision (default: source)")
-    add("--shard-gb", type=float, default=5.0, metavar="X", help="hf: most GB in one file of weights (default: 5)")
+    add("--shard-gb", type=float, metavar="X", help="hf: most GB in one file of weights (default: 5)")
     add(
         "--verify",
         action="store_true",
@@ -124,4 +131,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way to press Ctrl-C
     sys.exit(main())

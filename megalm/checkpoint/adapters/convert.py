@@ -18,6 +18,7 @@ import torch
 from megalm.checkpoint.adapters.folder import check_absent, new_folder
 from megalm.checkpoint.adapters.transfer import DTYPE_NAMES, Progress, Transfer
 from megalm.checkpoint.adapters.weights import WeightSource
+from megalm.config.schema import Model
 from megalm.config.violation import spoken_list
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, ConfigError
@@ -28,6 +29,9 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 SAME_DTYPE = "source"
 LAYOUTS = ("megalm", "megatron")
 """Formats that are written in pieces for a layout."""
+SHARDED = ("hf",)
+"""Formats that are cut by size."""
+SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Request:
         tp: tensor-parallel degree of what is written.
         pp: pipeline-parallel degree of what is written.
         dtype: a key of ``DTYPES``, or ``source``: as it is.
-        shard_bytes: most that one file of weights holds, where the format cuts by size.
+        shard_bytes: most that one file of weights holds, where the format cuts by size; None: ``SHARD_BYTES``.
         verify: whether to read everything again, and compare.
     """
 
@@ -53,7 +57,7 @@ class Request:
     tp: int = 1
     pp: int = 1
     dtype: str = SAME_DTYPE
-    shard_bytes: int = 5 * 10**9
+    shard_bytes: int | None = None
     verify: bool = False
 
 
@@ -123,8 +127,26 @@ def check_request(request: Request) -> None:
             problems.append(
                 f"--{name} {value}: --to {request.target_format} has no layout; --{name} is for {spoken_list(LAYOUTS)}"
             )
+    if request.shard_bytes is not None and request.target_format not in SHARDED:
+        problems.append(
+            f"--shard-gb {request.shard_bytes / 1e9:g}: --to {request.target_format} is not cut by size; --shard-gb is "
+            f"for {spoken_list(SHARDED)}"
+        )
     if problems:
         raise ConfigError(problems)
+
+
+def _check_layout(model: Model, request: Request) -> None:
+    """Refuse a layout that the target does not split the model over, before anything is written."""
+    if request.target_format == "megalm":
+        from megalm.checkpoint.adapters.run import check_layout
+
+        check_layout(model, tp=request.tp, pp=request.pp)
+    if request.target_format == "megatron":
+        from megalm.checkpoint.adapters.megatron_args import layout_reasons
+
+        if reasons := layout_reasons(model, request.tp, request.pp):
+            raise ConfigError(reasons)
 
 
 def _convert(source: WeightSource, request: Request, watcher: Watcher, started: float) -> Report:
@@ -132,10 +154,7 @@ def _convert(source: WeightSource, request: Request, watcher: Watcher, started: 
     dtype = info.dtype if request.dtype == SAME_DTYPE else DTYPES[request.dtype]
     tokenizer, notes = _tokenizer_of(source)
     transfer = Transfer(source, dtype)
-    if request.target_format == "megalm":
-        from megalm.checkpoint.adapters.run import check_layout
-
-        check_layout(info.model, tp=request.tp, pp=request.pp)
+    _check_layout(info.model, request)
     transfer.progress = watcher.begin("converting", transfer.total_bytes)
     verified: list[str] = []
     with new_folder(request.target) as folder:
@@ -236,7 +255,8 @@ def _write_megalm(transfer: Transfer, folder: Path, request: Request, tokenizer:
 def _write_hf(transfer: Transfer, folder: Path, request: Request, tokenizer: Tokenizer | None) -> str:
     from megalm.checkpoint.adapters.hf_write import write_hf
 
-    family = write_hf(transfer, folder, tokenizer=tokenizer, shard_bytes=request.shard_bytes)
+    shard_bytes = SHARD_BYTES if request.shard_bytes is None else request.shard_bytes
+    family = write_hf(transfer, folder, tokenizer=tokenizer, shard_bytes=shard_bytes)
     return f"{family.title} for Hugging Face ({family.architecture})"
 
 

@@ -16,10 +16,10 @@ from megalm.checkpoint.adapters.checks import check_architecture, config_around
 from megalm.checkpoint.adapters.parallel import run_all
 from megalm.checkpoint.adapters.transfer import DTYPE_NAMES, Transfer
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, declared_of, full_shapes
-from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.manifest import WEIGHT, Manifest
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, TEMPORARY_PREFIX, locate, step_folder
-from megalm.checkpoint.writer import WEIGHT, Header, PieceToWrite, complete_checkpoint, write_rank
+from megalm.checkpoint.writer import Header, PieceToWrite, complete_checkpoint, write_rank
 from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.rules import violations
 from megalm.config.schema import Config, Model, Parallel
@@ -139,7 +139,7 @@ def _write_rank(transfer: Transfer, folder: Path, stages: list[range], *, stage:
             def load() -> Tensor:
                 held.close()
                 full = held.enter_context(transfer.hold(p.name))
-                # Sliced before it is cast: of a mapped file, only the slice is then read.
+                # Every rank reads the whole tensor again; sliced before it is cast, only the slice is held twice.
                 return (p.shard.take(full) if p.shard.is_sharded else full).to(torch.float32).reshape(-1)
 
             return PieceToWrite(p.name, WEIGHT, p.shard, 0, p.shard.local_numel, load)

@@ -69,7 +69,7 @@ def find_tokenizer(folder: Path | None, *, eos_id: int | None, safe: Callable[[P
         eos = eos.get("content") if isinstance(eos, dict) else eos
         eos = eos if isinstance(eos, str) else None
         tokenizer = Tokenizer.parse(definition, str(folder), eos=eos, eos_id=None if eos else eos_id)
-        if tokenizer.eos_id >= tokenizer.vocab_size:
+        if tokenizer.eos_id >= _vocab_size(tokenizer, folder):
             raise DataError(f"tokenizer {folder}: eos_token_id={tokenizer.eos_id} is none of its tokens")
         has_template = "chat_template" in settings or (folder / _CHAT_TEMPLATE_FILE).exists()
         return FoundTokenizer(tokenizer, "left out the tokenizer's chat template" if has_template else "")
@@ -182,6 +182,13 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
+
+
+def _vocab_size(tokenizer: Tokenizer, folder: Path) -> int:
+    try:
+        return tokenizer.vocab_size
+    except ValueError:  # the largest of no ids
+        raise DataError(f"tokenizer {folder}: has no tokens") from None
 
 
 def _configured(settings: Path) -> Mapping[str, Any]:

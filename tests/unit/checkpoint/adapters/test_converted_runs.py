@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,6 +120,8 @@ def test_mistakes_are_lines_with_their_exit_codes(exported: Path, tmp_path: Path
     out = tmp_path / "out"
     assert main(["--from", "hf", "--to", "hf", str(exported), str(out), "--tp", "2"]) == 2
     assert main(["--from", "hf", "--to", "megalm", str(exported), str(out), "--tp", "3"]) == 2
+    assert main(["--from", "hf", "--to", "megatron", str(exported), str(out), "--pp", "3"]) == 2
+    assert main(["--from", "hf", "--to", "megalm", str(exported), str(out), "--shard-gb", "5"]) == 2
     assert main(["--from", "hf", "--to", "megalm", str(exported), str(exported)]) == 2
     assert main(["--from", "hf", "--to", "megalm", str(tmp_path / "nothing"), str(out)]) == 3
     assert main(["--from", "megalm", "--to", "hf", str(exported), str(out)]) == 3
@@ -150,6 +153,47 @@ def test_warnings_and_ctrl_c_are_lines(
     monkeypatch.setattr(convert, "convert", interrupt)
     assert _main()(arguments) == 130
     assert capsys.readouterr().err == f"interrupted; nothing was written to {tmp_path / 'out'}\n"
+
+
+def test_a_bug_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from megalm.checkpoint.adapters import convert
+
+    def fail(*_: object) -> None:
+        raise AssertionError("never")
+
+    monkeypatch.setattr(convert, "convert", fail)
+    assert _main()(["--from", "hf", "--to", "megalm", str(tmp_path), str(tmp_path / "out")]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+_WAITING = """
+import runpy, sys, time
+from megalm.checkpoint.adapters import convert
+from megalm.checkpoint.adapters.folder import new_folder
+
+def wait(request, _):
+    with new_folder(request.target):
+        print("ready", flush=True)
+        time.sleep(60)
+
+convert.convert = wait
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_sigterm_cleans_up_as_ctrl_c_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _WAITING, TOOL, "--from", "hf", "--to", "megalm", "none", tmp_path / "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == f"interrupted; nothing was written to {tmp_path / 'out'}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_names_every_format(capsys: pytest.CaptureFixture) -> None:

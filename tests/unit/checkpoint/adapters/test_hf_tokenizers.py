@@ -12,6 +12,7 @@ from foreign_models import BERT, GPT2, convert_quietly, write_random_run
 from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe, train_wordpiece
 
 TEXT = "It's 7 o'clock; naïve ☃ snowmen don't know.\n\n\tdef f(x): return x**2  # twice"
+EMPTY = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}'
 CORPUS = [TEXT, "Snowmen know of the clock, and of twice two.", "def g(y): return y"]
 
 
@@ -111,10 +112,14 @@ def test_a_tokenizer_that_cannot_be_had_is_a_note(bpe: Tokenizer, tmp_path: Path
         "none": ({}, "no tokenizer"),
         "sentencepiece": ({"tokenizer.model": "x"}, "SentencePiece"),
         "spoiled": ({"tokenizer.json": "{"}, "is not a tokenizer.json"),
+        "empty": ({"tokenizer.json": EMPTY}, "has no tokens"),
         "merges": ({"vocab.json": "{}", "merges.txt": "a b c d\n"}, "no vocabulary and merges of a BPE"),
     }
     for name, (files, fragment) in cases.items():
-        report = convert_quietly("hf", "megalm", _with_files(tmp_path, name, model, files), tmp_path / f"{name}-out")
+        folder = _with_files(tmp_path, name, model, files)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+        report = convert_quietly("hf", "megalm", folder, tmp_path / f"{name}-out")
         assert any(fragment in note for note in report.notes), report.notes
         assert not (tmp_path / f"{name}-out" / "tokenizer.json").exists()
 
