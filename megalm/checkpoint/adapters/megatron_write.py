@@ -1,14 +1,13 @@
-"""Writes Megatron-LM checkpoints: one file per rank, tensor by tensor, with no rank's share ever in memory."""
+"""Writes Megatron-LM checkpoints: one file per rank, tensors in parallel, with no rank's share ever in memory."""
 
 from __future__ import annotations
 
 import os
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,9 @@ from megalm.checkpoint.adapters.megatron_names import (
     transformer_engine,
 )
 from megalm.checkpoint.adapters.megatron_read import RANK_FILE, RELEASE, TRACKER_FILE
-from megalm.checkpoint.adapters.weights import WeightSource, full_shapes
+from megalm.checkpoint.adapters.parallel import run_all
+from megalm.checkpoint.adapters.torch_archive import Part, read_parts
+from megalm.checkpoint.adapters.transfer import Transfer
 from megalm.checkpoint.tensor_file import as_bytes
 from megalm.config.schema import Model
 from megalm.errors import CheckpointError
@@ -38,79 +39,63 @@ from megalm.errors import CheckpointError
 IMPLEMENTATIONS = ("transformer_engine", "local")
 """What Megatron-LM's ``--transformer-impl`` chooses from, its default first; tensors' names differ."""
 
-_LOCAL_HEADER_BYTES = 30
-"""Of a file in a zip archive, before its name and its extra field, whose lengths are its last four bytes."""
-
 
 def write_megatron(
-    source: WeightSource,
+    transfer: Transfer,
     folder: Path,
     *,
     tp: int,
     pp: int,
-    dtype: torch.dtype,
-    on_tensor: Callable[[str, Tensor], None],
     transformer_impl: str = IMPLEMENTATIONS[0],
+    **_: object,  # convert.py passes what the transfer knows itself; goes when it does not any more
 ) -> None:
     """Write a checkpoint that Megatron-LM loads on ``tp`` × ``pp`` ranks.
 
     It is a *release*: weights without the state of an optimizer, which Megatron-LM starts training from at iteration
-    0. A tensor is read once, cut, and written to every rank's file of its stage; memory is bounded by it.
+    0. A tensor is read once, cut, and written to every file that has a part of it. Several are at once, as far as they
+    are no more together than the largest.
 
     Args:
-        source: the weights.
+        transfer: the model.
         folder: where to; made if it is not there.
         tp: tensor-parallel degree.
         pp: pipeline stages.
-        dtype: of the weights there.
-        on_tensor: called with every full tensor, as it was read, by megalm's name.
         transformer_impl: Megatron-LM's option of that name.
 
     Raises:
-        CheckpointError: Megatron-LM does not have this model or this layout, with every reason; nothing is written.
+        CheckpointError: Megatron-LM does not have this model or this layout, with every reason, and nothing is written;
+            or the source cannot be read.
+        OSError: the disk is full or broken.
     """
-    model = source.info.model
+    model, dtype = transfer.info.model, transfer.info.dtype
     if transformer_impl not in IMPLEMENTATIONS:
         raise CheckpointError(f"transformer_impl={transformer_impl!r}: {' or '.join(IMPLEMENTATIONS)}")
     if reasons := reasons_against(model) + layout_reasons(model, tp, pp):
         lines = "\n".join(f"  {reason}" for reason in reasons)
-        raise CheckpointError(f"{source.info.path}: Megatron-LM cannot have this model\n{lines}")
+        raise CheckpointError(f"{transfer.info.path}: Megatron-LM cannot have this model\n{lines}")
     args = args_from_model(model, tp=tp, pp=pp, dtype=dtype, transformer_impl=transformer_impl)
-    header = {"args": args, "checkpoint_version": 3.0, "iteration": source.info.step}
-    shapes = full_shapes(model)
+    header = {"args": args, "checkpoint_version": 3.0, "iteration": transfer.info.step}
+    rename = transformer_engine if transformer_impl == IMPLEMENTATIONS[0] else str
+    files: list[_RankFile] = []
+    targets: dict[str, list[_Target]] = {name: [] for name in transfer.shapes}
     for stage in range(pp):
-        tensors = _stage_tensors(model, stage, pp)
-        rename = transformer_engine if transformer_impl == IMPLEMENTATIONS[0] else str
-        foreign = {rename(name): place for name, place in tensors.items()}
-        locals_ = {name: _local_shape(model, place, shapes[place.name], tp) for name, place in foreign.items()}
-        with ExitStack() as files:
-            ranks = [
-                files.enter_context(_RankFile(_rank_file(folder, rank, stage, pp), header, locals_, dtype))
-                for rank in range(tp)
-            ]
-            for name, place in foreign.items():
-                is_copy = model.tie_embeddings and name == TIED_COPY
-                _write_tensor(source, place, name, ranks, dtype, on_tensor if not is_copy else _ignore)
+        tensors = {rename(name): place for name, place in _stage_tensors(model, stage, pp).items()}
+        shapes = {name: _local_shape(model, place, transfer.shapes[place.name], tp) for name, place in tensors.items()}
+        ranks = [_RankFile(_rank_file(folder, rank, stage, pp), header, shapes, dtype) for rank in range(tp)]
+        files += ranks
+        for name, place in tensors.items():
+            targets[place.name].append(_Target(place, name, ranks))
+    run_all([partial(_write_tensor, transfer, name, targets[name]) for name in targets], call_off=transfer.call_off)
+    run_all([file.flush for file in files], call_off=transfer.call_off)
     (folder / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
 
 
-def _write_tensor(
-    source: WeightSource,
-    place: Placement,
-    name: str,
-    ranks: Sequence[_RankFile],
-    dtype: torch.dtype,
-    on_tensor: Callable[[str, Tensor], None],
-) -> None:
-    """One tensor, to every rank; nothing of it is held afterwards."""
-    tensor = source.read(place.name)
-    on_tensor(place.name, tensor)
-    for rank, part in zip(ranks, _cut(source.info.model, place, tensor.to(dtype), len(ranks)), strict=True):
-        rank.write(name, part)
-
-
-def _ignore(name: str, tensor: Tensor) -> None:
-    """A tensor that has passed before."""
+def _write_tensor(transfer: Transfer, name: str, targets: Sequence[_Target]) -> None:
+    """One tensor, to every rank of every stage that has it; nothing of it is held afterwards."""
+    with transfer.hold(name) as tensor:
+        for target in targets:
+            target.write(transfer.info.model, tensor)
+        del tensor  # before others may take its room
 
 
 def _rank_file(folder: Path, rank: int, stage: int, pp: int) -> Path:
@@ -157,8 +142,22 @@ def _cut(model: Model, place: Placement, tensor: Tensor, tp: int) -> Iterator[Te
     yield from place.split.cut(foreign, tp)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """Where a tensor goes: a name in the files of a stage. A tied embedding goes to two stages."""
+
+    place: Placement
+    foreign: str
+    ranks: Sequence[_RankFile]
+
+    def write(self, model: Model, tensor: Tensor) -> None:
+        """Deal a full tensor out to the ranks."""
+        for rank, part in zip(self.ranks, _cut(model, self.place, tensor, len(self.ranks)), strict=True):
+            rank.write(self.foreign, part)
+
+
 class _RankFile:
-    """A file of ``torch.save`` whose tensors are written one by one.
+    """A file of ``torch.save`` whose tensors are written one by one, in any order and by any thread.
 
     torch writes it with room for the tensors' bytes (``torch.serialization.skip_data``), which are filled in after. The
     checksums of those parts stay unset, as with ``torch.serialization.set_crc32_options(False)``; torch checks none.
@@ -170,42 +169,32 @@ class _RankFile:
             weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save({**header, "model": weights}, path)
-        offsets = _storage_offsets(path, [tensor.nbytes for tensor in weights.values()])
-        self._offsets = dict(zip(weights, offsets, strict=True))
-        self._nbytes = {name: tensor.nbytes for name, tensor in weights.items()}
-        self._file = path.open("r+b", buffering=0)
+        self._path = path
+        self._parts = dict(zip(weights, _storages(path, [tensor.nbytes for tensor in weights.values()]), strict=True))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Fill in one tensor, or its first rows: the rest stays zero."""
-        if tensor.nbytes > self._nbytes[name]:
-            raise ValueError(f"{name}: {tensor.nbytes} bytes where {self._nbytes[name]} have room")
+        part = self._parts[name]
+        if tensor.nbytes > part.size:
+            raise ValueError(f"{name}: {tensor.nbytes} bytes where {part.size} have room")
         data = as_bytes(tensor)
-        self._file.seek(self._offsets[name])
-        while data:
-            data = data[self._file.write(data) :]
+        # Opened anew each time, so that files open at once are as many as threads, not as ranks.
+        with self._path.open("r+b", buffering=0) as file:
+            file.seek(part.offset)
+            while data:
+                data = data[file.write(data) :]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with self._file:
-            os.fsync(self._file.fileno())
+    def flush(self) -> None:
+        """Force what was written to the disk."""
+        with self._path.open("r+b", buffering=0) as file:
+            os.fsync(file.fileno())
 
 
-def _storage_offsets(path: Path, sizes: Sequence[int]) -> list[int]:
-    """Where each tensor's bytes begin: they are the archive's ``…/data/0``, ``…/data/1``, … in the order of saving."""
-    with zipfile.ZipFile(path) as archive:
-        members = {member.filename.split("/", 1)[1]: member for member in archive.infolist()}
-    offsets = []
-    with path.open("rb") as file:
-        for number, size in enumerate(sizes):
-            member = members[f"data/{number}"]
-            if member.file_size != size:
-                raise ValueError(f"{path}: {member.filename} has room for {member.file_size} bytes, not {size}")
-            file.seek(member.header_offset + _LOCAL_HEADER_BYTES - 4)
-            lengths = file.read(4)
-            extra = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-            offsets.append(member.header_offset + _LOCAL_HEADER_BYTES + extra)
-    return offsets
+def _storages(path: Path, sizes: Sequence[int]) -> list[Part]:
+    """Where each tensor's bytes are: the archive's ``…/data/0``, ``…/data/1``, … in the order of saving."""
+    parts = {part.name.split("/", 1)[1]: part for part in read_parts(path)}
+    found = [parts[f"data/{number}"] for number in range(len(sizes))]
+    for part, size in zip(found, sizes, strict=True):
+        if part.size != size:
+            raise ValueError(f"{path}: {part.name} has room for {part.size} bytes, not {size}")
+    return found

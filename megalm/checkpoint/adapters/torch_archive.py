@@ -31,7 +31,14 @@ class Archive:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of an archive, as its own header in the file places it."""
+    """A part of an archive, as its own header in the file places it.
+
+    Attributes:
+        name: in the archive.
+        header: where its header begins in the file.
+        offset: where its bytes begin.
+        size: how many they are.
+    """
 
     name: str
     header: int

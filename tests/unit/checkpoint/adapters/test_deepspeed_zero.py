@@ -20,6 +20,7 @@ from megalm.checkpoint.adapters.deepspeed import open_source
 from megalm.checkpoint.adapters.hf_gpt2 import GPT2Family
 from megalm.checkpoint.adapters.megatron import write_megatron
 from megalm.checkpoint.adapters.safe_pickle import load
+from megalm.checkpoint.adapters.transfer import Transfer
 from megalm.checkpoint.adapters.weights import WeightSource
 
 ZERO = GOLDEN / "deepspeed_zero"
@@ -114,9 +115,7 @@ def _padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def _megatron_ranks(source: RandomSource, folder: Path, tp: int) -> tuple[list[dict[str, torch.Tensor]], Namespace]:
-    write_megatron(
-        source, folder, tp=tp, pp=1, dtype=torch.float32, on_tensor=lambda *_: None, transformer_impl="local"
-    )
+    write_megatron(Transfer(source, torch.float32), folder, tp=tp, pp=1, transformer_impl="local")
     states = [load(folder / "release" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt") for rank in range(tp)]
     return [state["model"] for state in states], states[0]["args"]
 

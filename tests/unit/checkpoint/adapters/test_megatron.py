@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import weakref
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from golden import GOLDEN, Marker, logits_of, moved_out, refused
 
 from megalm.checkpoint.adapters.megatron import open_source, write_megatron
 from megalm.checkpoint.adapters.safe_pickle import load
+from megalm.checkpoint.adapters.transfer import Transfer
 from megalm.checkpoint.adapters.weights import full_shapes
 from megalm.config.schema import Model
+from megalm.errors import CheckpointError
 
 MEGATRON = GOLDEN / "megatron_lm"
 CASES = ("gpt2_tp1", "gpt2_tp2_pp2_vp2", "llama_tp2_pp2", "llama_tp4")
@@ -41,8 +44,8 @@ LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 
 
 def _write(source, folder: Path, **options: Any) -> Path:
-    options = {"tp": 1, "pp": 1, "dtype": source.info.dtype, "on_tensor": lambda name, tensor: None} | options
-    write_megatron(source, folder, **options)
+    transfer = Transfer(source, options.pop("dtype", source.info.dtype))
+    write_megatron(transfer, folder, **{"tp": 1, "pp": 1} | options)
     return folder
 
 
@@ -130,21 +133,51 @@ def test_names_of_both_implementations(tmp_path: Path) -> None:
     refused(lambda: _write(RandomSource(GPT2), tmp_path / "x", transformer_impl="nemo"), "nemo", "transformer_engine")
 
 
-def test_every_tensor_passes_once_and_none_is_kept(tmp_path: Path) -> None:
-    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-    counts, seen = [], []
+def test_every_tensor_passes_once_and_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    alive: dict[int, int] = {}
+    most: list[int] = []
+    names: list[str] = []
+    lock = threading.Lock()
 
     class Counting(RandomSource):
         def read(self, name: str) -> torch.Tensor:
             tensor = self.values[name].clone()
-            alive.add(tensor)
-            counts.append(len(alive))
+            with lock:
+                names.append(name)
+                alive[id(tensor)] = tensor.nbytes
+                most.append(sum(list(alive.values())))
+            weakref.finalize(tensor, alive.pop, id(tensor), None)
             return tensor
 
     source = Counting(FOUR_LAYERS)
-    _write(source, tmp_path, tp=2, pp=2, on_tensor=lambda name, tensor: seen.append((name, tuple(tensor.shape))))
-    assert sorted(seen) == sorted(full_shapes(FOUR_LAYERS).items())
-    assert max(counts) == 1
+    _write(source, tmp_path, tp=2, pp=2)
+    assert sorted(names) == sorted(full_shapes(FOUR_LAYERS))  # the tied embedding too, which two stages have
+    assert max(most) <= max(tensor.nbytes for tensor in source.values.values())
+
+
+def test_several_tensors_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    met = threading.Barrier(2)
+
+    class Meeting(RandomSource):
+        def read(self, name: str) -> torch.Tensor:
+            if name in ("blocks.0.attention.qkv.bias", "blocks.0.attention_norm.weight"):
+                met.wait(timeout=30)
+            return self.values[name]
+
+    _write(Meeting(GPT2), tmp_path, tp=2)
+
+
+def test_an_error_ends_all_of_it(tmp_path: Path) -> None:
+    class Broken(RandomSource):
+        def read(self, name: str) -> torch.Tensor:
+            if name == "blocks.1.mlp.up.weight":
+                raise CheckpointError("the disk is gone")
+            return self.values[name]
+
+    refused(lambda: _write(Broken(GPT2), tmp_path, tp=2, pp=2), "the disk is gone")
+    assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
 
 
 @pytest.mark.parametrize(
