@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,20 @@ _BPE_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 """Vocabulary and merges of a byte-level BPE: as Hugging Face, and as OpenAI call the files."""
 _WORDPIECE_FILE = "vocab.txt"
 _SENTENCEPIECE_FILE = "tokenizer.model"
+_ADDED_FILE = "added_tokens.json"
+_ROLES_FILE = "special_tokens_map.json"
 _CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+_END = "[SEP]"
+_ORIGINAL_HASH = "megalm_tokenizer_sha256"
+"""Where an export notes the tokenizer that it has added the ends of a text to."""
 
 _ROLES = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
     "unk_token": ("[UNK]", "<unk>"),
     "pad_token": ("[PAD]", "<pad>", "<|padding|>"),
     "cls_token": (START,),
-    "sep_token": ("[SEP]",),
+    "sep_token": (_END,),
     "mask_token": MASKS,
 }
 """What the library calls roles ▶ what published tokenizers call the tokens that have them."""
@@ -65,10 +72,9 @@ def find_tokenizer(folder: Path | None, *, eos_id: int | None, safe: Callable[[P
         if definition is None:
             return FoundTokenizer(None, f"no tokenizer: {_why_none(folder)}")
         settings = _configured(safe(folder, SETTINGS_FILE))
-        eos = settings.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        eos = eos if isinstance(eos, str) else None
-        tokenizer = Tokenizer.parse(definition, str(folder), eos=eos, eos_id=None if eos else eos_id)
+        eos = _content(settings.get("eos_token"))
+        definition = _without_processor(definition, settings.get(_ORIGINAL_HASH))
+        tokenizer = _parse(definition, folder, eos=eos, eos_id=eos_id)
         if tokenizer.eos_id >= _vocab_size(tokenizer, folder):
             raise DataError(f"tokenizer {folder}: eos_token_id={tokenizer.eos_id} is none of its tokens")
         has_template = "chat_template" in settings or (folder / _CHAT_TEMPLATE_FILE).exists()
@@ -81,6 +87,9 @@ def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
     """Write ``tokenizer.json`` and the ``tokenizer_config.json`` that ``AutoTokenizer`` wants."""
     tokenizer.save(folder)
     end = _configured(folder / SETTINGS_FILE)["eos_token"]
+    processed = None if model.causal else _with_processor(tokenizer.definition)
+    if processed is not None:
+        (folder / TOKENIZER_FILE).write_text(processed, encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.sequence_length,
@@ -92,8 +101,54 @@ def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
     }
     if model.causal:
         settings.setdefault("bos_token", end)
+    if processed is not None:
+        settings[_ORIGINAL_HASH] = tokenizer.sha256
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
+
+
+def _with_processor(definition: str) -> str | None:
+    """A definition that makes of a text what an encoder is trained on, with its start and its end; None: as it is.
+
+    megalm puts both there itself, so that what it trains says nothing of them.
+    """
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(definition)
+    if tokenizer.post_processor is not None:
+        return None
+    _mark_ends(tokenizer)
+    return None if tokenizer.post_processor is None else str(tokenizer.to_str())
+
+
+def _without_processor(definition: str, original: object) -> str:
+    """The tokenizer that an export has added ends to, by the hash it noted: data were made with that one."""
+    import tokenizers
+
+    if not isinstance(original, str):
+        return definition
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(definition)
+    except Exception:  # the library raises bare Exception; whoever parses it next says what is wrong
+        return definition
+    tokenizer.post_processor = None
+    text = str(tokenizer.to_str())
+    return text if hashlib.sha256(text.encode()).hexdigest() == original else definition
+
+
+def _parse(definition: str, folder: Path, *, eos: str | None, eos_id: int | None) -> Tokenizer:
+    """The tokenizer, its end of a document by the name that its files give, by the model's id, or by its usual name."""
+    any_end = Tokenizer.parse(definition, str(folder), eos_id=eos_id or 0)  # raises where it is no tokenizer at all
+    if eos is None and eos_id is not None:
+        return any_end
+    try:
+        return Tokenizer.parse(definition, str(folder), eos=eos)
+    except DataError:
+        if eos_id is not None:
+            return any_end
+    has = ", ".join(any_end.special_tokens) or "no special tokens at all"
+    what = f"eos_token={eos} is none of its tokens" if eos else "no token of it is known to end a document"
+    raise DataError(f"tokenizer {folder}: {what} (it has {has}); name one as eos_token in {SETTINGS_FILE}")
 
 
 def special_ids(tokenizer: Tokenizer | None, model: Model) -> dict[str, int | None]:
@@ -117,12 +172,53 @@ def _definition(folder: Path, safe: Callable[[Path, str], Path]) -> str | None:
         return _text(file)
     for vocabulary, merges in _BPE_PAIRS:
         if (folder / vocabulary).exists() and (folder / merges).exists():
-            return byte_level_bpe(safe(folder, vocabulary), safe(folder, merges))
+            return _with_added(byte_level_bpe(safe(folder, vocabulary), safe(folder, merges)), folder, safe)
     file = safe(folder, _WORDPIECE_FILE)
     if file.exists():
         lowercase = _configured(safe(folder, SETTINGS_FILE)).get("do_lower_case", True)
-        return wordpiece(file, lowercase=bool(lowercase))
+        return _with_added(wordpiece(file, lowercase=bool(lowercase)), folder, safe)
     return None
+
+
+def _with_added(definition: str, folder: Path, safe: Callable[[Path, str], Path]) -> str:
+    """A definition with the tokens that were added to a published vocabulary, in files beside it.
+
+    Raises:
+        DataError: their ids are not those that follow the vocabulary.
+    """
+    import tokenizers
+
+    roles, numbers = (_configured(safe(folder, file)) for file in (_ROLES_FILE, _ADDED_FILE))
+    described = _configured(safe(folder, SETTINGS_FILE)).get("added_tokens_decoder")
+    described = described if isinstance(described, dict) else {}
+    special = set(filter(None, map(_content, _flat(roles.values()))))
+    added = {name: number for name, number in numbers.items() if type(number) is int}
+    for number, token in described.items():
+        name = _content(token)
+        if name and number.isdecimal():
+            added[name] = int(number)
+            special |= {name} if isinstance(token, dict) and token.get("special") is True else set()
+    tokenizer = tokenizers.Tokenizer.from_str(definition)
+    added |= {name: number for name in special if (number := tokenizer.token_to_id(name)) is not None}
+    for name, number in sorted(added.items(), key=lambda item: item[1]):
+        token = tokenizers.AddedToken(name, normalized=name not in special, special=name in special)
+        (tokenizer.add_special_tokens if name in special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(name) != number:
+            raise DataError(
+                f"{folder}: added token {name}={number} does not follow the vocabulary, where it would be "
+                f"{tokenizer.token_to_id(name)}; save it as {TOKENIZER_FILE} with transformers"
+            )
+    return str(tokenizer.to_str())
+
+
+def _content(token: object) -> str | None:
+    """The text of a token, given as such or as the library describes one."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text else None
+
+
+def _flat(values: Iterable[object]) -> list[object]:
+    return [one for value in values for one in (value if isinstance(value, list) else [value])]
 
 
 def byte_level_bpe(vocabulary: Path, merges: Path) -> str:
@@ -153,7 +249,7 @@ def wordpiece(vocabulary: Path, *, lowercase: bool) -> str:
         DataError: the file is not what it should be.
     """
     import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     try:
         words = models.WordPiece.read_file(str(vocabulary))
@@ -164,10 +260,17 @@ def wordpiece(vocabulary: Path, *, lowercase: bool) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     _mark_special(tokenizer, WORDPIECE_SPECIAL)
-    start, end = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    if start is not None and end is not None:
-        tokenizer.post_processor = processors.BertProcessing(("[SEP]", end), ("[CLS]", start))
+    _mark_ends(tokenizer)
     return str(tokenizer.to_str())
+
+
+def _mark_ends(tokenizer: Any) -> None:
+    """Let the library begin a text with ``[CLS]`` and end it with ``[SEP]``, where the tokenizer has both."""
+    from tokenizers import processors
+
+    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(_END)
+    if start is not None and end is not None:
+        tokenizer.post_processor = processors.BertProcessing((_END, end), (START, start))
 
 
 def _mark_special(tokenizer: Any, names: tuple[str, ...]) -> None:

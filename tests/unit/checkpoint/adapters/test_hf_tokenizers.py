@@ -34,7 +34,8 @@ def test_the_librarys_tokenizer_gives_megalms_ids(bpe: Tokenizer, wordpiece: Tok
         convert_quietly("megalm", "hf", run, tmp_path / f"{name}-hf")
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf")
         assert theirs(TEXT, add_special_tokens=False).input_ids == tokenizer.encode(TEXT)
-        assert theirs(TEXT).input_ids == tokenizer.encode(TEXT)
+        start, end = ([tokenizer.start_id], [tokenizer.eos_id]) if name == "wordpiece" else ([], [])
+        assert theirs(TEXT).input_ids == [*start, *tokenizer.encode(TEXT), *end]
         assert theirs.eos_token_id == tokenizer.eos_id
         assert theirs.model_max_length == model.sequence_length
         assert len(theirs) == tokenizer.vocab_size
@@ -135,6 +136,41 @@ def test_the_end_of_a_document_may_be_named_in_the_models_config(bpe: Tokenizer,
     notes = convert_quietly("hf", "megalm", folder, tmp_path / "none").notes
     assert any("eos_token_id=999 is none of its tokens" in note for note in notes)
     assert any(f"the tokenizer has {bpe.vocab_size} words, the model 290" in note for note in report.notes)
+
+
+def test_an_end_by_a_name_that_is_no_token_is_taken_by_its_id(bpe: Tokenizer, tmp_path: Path) -> None:
+    settings = json.dumps({"eos_token": "<|missing|>"})
+    files = {"tokenizer.json": bpe.definition, "tokenizer_config.json": settings}
+    folder = _with_files(tmp_path, "hf", replace(GPT2, vocab_size=bpe.vocab_size), files)
+    report = convert_quietly("hf", "megalm", folder, tmp_path / "none")
+    assert "eos_token=<|missing|> is none of its tokens (it has <|endoftext|>" in report.notes[0]
+    assert "--eos" not in report.notes[0]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
+    assert convert_quietly("hf", "megalm", folder, tmp_path / "out").notes == ()
+    assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").eos_id == 1
+
+
+def test_tokens_that_were_added_to_a_vocabulary_are_honoured(bpe: Tokenizer, tmp_path: Path) -> None:
+    parts = json.loads(bpe.definition)["model"]
+    words, size = parts["vocab"] | bpe.special_tokens, bpe.vocab_size
+    files = {
+        "vocab.json": json.dumps(words),
+        "merges.txt": "\n".join(" ".join(pair) for pair in parts["merges"]),
+        "added_tokens.json": json.dumps({"<tab>": size + 1, "<pad>": size}),
+        "special_tokens_map.json": json.dumps({"pad_token": {"content": "<pad>"}, "eos_token": "<|endoftext|>"}),
+        "tokenizer_config.json": json.dumps(
+            {"added_tokens_decoder": {str(size + 2): {"content": "<sys>", "special": True}}}
+        ),
+    }
+    folder = _with_files(tmp_path, "hf", replace(GPT2, vocab_size=size + 3), files)
+    assert convert_quietly("hf", "megalm", folder, tmp_path / "out").notes == ()
+    made = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    assert made.special_tokens == {"<|endoftext|>": 0, "<pad>": size, "<sys>": size + 2}
+    assert made.encode("def<tab>") == [*bpe.encode("def"), size + 1]
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": size + 9}))
+    (note,) = convert_quietly("hf", "megalm", folder, tmp_path / "none").notes
+    assert "does not follow the vocabulary" in note
 
 
 def test_a_chat_template_is_said_to_be_left_out(bpe: Tokenizer, tmp_path: Path) -> None:
