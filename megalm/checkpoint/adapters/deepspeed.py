@@ -8,8 +8,9 @@ its ``args`` in them; for other models the architecture is looked for in a ``con
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from megalm.checkpoint.adapters.checks import check_architecture, check_size, config_around, same_values, some_of
 from megalm.checkpoint.adapters.deepspeed_zero import ModuleTensors, RankFiles, ZeroTensors, find_files
-from megalm.checkpoint.adapters.hf_families import FAMILIES
-from megalm.checkpoint.adapters.json_fields import Fields, read_json
+from megalm.checkpoint.adapters.hf_names import read_architecture, sort_names
+from megalm.checkpoint.adapters.json_fields import Fields
 from megalm.checkpoint.adapters.mapping import Rule, missing_and_extra
 from megalm.checkpoint.adapters.megatron_args import model_from_args
 from megalm.checkpoint.adapters.megatron_weights import MegatronWeights, RankTensors, Tensors
@@ -116,7 +117,7 @@ class _NamedWeights:
         model: the architecture.
         rules: where each of its tensors is.
         ignored: names that may be there beside them.
-        duplicates: names of tensors that must equal another ▶ the other's.
+        duplicates: names of tensors that are there twice and must be equal ▶ the second's.
         notes: what a user should know.
 
     Raises:
@@ -129,13 +130,15 @@ class _NamedWeights:
         model: Model,
         rules: list[Rule],
         *,
-        ignored: Sequence[str] = (),
+        ignored: Collection[str] = (),
         duplicates: Mapping[str, str] = MappingProxyType({}),
         notes: tuple[str, ...] = (),
     ) -> None:
         self.model, self.notes = model, notes
         self._stored = stored
-        self._duplicates = {original: name for name, original in duplicates.items()}
+        self._duplicates = duplicates
+        self._is_equal: dict[str, bool] = {}
+        self._lock = Lock()
         self._rules = {rule.name: rule for rule in rules}
         present = {name: header.shape for name, header in stored.headers.items()}
         problems = missing_and_extra(rules, full_shapes(model), present, ignored=ignored)
@@ -150,13 +153,22 @@ class _NamedWeights:
         """One full tensor by megalm's name, contiguous."""
         rule = self._rules[name]
         for foreign in rule.foreign:
-            other = self._duplicates.get(foreign)
-            if other and not same_values(self._stored.get(other), self._stored.get(foreign)):
-                raise CheckpointError(
-                    f"{self._stored.path}: {other} differs from {foreign}, and the config ties them; where they are "
-                    "meant to be two tensors, set tie_word_embeddings to false in it"
-                )
+            self._check_duplicate(foreign)
         return rule.form.to_megalm([self._stored.get(foreign) for foreign in rule.foreign]).contiguous()
+
+    def _check_duplicate(self, foreign: str) -> None:
+        """A tensor that is there twice must be the same, which is found out once."""
+        other = self._duplicates.get(foreign)
+        if other is None:
+            return
+        with self._lock:
+            if foreign not in self._is_equal:
+                self._is_equal[foreign] = same_values(self._stored.get(other), self._stored.get(foreign))
+        if not self._is_equal[foreign]:
+            raise CheckpointError(
+                f"{self._stored.path}: {other} differs from {foreign}, and the config says that they are one tensor; "
+                "where they are meant to be two, set tie_word_embeddings to false in it"
+            )
 
 
 def _tag_folder(path: Path) -> Path:
@@ -224,26 +236,14 @@ def _check_size(config: Path, model: Model, stored: Tensors) -> None:
 
 
 def _hf_weights(stored: _Renamed, config: Path) -> _NamedWeights:
-    fields = Fields(config, read_json(config))
-    model_type = fields.values.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        fields.problem("model_type", f"megalm converts {spoken_list(FAMILIES, 'and')}")
-        fields.check()
-    assert family is not None
-    model = family.model_from_config(fields)
-    fields.check()
-    check_architecture(config, model)
+    family, model = read_architecture(config)
     _check_size(config, model, stored)
-    renamed = _Renamed(stored, dict(family.canonical_names(stored.headers)))
-    present = renamed.headers
-    duplicates = {
-        name: other for name, other in family.duplicates(model).items() if name in present and other in present
-    }
-    left_out = {name: what for name in present if (what := family.what_is_left_out(name))}
-    ignored = [name for name in present if name in left_out or name in duplicates or family.is_ignored(name)]
-    notes = tuple(f"left out {what} ({name})" for name, what in left_out.items())
-    return _NamedWeights(renamed, model, family.rules(model), ignored=ignored, duplicates=duplicates, notes=notes)
+    shapes = {name: header.shape for name, header in stored.headers.items()}
+    names = sort_names(stored.path, family, model, shapes)
+    renamed = _Renamed(stored, names.stored)
+    return _NamedWeights(
+        renamed, model, family.rules(model), ignored=names.ignored, duplicates=names.duplicates, notes=names.notes
+    )
 
 
 def _megalm_model(config: Path) -> Model:

@@ -154,10 +154,6 @@ class ZeroTensors:
         # A tensor that lies in one partition stays a view of the mapped file.
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[: header.numel].view(header.shape)
 
-    def is_alias(self, name: str) -> bool:
-        """Whether a name is another one's of the same parameter."""
-        return name in self._aliases
-
     def _check_partitions(self) -> None:
         for replica in self._replicas:
             if list(replica.headers) != list(self._replicas[0].headers):

@@ -9,7 +9,7 @@ Shape legend: N query heads, K key/value heads, D head dim, H hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,7 +132,7 @@ class Rule:
 
 
 def missing_and_extra(
-    rules: Sequence[Rule], shapes: dict[str, Shape], present: dict[str, Shape], *, ignored: Sequence[str] = ()
+    rules: Sequence[Rule], shapes: dict[str, Shape], present: dict[str, Shape], *, ignored: Collection[str] = ()
 ) -> list[str]:
     """What does not fit between a model and foreign tensors: missing, unexpected, or of another shape; one line each.
 
@@ -142,6 +142,7 @@ def missing_and_extra(
         present: of the foreign tensors that a file holds, by its names.
         ignored: foreign names that may be there and mean nothing, such as buffers.
     """
+    ignored = frozenset(ignored)
     wanted = {
         foreign: shape
         for rule in rules

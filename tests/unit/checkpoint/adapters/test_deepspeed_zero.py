@@ -16,6 +16,8 @@ import torch
 from foreign_models import GPT2, LLAMA, RandomSource
 from golden import GOLDEN, Marker, moved_out, refused
 
+from megalm.checkpoint.adapters import deepspeed
+from megalm.checkpoint.adapters.checks import same_values
 from megalm.checkpoint.adapters.deepspeed import open_source
 from megalm.checkpoint.adapters.hf_gpt2 import GPT2Family
 from megalm.checkpoint.adapters.megatron import write_megatron
@@ -166,11 +168,7 @@ def test_names_and_arguments_of_megatron_deepspeed(tmp_path: Path) -> None:
 
 def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
     family, source = GPT2Family(), RandomSource(GPT2)
-    foreign = {
-        name: part
-        for rule in family.rules(GPT2)
-        for name, part in zip(rule.foreign, rule.form.to_foreign(source.values[rule.name]), strict=True)
-    }
+    foreign = _foreign(source)
     frozen = {"transformer.wpe.weight": foreign.pop("transformer.wpe.weight").half()}
     foreign = {"lm_head.weight": foreign.pop("transformer.wte.weight"), **foreign}
     folder = _write_zero(
@@ -187,6 +185,50 @@ def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
     for name, tensor in back.tensors():
         expected = source.values[name]
         assert torch.equal(tensor, expected.half().float() if name == "position.weight" else expected), name
+
+
+def _foreign(source: RandomSource) -> dict[str, torch.Tensor]:
+    """GPT-2's tensors under the library's names."""
+    return {
+        name: part
+        for rule in GPT2Family().rules(GPT2)
+        for name, part in zip(rule.foreign, rule.form.to_foreign(source.values[rule.name]), strict=True)
+    }
+
+
+def test_a_tied_embedding_under_either_name_or_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = RandomSource(GPT2)
+    words = source.values["embedding.weight"]
+    fields = GPT2Family().config_from_model(GPT2)
+    foreign = _foreign(source)
+    head_only = {"lm_head.weight" if name == "transformer.wte.weight" else name: t for name, t in foreign.items()}
+    folder = _write_zero(tmp_path / "head", [head_only], stage=2, replicas=2)
+    _write_config(folder, fields)
+    assert torch.equal(open_source(folder).read("embedding.weight"), words)
+
+    compared = []
+    monkeypatch.setattr(deepspeed, "same_values", lambda *both: compared.append(both) or same_values(*both))
+    folder = _write_zero(tmp_path / "both", [foreign | {"lm_head.weight": words}], stage=2, replicas=2)
+    _write_config(folder, fields)
+    back = open_source(folder)
+    assert torch.equal(back.read("embedding.weight"), words) and torch.equal(back.read("embedding.weight"), words)
+    assert len(compared) == 1
+
+    folder = _write_zero(tmp_path / "unequal", [foreign | {"lm_head.weight": words + 1}], stage=2, replicas=2)
+    _write_config(folder, fields)
+    back = open_source(folder)
+    for _ in range(2):
+        refused(lambda: back.read("embedding.weight"), "lm_head.weight differs from", "tie_word_embeddings")
+    folder = _write_zero(tmp_path / "short", [foreign | {"lm_head.weight": words[1:]}], stage=2, replicas=2)
+    _write_config(folder, fields)
+    refused(lambda: open_source(folder), "lm_head.weight: not a tensor of this model")
+
+
+def test_quantized_models_are_refused(copy: Callable[[str], Path]) -> None:
+    folder = copy("gpt2_zero2")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"quantization_config": {"bits": 4},', 1))
+    refused(lambda: open_source(folder), "config.json", "quantization_config", "original model")
 
 
 def _write_config(folder: Path, fields: dict[str, Any]) -> None:

@@ -1,0 +1,117 @@
+"""What a ``config.json`` of Hugging Face's describes, and which of some tensors are that model's: for any container.
+
+DeepSpeed's files hold such models too, their tensors neither in safetensors nor all under the library's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalm.checkpoint.adapters.checks import check_architecture
+from megalm.checkpoint.adapters.hf_families import FAMILIES
+from megalm.checkpoint.adapters.hf_family import Family
+from megalm.checkpoint.adapters.json_fields import Fields, read_json
+from megalm.checkpoint.adapters.mapping import Shape
+from megalm.checkpoint.adapters.weights import full_shapes
+from megalm.config.schema import Model
+from megalm.config.violation import spoken_list
+from megalm.errors import CheckpointError
+
+
+def read_architecture(file: Path) -> tuple[Family, Model]:
+    """The architecture that a ``config.json`` describes.
+
+    Raises:
+        CheckpointError: it cannot be read, or megalm has no such model: every reason, one per line.
+    """
+    fields = Fields(file, read_json(file))
+    model_type = fields.values.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        fields.problem("model_type", f"megalm converts {spoken_list(FAMILIES, 'and')}")
+        fields.check()
+    assert family is not None
+    if "quantization_config" in fields:
+        fields.problem("quantization_config", "quantized weights are not converted; take the original model")
+    model = family.model_from_config(fields)
+    fields.check()
+    check_architecture(file, model)
+    return family, model
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the tensors of a file are to an architecture.
+
+    Attributes:
+        stored: names that the family's rules have ▶ names in the file.
+        duplicates: names of tensors that are there twice and must be equal ▶ the second's.
+        ignored: what may be there and is not read.
+        notes: what is left out, one line each.
+    """
+
+    stored: dict[str, str]
+    duplicates: dict[str, str]
+    ignored: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def _canonical_names(path: Path, family: Family, found: Iterable[str]) -> dict[str, str]:
+    """Names as the family's rules have them ▶ names in the file.
+
+    Raises:
+        CheckpointError: two tensors have one name.
+    """
+    named: dict[str, str] = {}
+    for canonical, stored in family.canonical_names(found):
+        if canonical in named:
+            raise CheckpointError(f"{path}: {stored} and {named[canonical]} are two names of one tensor")
+        named[canonical] = stored
+    return named
+
+
+def sort_names(path: Path, family: Family, model: Model, found: Mapping[str, Shape]) -> Names:
+    """Which tensors of a file are which, by name and shape.
+
+    Args:
+        path: of the file, for messages.
+        family: the architecture.
+        model: its sizes; they must have been compared with the file's.
+        found: names in the file ▶ shapes.
+
+    Raises:
+        CheckpointError: two tensors have one name.
+    """
+    stored = _canonical_names(path, family, found)
+    duplicates, stand_ins = family.duplicates(model), family.stand_ins(model)
+    for name, original in (duplicates | stand_ins).items():
+        if name in stored and original not in stored:  # a file may keep either of two names of one tensor
+            stored[original] = stored.pop(name)
+    wanted = _foreign_shapes(family, model)
+    # Of another shape than the tensor it should equal, a duplicate is an error too, as one that nobody knows.
+    twice = {
+        original: name
+        for name, original in duplicates.items()
+        if name in stored and found[stored[name]] == wanted.get(original)
+    }
+    left_out = {name: what for name in stored if (what := family.what_is_left_out(name))}
+    ignored = {name for name in stored if name in left_out or name in stand_ins or family.is_ignored(name)}
+    notes = {what: [name for name, other in left_out.items() if other == what] for what in left_out.values()}
+    return Names(
+        stored,
+        twice,
+        frozenset(ignored | set(twice.values())),
+        tuple(f"left out {what} ({spoken_list(names, 'and')})" for what, names in notes.items()),
+    )
+
+
+def _foreign_shapes(family: Family, model: Model) -> dict[str, Shape]:
+    """Shapes of the tensors that the rules name."""
+    shapes = full_shapes(model)
+    return {
+        foreign: shape
+        for rule in family.rules(model)
+        for foreign, shape in zip(rule.foreign, rule.form.foreign_shapes(shapes[rule.name]), strict=True)
+    }
