@@ -171,7 +171,16 @@ def _convert(source: WeightSource, request: Request, watcher: Watcher, started: 
         f"{request.target}: {what}, {parameters:,} parameters in {len(transfer.shapes)} tensors, {DTYPE_NAMES[dtype]}, "
         f"{_size(size)}, {time.perf_counter() - started:.1f} s"
     )
-    return Report(done, (*info.notes, *notes), tuple(verified), tuple(transfer.warnings))
+    return Report(done, (*info.notes, *notes, *_losses(info.model, request)), tuple(verified), tuple(transfer.warnings))
+
+
+def _losses(model: Model, request: Request) -> list[str]:
+    """What of a model the target has no place for, and does not need for its logits."""
+    if request.target_format != "hf":
+        return []
+    from megalm.checkpoint.adapters.hf_families import family_of
+
+    return family_of(model).losses(model)
 
 
 def _size(count: int) -> str:

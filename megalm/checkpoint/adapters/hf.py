@@ -33,6 +33,9 @@ from megalm.config.violation import spoken_list
 from megalm.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+_NOT_OF_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+"""What else stands there, and is known from elsewhere."""
 
 
 class HfSource(WeightSource):
@@ -46,13 +49,13 @@ class HfSource(WeightSource):
     """
 
     def __init__(self, path: Path) -> None:
-        self.family, model, self.eos_id = _read_config(path)
+        self.family, model, self.eos_id, notes = _read_config(path)
         found = read_headers(path)
         self._stored = _by_canonical_name(path, self.family, found)
         check_size(path / CONFIG_FILE, model, sum(prod(stored.shape) for stored in found.values()), len(found))
         self._rules = {rule.name: rule for rule in self.family.rules(model)}
         self._shapes = full_shapes(model)
-        notes = self._check_tensors(path, model)
+        notes += self._check_tensors(path, model) + _generation_notes(path)
         self._duplicates = {
             original: name for name, original in self.family.duplicates(model).items() if name in self._stored
         }
@@ -130,8 +133,8 @@ def open_source(path: Path) -> WeightSource:
     return HfSource(path)
 
 
-def _read_config(path: Path) -> tuple[Family, Model, int | None]:
-    """The architecture, and the token that ends a text where ``config.json`` says it."""
+def _read_config(path: Path) -> tuple[Family, Model, int | None, list[str]]:
+    """The architecture, the token that ends a text where ``config.json`` says it, and notes on what is left out."""
     if not path.is_dir():
         reason = "not a folder" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {reason}; a Hugging Face folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -148,9 +151,23 @@ def _read_config(path: Path) -> tuple[Family, Model, int | None]:
     if "quantization_config" in fields:
         fields.problem("quantization_config", "quantized weights are not converted; take the original model")
     model = family.model_from_config(fields)
+    notes = family.notes(fields)
     fields.check()
     check_architecture(file, model)
-    return family, model, _end_of(fields)
+    return family, model, _end_of(fields), notes
+
+
+def _generation_notes(path: Path) -> list[str]:
+    """What a folder says of how to generate, which is said to megalm's ``generate`` each time."""
+    file = safe_file(path, GENERATION_FILE)
+    if not file.exists():
+        return []
+    try:
+        values = read_json(file)
+    except CheckpointError as error:
+        return [f"left out {GENERATION_FILE}: {error}"]
+    names = [name for name in values if name not in _NOT_OF_GENERATION and not name.startswith("_")]
+    return [f"left out {GENERATION_FILE}: {spoken_list(names, 'and')}"] if names else []
 
 
 def _end_of(fields: Fields) -> int | None:

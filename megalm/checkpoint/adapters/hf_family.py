@@ -63,6 +63,14 @@ class Family(ABC):
     def rules(self, model: Model) -> list[Rule]:
         """Where each tensor of the model is."""
 
+    def notes(self, fields: Fields) -> list[str]:  # noqa: ARG002 - most have no such field
+        """What a ``config.json`` says that changes no logits and that megalm has no place for, one line each."""
+        return []
+
+    def losses(self, model: Model) -> list[str]:  # noqa: ARG002 - most have a place for everything
+        """What of a model changes no logits and has no place in the family, one line each."""
+        return []
+
     def duplicates(self, model: Model) -> dict[str, str]:
         """Tensors that may be in a file and must then equal another: their names ▶ the other's."""
         return {"lm_head.weight": self.prefix + self.word_embedding} if model.tie_embeddings else {}

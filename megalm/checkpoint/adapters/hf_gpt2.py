@@ -49,6 +49,13 @@ class GPT2Family(Family):
             tie_embeddings=fields.flag("tie_word_embeddings", True),
         )
 
+    def notes(self, fields: Fields) -> list[str]:
+        """See the base class."""
+        residual, embedding = (fields.number(name, 0.1) for name in ("resid_pdrop", "embd_pdrop"))
+        if residual == embedding:
+            return []
+        return [f"left out embd_pdrop={embedding:g}: megalm drops as much of the embedding as resid_pdrop={residual:g}"]
+
     def reasons_against(self, model: Model) -> list[str]:
         """See the base class."""
         reasons = unlike(

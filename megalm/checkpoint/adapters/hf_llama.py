@@ -60,6 +60,10 @@ class LlamaFamily(Family):
             **rotary_from_config(fields, names=_ROTARY, length=length, head_dim=max(hidden // heads, 1)),
         )
 
+    def losses(self, model: Model) -> list[str]:
+        """See the base class."""
+        return [f"left out model.dropout={model.dropout:g}: Llama drops attention only"] if model.dropout else []
+
     def reasons_against(self, model: Model) -> list[str]:
         """See the base class."""
         reasons = unlike(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.adapters.hf import CONFIG_FILE
+from megalm.checkpoint.adapters.hf import CONFIG_FILE, GENERATION_FILE
 from megalm.checkpoint.adapters.hf_families import family_of
 from megalm.checkpoint.adapters.hf_family import Family
 from megalm.checkpoint.adapters.hf_files import INDEX_FILE, WEIGHTS_FILE
@@ -23,7 +23,6 @@ from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec
 from megalm.config.schema import Model
 from megalm.data.tokenizer import Tokenizer
 
-GENERATION_FILE = "generation_config.json"
 _METADATA = {"format": "pt"}
 
 

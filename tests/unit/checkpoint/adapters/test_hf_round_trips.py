@@ -118,6 +118,25 @@ def test_tied_weights_are_written_once_and_say_so(tmp_path: Path) -> None:
         assert len({(p.file, p.key) for p in pieces}) == len(pieces)
 
 
+def test_what_changes_no_logits_and_has_no_place_is_noted(tmp_path: Path) -> None:
+    write_random_run(tmp_path / "llama", replace(LLAMA, dropout=0.1))
+    report = convert_quietly("megalm", "hf", tmp_path / "llama", tmp_path / "llama-hf")
+    assert report.notes[-1] == "left out model.dropout=0.1: Llama drops attention only"
+    write_random_run(tmp_path / "gpt2", GPT2)
+    convert_quietly("megalm", "hf", tmp_path / "gpt2", tmp_path / "hf")
+    for file, changes in (
+        ("config.json", {"embd_pdrop": 0.3}),
+        ("generation_config.json", {"eos_token_id": 0, "_from_model_config": True, "temperature": 0.7, "top_k": 5}),
+    ):
+        values = json.loads((tmp_path / "hf" / file).read_text())
+        (tmp_path / "hf" / file).write_text(json.dumps(values | changes))
+    notes = convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again").notes
+    assert notes[:2] == (
+        "left out embd_pdrop=0.3: megalm drops as much of the embedding as resid_pdrop=0",
+        "left out generation_config.json: temperature and top_k",
+    )
+
+
 def test_a_layout_that_does_not_divide_the_model_is_refused(tmp_path: Path) -> None:
     write_random_run(tmp_path / "run", GPT2)
     with pytest.raises(ConfigError, match=r"parallel\.tp=3.*does not divide"):
