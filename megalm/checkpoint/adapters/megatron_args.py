@@ -271,7 +271,10 @@ def args_from_model(model: Model, *, tp: int, pp: int, dtype: torch.dtype, trans
 
 
 def _rotary_percent(model: Model) -> float:
-    """The share of a head that is rotated; Megatron-LM rounds its elements down, megalm to the nearest."""
+    """The share of a head that is rotated; Megatron-LM rounds its elements down, megalm to the nearest.
+
+    30 of 44 elements are a share of which 44 make a little less than 30.
+    """
     rotated = round(model.head_dim * model.rotary_fraction)
     exact = int(model.head_dim * model.rotary_fraction) == rotated
     return model.rotary_fraction if exact else (rotated + 0.5) / model.head_dim

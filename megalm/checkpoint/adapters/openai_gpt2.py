@@ -7,7 +7,6 @@ whose weights are [1, in, out].
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from megalm.checkpoint.adapters.checks import check_architecture, check_size, some_of
 from megalm.checkpoint.adapters.json_fields import Fields, read_json
-from megalm.checkpoint.adapters.mapping import Form, Rule, Shape, missing_and_extra
+from megalm.checkpoint.adapters.mapping import Rule, Shape, Transposed, missing_and_extra
 from megalm.checkpoint.adapters.safe_path import safe_file
 from megalm.checkpoint.adapters.safe_pickle import DTYPES as WEIGHT_DTYPES
 from megalm.checkpoint.adapters.tf_bundle import DTYPES, TensorBundle, find_bundle, overlapping
@@ -28,22 +27,6 @@ HPARAMS_FILE = "hparams.json"
 _TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
 _TRAINING = re.compile(r"(?!model/).*|model/.*/(Adam|Adam_1|Adafactor|Momentum|ExponentialMovingAverage)")
 """What programs for fine-tuning leave beside the weights: step counters, slots of optimizers."""
-
-
-class Convolution(Form):
-    """[O, I] here is [1, I, O] there: a dense layer as a convolution of width 1."""
-
-    def foreign_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """Rows and columns swapped, behind a dim of 1."""
-        return ((1, *shape[::-1]),)
-
-    def to_megalm(self, parts: Sequence[Tensor]) -> Tensor:
-        """Drop the first dim, swap rows and columns."""
-        return parts[0].squeeze(0).t().contiguous()
-
-    def to_foreign(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Swap rows and columns, put a dim before them."""
-        return (tensor.t().contiguous().unsqueeze(0),)
 
 
 class OpenAISource(WeightSource):
@@ -65,7 +48,7 @@ class OpenAISource(WeightSource):
         check_size(path / HPARAMS_FILE, model, sum(prod(entry.shape) for entry in entries.values()), len(entries))
         self._rules = {rule.name: rule for rule in rules(model)}
         extra = [name for name in entries if _TRAINING.fullmatch(name)]
-        present = {name: entry.shape for name, entry in entries.items()}
+        present = {name: _without_width(entry.shape) for name, entry in entries.items()}
         problems = missing_and_extra(list(self._rules.values()), full_shapes(model), present, ignored=extra)
         problems += [f"{name}: lies on another tensor's bytes" for name in overlapping(entries)]
         if problems:
@@ -82,7 +65,8 @@ class OpenAISource(WeightSource):
     def read(self, name: str) -> Tensor:
         """See the base class."""
         rule = self._rules[name]
-        return rule.form.to_megalm([self._bundle.read(foreign) for foreign in rule.foreign])
+        parts = [self._bundle.read(foreign) for foreign in rule.foreign]
+        return rule.form.to_megalm([part.view(_without_width(part.shape)) for part in parts])
 
     def _dtype(self) -> torch.dtype:
         entries = [self._bundle.entries[name] for rule in self._rules.values() for name in rule.foreign]
@@ -115,12 +99,17 @@ def rules(model: Model) -> list[Rule]:
     return found + _norm("final_norm", "model/ln_f")
 
 
+def _without_width(shape: Shape) -> Shape:
+    """[1, I, O] as [I, O]: a convolution of width 1 as the dense layer that it is."""
+    return tuple(shape[1:]) if len(shape) == 3 and shape[0] == 1 else tuple(shape)
+
+
 def _norm(ours: str, theirs: str) -> list[Rule]:
     return [Rule(f"{ours}.weight", (f"{theirs}/g",)), Rule(f"{ours}.bias", (f"{theirs}/b",))]
 
 
 def _dense(ours: str, theirs: str) -> list[Rule]:
-    return [Rule(f"{ours}.weight", (f"{theirs}/w",), Convolution()), Rule(f"{ours}.bias", (f"{theirs}/b",))]
+    return [Rule(f"{ours}.weight", (f"{theirs}/w",), Transposed()), Rule(f"{ours}.bias", (f"{theirs}/b",))]
 
 
 def _read_hparams(path: Path) -> Model:

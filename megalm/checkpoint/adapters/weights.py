@@ -8,7 +8,6 @@ Names, shapes and slices of a model follow from its architecture alone: :func:`d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,11 +67,6 @@ class WeightSource(ABC):
 
     def close(self) -> None:  # noqa: B027 - most formats keep nothing open
         """Release files."""
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, in the order of the model."""
-        for name in full_shapes(self.info.model):
-            yield name, self.read(name)
 
 
 def declared_of(model: Model, *, tp: int = 1, tp_rank: int = 0, part: Part | None = None) -> list[DeclaredParameter]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megalm.checkpoint.adapters.weights import WeightSource
+from megalm.checkpoint.adapters.weights import WeightSource, full_shapes
 from megalm.core.sharding import declared_parameters
 from megalm.errors import CheckpointError
 from megalm.models.gpt import build_full_model
@@ -24,6 +24,11 @@ def logits_of(source: WeightSource, tokens: np.ndarray) -> np.ndarray:
         p.parameter.data = source.read(p.name).float()
     with torch.no_grad():
         return model(torch.from_numpy(tokens)[None])[0].numpy()
+
+
+def tensors_of(source: WeightSource) -> dict[str, torch.Tensor]:
+    """All of them, by name."""
+    return {name: source.read(name) for name in full_shapes(source.info.model)}
 
 
 def refused(function, *fragments: str) -> str:

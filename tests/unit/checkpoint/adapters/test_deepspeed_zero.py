@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_models import GPT2, LLAMA, RandomSource
-from golden import GOLDEN, Marker, moved_out, refused
+from golden import GOLDEN, Marker, moved_out, refused, tensors_of
 
 from megalm.checkpoint.adapters import deepspeed
 from megalm.checkpoint.adapters.checks import same_values
@@ -44,7 +44,7 @@ def test_weights_are_deepspeeds_masters(name: str) -> None:
     assert source.info.step == 2 and source.info.dtype == torch.float32
     assert f"ZeRO stage {name[-1]}" in source.info.notes[0]
     expected = _expected(name, source)
-    found = dict(source.tensors())
+    found = tensors_of(source)
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
         assert torch.equal(tensor, expected[key]), key
@@ -62,7 +62,7 @@ def test_without_partitions_the_modules_weights_are_read(tmp_path: Path) -> None
     source = open_source(folder)
     assert source.info.dtype == torch.bfloat16 and "no ZeRO partitions" in source.info.notes[0]
     expected = _expected("gpt2_zero1", source)
-    for name, tensor in source.tensors():  # bf16 weights are the masters, rounded
+    for name, tensor in tensors_of(source).items():  # bf16 weights are the masters, rounded
         assert torch.equal(tensor, expected[name].bfloat16()), name
 
 
@@ -130,7 +130,7 @@ def test_megatron_deepspeeds_tensor_parallel_ranks(tmp_path: Path, stage: int, r
     folder = _write_zero(tmp_path / "zero", wrapped, stage=stage, replicas=replicas, gaps=gaps, args=args)
     back = open_source(folder)
     assert back.info.step == 5 and back.info.model.kv_heads == LLAMA.kv_heads
-    for name, tensor in back.tensors():
+    for name, tensor in tensors_of(back).items():
         assert torch.equal(tensor, source.values[name]), name
 
 
@@ -162,7 +162,7 @@ def test_names_and_arguments_of_megatron_deepspeed(tmp_path: Path) -> None:
     older = [{renamed(name): tensor for name, tensor in rank.items()} for rank in ranks]
     back = open_source(_write_zero(tmp_path / "zero", older, stage=2, replicas=2, args=args))
     assert back.info.model.kv_heads == 4 and back.info.model.rotary_base == 500000.0
-    for name, tensor in back.tensors():
+    for name, tensor in tensors_of(back).items():
         assert torch.equal(tensor, source.values[name]), name
 
 
@@ -182,7 +182,7 @@ def test_frozen_and_shared_parameters(tmp_path: Path) -> None:
     )
     _write_config(folder, family.config_from_model(GPT2))
     back = open_source(folder)
-    for name, tensor in back.tensors():
+    for name, tensor in tensors_of(back).items():
         expected = source.values[name]
         assert torch.equal(tensor, expected.half().float() if name == "position.weight" else expected), name
 

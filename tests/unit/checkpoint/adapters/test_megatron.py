@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_models import BERT, GPT2, LLAMA, NEOX, RandomSource
-from golden import GOLDEN, Marker, logits_of, moved_out, refused
+from golden import GOLDEN, Marker, logits_of, moved_out, refused, tensors_of
 
 from megalm.checkpoint.adapters.megatron import open_source, write_megatron
 from megalm.checkpoint.adapters.safe_pickle import load
@@ -90,7 +90,7 @@ def test_round_trips_are_byte_equal(tmp_path: Path, model: Model, tp: int, pp: i
     )
     assert back.info.model.kv_heads == model.kv_heads and back.info.model.has_qkv_bias == model.has_qkv_bias
     assert back.info.dtype == torch.bfloat16 and not back.info.notes
-    for name, tensor in back.tensors():
+    for name, tensor in tensors_of(back).items():
         assert torch.equal(tensor, source.values[name]), name
         assert tensor.is_contiguous()
 
@@ -111,6 +111,15 @@ def test_files_are_those_that_megatron_lm_looks_for(tmp_path: Path) -> None:
     assert model["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"].dtype == torch.float16
     assert "embedding.word_embeddings.weight" not in model
     assert open_source(tmp_path).info.step == 7
+
+
+def test_rotated_elements_are_as_many_where_a_share_is_rounded(tmp_path: Path) -> None:
+    share = 30 / 44
+    assert int(44 * share) == 29
+    model = replace(GPT2, hidden_size=88, num_heads=2, position="rotary", rotary_fraction=share)
+    folder = _write(RandomSource(model), tmp_path)
+    assert int(44 * _state(folder)["args"].rotary_percent) == 30
+    assert open_source(folder).info.model.rotary_fraction == share
 
 
 def test_padding_is_zero_on_every_rank(tmp_path: Path) -> None:
@@ -434,7 +443,7 @@ def test_names_from_before_megatron_core(tmp_path: Path) -> None:
     folder = _write(source, tmp_path, tp=2, pp=2)
     _make_legacy(folder, 3.0)
     back = open_source(folder)
-    for name, tensor in back.tensors():
+    for name, tensor in tensors_of(back).items():
         assert torch.equal(tensor, source.values[name]), name
 
 
