@@ -237,7 +237,7 @@ def _open_hf(path: Path) -> WeightSource:
 
 
 def _open_megatron(path: Path) -> WeightSource:
-    from megalm.checkpoint.adapters.megatron import open_source
+    from megalm.checkpoint.adapters.megatron_read import open_source
 
     return open_source(path)
 
@@ -270,7 +270,7 @@ def _write_hf(transfer: Transfer, folder: Path, request: Request, tokenizer: Tok
 
 
 def _write_megatron(transfer: Transfer, folder: Path, request: Request, tokenizer: Tokenizer | None) -> str:
-    from megalm.checkpoint.adapters.megatron import write_megatron
+    from megalm.checkpoint.adapters.megatron_write import write_megatron
 
     write_megatron(transfer, folder, tp=request.tp, pp=request.pp, dtype=transfer.info.dtype, on_tensor=lambda *_: None)
     if tokenizer is not None:
