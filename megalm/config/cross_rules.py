@@ -70,7 +70,7 @@ def kv_heads_divide_heads(job: Job) -> Iterator[Violation]:
         )
 
 
-@needs(*_HEADS)
+@needs("model.hidden_size", "model.num_heads")
 def rotary_heads_are_even(job: Job) -> Iterator[Violation]:
     """Rotary positions turn pairs of a head's elements (Su et al. 2021)."""
     hidden, heads = job.config.model.hidden_size, job.config.model.num_heads

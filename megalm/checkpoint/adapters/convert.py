@@ -270,9 +270,9 @@ def _write_hf(transfer: Transfer, folder: Path, request: Request, tokenizer: Tok
 
 
 def _write_megatron(transfer: Transfer, folder: Path, request: Request, tokenizer: Tokenizer | None) -> str:
-    from megalm.checkpoint.adapters.megatron_write import write_megatron
+    from megalm.checkpoint.adapters.megatron import write_megatron
 
-    write_megatron(transfer, folder, tp=request.tp, pp=request.pp, dtype=transfer.info.dtype, on_tensor=lambda *_: None)
+    write_megatron(transfer, folder, tp=request.tp, pp=request.pp)
     if tokenizer is not None:
         tokenizer.save(folder)
     return f"a checkpoint for Megatron-LM on tp={request.tp} pp={request.pp}"

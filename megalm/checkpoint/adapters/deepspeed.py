@@ -236,13 +236,19 @@ def _check_size(config: Path, model: Model, stored: Tensors) -> None:
 
 
 def _hf_weights(stored: _Renamed, config: Path) -> _NamedWeights:
-    family, model = read_architecture(config)
+    architecture = read_architecture(config)
+    family, model = architecture.family, architecture.model
     _check_size(config, model, stored)
     shapes = {name: header.shape for name, header in stored.headers.items()}
     names = sort_names(stored.path, family, model, shapes)
     renamed = _Renamed(stored, names.stored)
     return _NamedWeights(
-        renamed, model, family.rules(model), ignored=names.ignored, duplicates=names.duplicates, notes=names.notes
+        renamed,
+        model,
+        family.rules(model),
+        ignored=names.ignored,
+        duplicates=names.duplicates,
+        notes=(*architecture.notes, *names.notes),
     )
 
 

@@ -13,9 +13,7 @@ from threading import Lock
 
 from torch import Tensor
 
-from megalm.checkpoint.adapters.checks import check_architecture, check_size, some_of
-from megalm.checkpoint.adapters.hf_families import FAMILIES
-from megalm.checkpoint.adapters.hf_family import Family
+from megalm.checkpoint.adapters.checks import check_size, some_of
 from megalm.checkpoint.adapters.hf_files import (
     DTYPES,
     WEIGHTS_FILE,
@@ -25,8 +23,9 @@ from megalm.checkpoint.adapters.hf_files import (
     safe_file,
     same_tensor,
 )
-from megalm.checkpoint.adapters.json_fields import Fields, read_json
-from megalm.checkpoint.adapters.mapping import Rule, Shape, missing_and_extra
+from megalm.checkpoint.adapters.hf_names import Architecture, foreign_shapes, read_architecture, sort_names
+from megalm.checkpoint.adapters.json_fields import read_json
+from megalm.checkpoint.adapters.mapping import Rule, missing_and_extra
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, full_shapes
 from megalm.config.schema import Model
 from megalm.config.violation import spoken_list
@@ -49,16 +48,16 @@ class HfSource(WeightSource):
     """
 
     def __init__(self, path: Path) -> None:
-        self.family, model, self.eos_id, notes = _read_config(path)
+        architecture = _read_config(path)
+        self.family, model, self.eos_id = architecture.family, architecture.model, architecture.eos_id
         found = read_headers(path)
-        self._stored = _by_canonical_name(path, self.family, found)
         check_size(path / CONFIG_FILE, model, sum(prod(stored.shape) for stored in found.values()), len(found))
+        names = sort_names(path, self.family, model, {name: stored.shape for name, stored in found.items()})
+        self._stored = {name: found[stored] for name, stored in names.stored.items()}
         self._rules = {rule.name: rule for rule in self.family.rules(model)}
-        self._shapes = full_shapes(model)
-        notes += self._check_tensors(path, model) + _generation_notes(path)
-        self._duplicates = {
-            original: name for name, original in self.family.duplicates(model).items() if name in self._stored
-        }
+        self._duplicates = names.duplicates
+        self._check_tensors(path, model, names.ignored)
+        notes = (*architecture.notes, *names.notes, *_generation_notes(path))
         self._unequal: dict[str, bool] = {}
         self._lock = Lock()
         self.info = SourceInfo(
@@ -67,7 +66,7 @@ class HfSource(WeightSource):
             model=model,
             dtype=DTYPES[self._stored[next(iter(self._rules.values())).foreign[0]].dtype],
             tokenizer=path,
-            notes=tuple(notes),
+            notes=notes,
         )
 
     def read(self, name: str) -> Tensor:
@@ -77,39 +76,14 @@ class HfSource(WeightSource):
         parts = [read_tensor(self._stored[foreign]) for foreign in rule.foreign]
         return rule.form.to_megalm(parts).contiguous()
 
-    def _check_tensors(self, path: Path, model: Model) -> list[str]:
-        """Prove by the headers that the tensors are those of the model; returns notes on what is left out."""
-        family, stored = self.family, self._stored
-        duplicates, stand_ins = family.duplicates(model), family.stand_ins(model)
-        for name, original in (duplicates | stand_ins).items():
-            if name in stored and original not in stored:  # a file may keep either of two names of one tensor
-                stored[original] = stored.pop(name)
-        left_out = {name: what for name in stored if (what := family.what_is_left_out(name))}
-        # Another than the tied tensor's shape would be an error too; where both agree, the bytes are compared later.
-        wanted = self._shapes_of(model)
-        ignored = [
-            name
-            for name in stored
-            if name in left_out
-            or name in stand_ins
-            or family.is_ignored(name)
-            or (name in duplicates and stored[name].shape == wanted.get(duplicates[name]))
-        ]
-        present = {name: tensor.shape for name, tensor in stored.items()}
-        problems = missing_and_extra(list(self._rules.values()), self._shapes, present, ignored=ignored)
+    def _check_tensors(self, path: Path, model: Model, ignored: frozenset[str]) -> None:
+        """Prove by the headers that the tensors are those of the model."""
+        present = {name: tensor.shape for name, tensor in self._stored.items()}
+        problems = missing_and_extra(list(self._rules.values()), full_shapes(model), present, ignored=ignored)
         if not problems:
-            problems = _dtype_problems({foreign: stored[foreign] for foreign in wanted})
+            problems = _dtype_problems({name: self._stored[name] for name in foreign_shapes(self.family, model)})
         if problems:
             raise CheckpointError(some_of(problems, f"{path}: "))
-        return [f"left out {what} ({spoken_list(_names(left_out, what), 'and')})" for what in _unique(left_out)]
-
-    def _shapes_of(self, model: Model) -> dict[str, Shape]:
-        """Shapes of the foreign tensors that the rules name."""
-        return {
-            foreign: shape
-            for rule in self.family.rules(model)
-            for foreign, shape in zip(rule.foreign, rule.form.foreign_shapes(self._shapes[rule.name]), strict=True)
-        }
 
     def _check_duplicates(self, rule: Rule) -> None:
         """A tensor that a file holds twice, under two names, must be the same."""
@@ -133,28 +107,15 @@ def open_source(path: Path) -> WeightSource:
     return HfSource(path)
 
 
-def _read_config(path: Path) -> tuple[Family, Model, int | None, list[str]]:
-    """The architecture, the token that ends a text where ``config.json`` says it, and notes on what is left out."""
+def _read_config(path: Path) -> Architecture:
+    """The architecture of a folder."""
     if not path.is_dir():
         reason = "not a folder" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {reason}; a Hugging Face folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     file = safe_file(path, CONFIG_FILE)
     if not file.exists():
         raise CheckpointError(f"{path}: holds no {CONFIG_FILE}, which every Hugging Face folder has")
-    fields = Fields(file, read_json(file))
-    model_type = fields.values.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        fields.problem("model_type", f"megalm converts {spoken_list(FAMILIES, 'and')}")
-        fields.check()
-    assert family is not None
-    if "quantization_config" in fields:
-        fields.problem("quantization_config", "quantized weights are not converted; take the original model")
-    model = family.model_from_config(fields)
-    notes = family.notes(fields)
-    fields.check()
-    check_architecture(file, model)
-    return family, model, _end_of(fields), notes
+    return read_architecture(file)
 
 
 def _generation_notes(path: Path) -> list[str]:
@@ -170,22 +131,6 @@ def _generation_notes(path: Path) -> list[str]:
     return [f"left out {GENERATION_FILE}: {spoken_list(names, 'and')}"] if names else []
 
 
-def _end_of(fields: Fields) -> int | None:
-    """The first of the tokens that end a text; None where it is no word of the vocabulary."""
-    value = fields.values.get("eos_token_id")
-    first = value[0] if isinstance(value, list) and value else value
-    return first if isinstance(first, int) and not isinstance(first, bool) and first >= 0 else None
-
-
-def _by_canonical_name(path: Path, family: Family, found: Mapping[str, Stored]) -> dict[str, Stored]:
-    named: dict[str, Stored] = {}
-    for canonical, stored in family.canonical_names(found):
-        if canonical in named:
-            raise CheckpointError(f"{path}: {stored} and {named[canonical].name} are two names of one tensor")
-        named[canonical] = found[stored]
-    return named
-
-
 def _dtype_problems(tensors: Mapping[str, Stored]) -> list[str]:
     first = next(iter(tensors.values())).dtype
     wrong = [tensor for tensor in tensors.values() if tensor.dtype not in DTYPES]
@@ -197,11 +142,3 @@ def _dtype_problems(tensors: Mapping[str, Stored]) -> list[str]:
         for tensor in tensors.values()
         if tensor.dtype != first
     ]
-
-
-def _names(left_out: Mapping[str, str], what: str) -> list[str]:
-    return [name for name, described in left_out.items() if described == what]
-
-
-def _unique(left_out: Mapping[str, str]) -> list[str]:
-    return list(dict.fromkeys(left_out.values()))

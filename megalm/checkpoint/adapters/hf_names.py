@@ -20,7 +20,24 @@ from megalm.config.violation import spoken_list
 from megalm.errors import CheckpointError
 
 
-def read_architecture(file: Path) -> tuple[Family, Model]:
+@dataclass(frozen=True)
+class Architecture:
+    """What a ``config.json`` says.
+
+    Attributes:
+        family: whose names and arrangement the tensors have.
+        model: the architecture.
+        eos_id: the token that ends a text; None: it does not say, or names no word of the vocabulary.
+        notes: what is left out, one line each.
+    """
+
+    family: Family
+    model: Model
+    eos_id: int | None
+    notes: tuple[str, ...]
+
+
+def read_architecture(file: Path) -> Architecture:
     """The architecture that a ``config.json`` describes.
 
     Raises:
@@ -36,9 +53,17 @@ def read_architecture(file: Path) -> tuple[Family, Model]:
     if "quantization_config" in fields:
         fields.problem("quantization_config", "quantized weights are not converted; take the original model")
     model = family.model_from_config(fields)
+    notes = family.notes(fields)
     fields.check()
     check_architecture(file, model)
-    return family, model
+    return Architecture(family, model, _end_of(fields), tuple(notes))
+
+
+def _end_of(fields: Fields) -> int | None:
+    """The first of the tokens that end a text."""
+    value = fields.values.get("eos_token_id")
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, int) and not isinstance(first, bool) and first >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ def sort_names(path: Path, family: Family, model: Model, found: Mapping[str, Sha
     for name, original in (duplicates | stand_ins).items():
         if name in stored and original not in stored:  # a file may keep either of two names of one tensor
             stored[original] = stored.pop(name)
-    wanted = _foreign_shapes(family, model)
+    wanted = foreign_shapes(family, model)
     # Of another shape than the tensor it should equal, a duplicate is an error too, as one that nobody knows.
     twice = {
         original: name
@@ -107,7 +132,7 @@ def sort_names(path: Path, family: Family, model: Model, found: Mapping[str, Sha
     )
 
 
-def _foreign_shapes(family: Family, model: Model) -> dict[str, Shape]:
+def foreign_shapes(family: Family, model: Model) -> dict[str, Shape]:
     """Shapes of the tensors that the rules name."""
     shapes = full_shapes(model)
     return {

@@ -47,7 +47,6 @@ def write_megatron(
     tp: int,
     pp: int,
     transformer_impl: str = IMPLEMENTATIONS[0],
-    **_: object,  # convert.py passes what the transfer knows itself; goes when it does not any more
 ) -> None:
     """Write a checkpoint that Megatron-LM loads on ``tp`` × ``pp`` ranks.
 

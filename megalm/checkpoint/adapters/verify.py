@@ -27,7 +27,7 @@ from megalm.core.sharding import declared_parameters
 from megalm.errors import CheckpointError
 from megalm.models.gpt import build_full_model
 
-SEQUENCES = 2
+SEQUENCES = 4
 LONGEST = 512
 """Tokens of each sequence, where the model takes as many."""
 TOLERANCE = 1e-4

@@ -307,7 +307,7 @@ def test_an_endless_context_takes_no_endless_table(scaling: str, tmp_path: Path)
     model = replace(LLAMA, sequence_length=2**31 - 2, rotary_scaling=scaling, rotary_factor=factor)
     write_random_run(tmp_path / "run", model)
     report = convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "hf", verify=True)
-    assert "2 random sequences of 512 tokens" in report.verified[1]
+    assert "4 random sequences of 512 tokens" in report.verified[1]
 
 
 def _write(source: RandomSource, folder: Path) -> Transfer:
