@@ -126,7 +126,7 @@ def test_weights_that_are_no_numbers_are_warned_of_and_converted(tmp_path: Path)
     assert len(report.warnings) == 2
     report = convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again", tp=2)
     assert len(report.warnings) == 2
-    with pytest.raises(CheckpointError, match=r"--verify: logits .* all NaN or infinite \(6,464 of 6,464\).* nothing"):
+    with pytest.raises(CheckpointError, match=r"--verify: logits .* all NaN or infinite \(12,928 of 12,928\).* nothing"):
         convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "proven", verify=True)
     for name, value in source.values.items():
         assert same_values(RunSource(tmp_path / "again").read(name), value)
@@ -247,7 +247,7 @@ def test_logits_that_are_no_numbers_are_counted(tmp_path: Path, monkeypatch: pyt
     source.values["head.weight"][7] = float("inf")
     _write(source, tmp_path / "run")
     report = convert_quietly("megalm", "megalm", tmp_path / "run", tmp_path / "again", verify=True)
-    assert report.verified[1].endswith("and 64 of 6,464 are NaN or infinite")
+    assert report.verified[1].endswith("and 128 of 12,928 are NaN or infinite")
     own = verify._own_logits
     spoilt = iter((0.0, float("nan")))
     monkeypatch.setattr(verify, "_own_logits", lambda *of: own(*of).index_fill(2, torch.tensor([9]), next(spoilt)))
