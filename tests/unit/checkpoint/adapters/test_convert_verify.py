@@ -126,7 +126,9 @@ def test_weights_that_are_no_numbers_are_warned_of_and_converted(tmp_path: Path)
     assert len(report.warnings) == 2
     report = convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again", tp=2)
     assert len(report.warnings) == 2
-    with pytest.raises(CheckpointError, match=r"--verify: logits .* all NaN or infinite \(12,928 of 12,928\).* nothing"):
+    with pytest.raises(
+        CheckpointError, match=r"--verify: logits .* all NaN or infinite \(12,928 of 12,928\).* nothing"
+    ):
         convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "proven", verify=True)
     for name, value in source.values.items():
         assert same_values(RunSource(tmp_path / "again").read(name), value)
