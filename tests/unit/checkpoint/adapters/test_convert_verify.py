@@ -253,7 +253,7 @@ def test_logits_that_are_no_numbers_are_counted(tmp_path: Path, monkeypatch: pyt
     own = verify._own_logits
     spoilt = iter((0.0, float("nan")))
     monkeypatch.setattr(verify, "_own_logits", lambda *of: own(*of).index_fill(2, torch.tensor([9]), next(spoilt)))
-    with pytest.raises(CheckpointError, match="64 and 128 of 6,464 are NaN or infinite, and not the same ones"):
+    with pytest.raises(CheckpointError, match="128 and 256 of 12,928 are NaN or infinite, and not the same ones"):
         convert_quietly("megalm", "megalm", tmp_path / "run", tmp_path / "other", verify=True)
 
 
