@@ -24,17 +24,8 @@ _CHUNK_BYTES = 1 << 24
 _ALIGNMENT = 8
 """Where the first tensor begins, in bytes, as the library has it."""
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""What safetensors calls dtypes."""
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""What safetensors calls the dtypes of weights."""
 
 
 @dataclass(frozen=True)

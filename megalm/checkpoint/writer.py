@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import megalm
+from megalm.checkpoint.durable import flush
 from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, WEIGHT, Manifest, Piece, TensorRecord
 from megalm.checkpoint.store import TEMPORARY_PREFIX, remove_folder, replaced_folder, step_folder
@@ -160,9 +161,9 @@ def complete_checkpoint(
     _write_text(temporary / MANIFEST_FILE, text)
     for rank in range(world_size):
         (temporary / _index_file(rank)).unlink()  # the manifest has it all
-    _flush(temporary)
+    flush(temporary)
     _write_text(temporary / COMPLETE_FILE, hashlib.sha256(text.encode()).hexdigest() + "\n")
-    _flush(temporary)
+    flush(temporary)
     _move_into_place(temporary, final, warn)
     return 4 * sum(piece.length for tensor in tensors.values() for piece in tensor.pieces)
 
@@ -219,7 +220,7 @@ def _move_into_place(temporary: Path, final: Path, warn: Callable[[str], object]
             replaced.rename(final)
         raise
     # From here on there is a checkpoint, and no error may say that there is none.
-    for action in (lambda: _flush(final.parent), lambda: remove_folder(replaced) if replaced.exists() else None):
+    for action in (lambda: flush(final.parent), lambda: remove_folder(replaced) if replaced.exists() else None):
         if problem := error_of(action):
             warn(f"after {final} was saved: {problem}")
 
@@ -289,12 +290,3 @@ def _write_text(path: Path, text: str) -> None:
         unfinished.rename(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,14 +12,13 @@ from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import locate
 from megalm.compose import load_run_config
 from megalm.config.schema import Config
+from megalm.core.dtype import DTYPES
 from megalm.core.sharding import declared_parameters
 from megalm.data.dataset import TOKENIZER_FILE
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import ConfigError
 from megalm.models.counts import resolve_vocab_size
 from megalm.models.gpt import GPT, build_full_model
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def load_full_model(run_dir: str | Path, overrides: Sequence[str] = ()) -> Train
     checkpoint = locate(run_dir if resume in ("auto", "never") else resume).path
     device = choose_device(config.launch.device)
     vocab_size = resolve_vocab_size(config.model, tokenizer.vocab_size)
-    model = build_full_model(config.model, vocab_size, dtype=_DTYPES[config.engine.dtype], device=str(device))
+    model = build_full_model(config.model, vocab_size, dtype=DTYPES[config.engine.dtype], device=str(device))
     load_weights(model, checkpoint)
     return TrainedModel(model.eval(), tokenizer, config, device, checkpoint)
 

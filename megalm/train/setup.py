@@ -11,6 +11,7 @@ from megalm.checkpoint.start import StartPoint, await_visible, run_folder
 from megalm.compose import save_config
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
+from megalm.core.dtype import DTYPES
 from megalm.core.groups import ParallelContext
 from megalm.data.batch_size import BatchSize
 from megalm.data.dataset import SPLITS, open_datasets, tokenizer_of
@@ -36,8 +37,6 @@ from megalm.train.saving import Saver
 from megalm.train.trainer import Trainer, Utilisation
 from megalm.train.validation import Validator
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def build_trainer(config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint) -> tuple[Trainer, CallbackList]:
     """Everything that a rank trains with; collective over all ranks of an initialised process group.
@@ -60,7 +59,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest, start: Star
     vocab_size = config.model.vocab_size or train_data.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
 
-    stage = build_gpt(config, vocab_size, context=context, dtype=_DTYPES[config.engine.dtype])
+    stage = build_gpt(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
     _assert_nothing_lost(context, stage.unique_parameters(), config)
     engine = DeepSpeedEngine(stage, context, config)
     batch_size = BatchSize.of(config.train, config.model.sequence_length)

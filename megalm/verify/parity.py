@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from megalm.config.schema import Config
 from megalm.core.context_parallel import ContextParallel
 from megalm.core.documents import Documents
+from megalm.core.dtype import DTYPES
 from megalm.core.groups import ParallelContext
 from megalm.core.place import Place
 from megalm.data.loader import Batch
@@ -27,9 +28,6 @@ from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.micro_batches import training_micro_batches
 from megalm.models.gpt import MicroBatch, build_full_model, build_gpt
 from megalm.topology import Topology
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 _EOS_ID = 0
 """Ends a document of the synthetic batches, where a config's attention begins anew with each."""

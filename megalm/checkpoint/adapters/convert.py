@@ -16,16 +16,15 @@ from typing import Protocol
 import torch
 
 from megalm.checkpoint.adapters.folder import check_absent, new_folder
-from megalm.checkpoint.adapters.transfer import DTYPE_NAMES, Progress, Transfer
+from megalm.checkpoint.adapters.transfer import Progress, Transfer
 from megalm.checkpoint.adapters.weights import WeightSource
 from megalm.config.schema import Model
 from megalm.config.violation import spoken_list
+from megalm.core.dtype import DTYPE_NAMES, DTYPES
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.counts import parameter_count
 
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-"""What weights can be cast to, by the names that users know."""
 SAME_DTYPE = "source"
 LAYOUTS = ("megalm", "megatron")
 """Formats that are written in pieces for a layout."""

@@ -54,12 +54,7 @@ def _sum_of_rows(rows: Words, lanes: int) -> int:
 
 def _advance_one(state: int, distance: int) -> int:
     """A state moved on by so many zero bytes."""
-    columns = _advance(distance)
-    moved = 0
-    for bit in range(32):
-        if state >> bit & 1:
-            moved ^= columns[bit]
-    return moved
+    return _apply(_advance(distance), state)
 
 
 @cache

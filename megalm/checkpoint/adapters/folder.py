@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megalm.checkpoint.durable import flush
 from megalm.checkpoint.store import TEMPORARY_PREFIX
 from megalm.errors import ConfigError
 
@@ -49,7 +50,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         _flush_tree(temporary)
         _take_place(temporary, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -116,13 +117,5 @@ def _flush_tree(folder: Path) -> None:
     """Force everything below a folder to the disk; what its writers have flushed costs nothing more."""
     for directory, _, files in os.walk(folder):
         for name in files:
-            _flush(Path(directory) / name)
-        _flush(Path(directory))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            flush(Path(directory) / name)
+        flush(Path(directory))

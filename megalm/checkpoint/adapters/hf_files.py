@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,11 +13,12 @@ from megalm.checkpoint.adapters.checks import same_values, some_of
 from megalm.checkpoint.adapters.json_fields import read_json
 from megalm.checkpoint.adapters.mapping import Shape
 from megalm.checkpoint.adapters.safe_path import safe_file
+from megalm.checkpoint.tensor_file import DTYPE_NAMES
 from megalm.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 """What weights may be stored as."""
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalm.checkpoint.adapters.checks import check_architecture, config_around
 from megalm.checkpoint.adapters.parallel import run_all
-from megalm.checkpoint.adapters.transfer import DTYPE_NAMES, Transfer
+from megalm.checkpoint.adapters.transfer import Transfer
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, declared_of, full_shapes
 from megalm.checkpoint.manifest import WEIGHT, Manifest
 from megalm.checkpoint.reader import CheckpointReader
@@ -23,6 +23,7 @@ from megalm.checkpoint.writer import Header, PieceToWrite, complete_checkpoint, 
 from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.rules import violations
 from megalm.config.schema import Config, Model, Parallel
+from megalm.core.dtype import DTYPE_NAMES
 from megalm.core.sharding import DeclaredParameter, ShardSpec
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.errors import CheckpointError, ConfigError

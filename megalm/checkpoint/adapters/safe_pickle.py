@@ -21,9 +21,10 @@ from torch import Tensor
 
 from megalm.checkpoint.adapters.pickle_scan import scan
 from megalm.checkpoint.adapters.torch_archive import read_archive
+from megalm.core.dtype import DTYPE_NAMES
 from megalm.errors import CheckpointError
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = tuple(DTYPE_NAMES)
 """What weights may be stored as."""
 
 _FORGET_BYTES = 1 << 26

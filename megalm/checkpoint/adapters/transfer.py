@@ -13,10 +13,8 @@ from torch import Tensor
 
 from megalm.checkpoint.adapters.checks import is_finite
 from megalm.checkpoint.adapters.weights import WeightSource, full_shapes
+from megalm.core.dtype import DTYPE_NAMES
 from megalm.errors import CheckpointError
-
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""What users call the dtypes that weights are converted in."""
 
 Progress = Callable[[int], object]
 """Called with the bytes that have passed since the last call."""
