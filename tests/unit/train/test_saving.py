@@ -137,3 +137,11 @@ def test_a_new_life_clears_what_the_last_one_left(config: Config, tmp_path: Path
     torn.mkdir(parents=True)
     Saver(config, ParallelContext.single(), tmp_path)
     assert not torn.exists()
+
+
+def test_a_rank_that_fails_lets_the_save_become_complete_first(config: Config, tmp_path: Path, slow_disk) -> None:
+    saver = Saver(config, ParallelContext.single(), tmp_path)
+    _start(saver, torch.zeros(4), _state(1))
+    assert complete_checkpoints(tmp_path / "checkpoints") == []
+    saver.linger()
+    assert [info.step for info in complete_checkpoints(tmp_path / "checkpoints")] == [1]
