@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -195,7 +196,7 @@ def _rewrite(checkpoint: Path, manifest: dict) -> None:
 
 def test_a_save_that_is_called_off_stops_between_pieces_and_the_other_ranks_error_is_told(tmp_path: Path) -> None:
     pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
-    loaded = []
+    loaded, said = [], []
 
     def load(piece: PieceToWrite):
         if len(loaded) == 2:
@@ -211,7 +212,8 @@ def test_a_save_that_is_called_off_stops_between_pieces_and_the_other_ranks_erro
     ready.set()
     with pytest.raises(CheckpointError, match=r"^checkpoint of step 1 was not saved: rank 3: No space left"):
         words = iter([None, "rank 3: No space left", None])  # all have ended; their errors; all have stopped
-        running.finish(lambda _: next(words))
+        running.finish(lambda word: said.append(word) or next(words))
+    assert said == [None, None, None], "that it was called off is not the error that others are told"
     assert len(loaded) == 3 < len(pieces)
     assert list(tmp_path.iterdir()) == []
 
@@ -228,3 +230,29 @@ def test_what_goes_wrong_after_a_checkpoint_is_complete_is_a_warning(tmp_path: P
     running.join()
     assert ["Directory not empty" in running.warnings[0], "ZeroDivisionError" in running.warnings[1]] == [True, True]
     assert list(CheckpointReader(find_latest(tmp_path).path).find_corruption()) == []
+
+
+def test_bytes_are_on_the_disk_before_what_vouches_for_them(tmp_path: Path, monkeypatch) -> None:
+    """What a power cut needs: pieces, then the manifest, then the marker, then the name."""
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def recorded_rename(self: Path, to: Path) -> Path:
+        events.append(f"▶ {Path(to).name}")
+        return rename(self, to)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "rename", recorded_rename)
+    save(tmp_path, Layout(), step=1)
+    temporary = ".unfinished-step-00000001-0"
+    assert events == [
+        "rank-00000.safetensors",
+        *("rank-00000.json.unfinished", "▶ rank-00000.json"),
+        *("manifest.json.unfinished", "▶ manifest.json", temporary),
+        *("COMPLETE.unfinished", "▶ COMPLETE", temporary),
+        *("▶ step-00000001", tmp_path.name),
+    ]
