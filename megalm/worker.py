@@ -122,7 +122,7 @@ def _follow(meeting: Meeting, plan: Plan | None, stop: StopRequest) -> int:
 
 def _train(meeting: Meeting, plan: Plan, stop: StopRequest) -> ExitCode:
     """Everything that needs torch."""
-    from megalm.launch.device import choose_device
+    from megalm.launch.device import choose_device, slow_format
     from megalm.launch.logs import start_log
 
     config, rank = plan.config, meeting.rank
@@ -130,8 +130,9 @@ def _train(meeting: Meeting, plan: Plan, stop: StopRequest) -> ExitCode:
     rank = replace(rank, device=device)
     start_log(plan.run_dir, rank)
     if rank.rank == 0:
-        for note in (*plan.notes, *([line] if line else [])):
-            print(note, flush=True)
+        for note in (*plan.notes, line, slow_format(device, config.engine.dtype)):
+            if note is not None:
+                print(note, flush=True)
     _tell_libraries(rank)
     init_process_group(meeting.store, rank, config.launch.timeout_seconds)
 

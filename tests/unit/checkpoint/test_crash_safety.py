@@ -238,7 +238,7 @@ def test_bytes_are_on_the_disk_before_what_vouches_for_them(tmp_path: Path, monk
     fsync, rename = os.fsync, Path.rename
 
     def recorded_fsync(descriptor: int) -> None:
-        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
     def recorded_rename(self: Path, to: Path) -> Path:

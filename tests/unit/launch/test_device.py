@@ -73,3 +73,21 @@ def test_cpu_asks_nobody(monkeypatch):
         rank=0, world_size=2, local_rank=0, local_world_size=2, launcher="local", master_addr="", master_port=0
     )
     assert device.choose_device("cpu", Meeting(HashStore(), info)) == ("cpu", None)
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "capability", "is_slow"),
+    [
+        ("cpu", "bf16", "AVX2", True),
+        ("cpu", "fp16", "NO AVX", True),
+        ("cpu", "fp32", "AVX2", False),
+        ("cpu", "bf16", "AVX512", False),
+        ("cpu", "bf16", "SVE256", False),
+        ("cuda:0", "bf16", "AVX2", False),
+    ],
+)
+def test_a_processor_that_emulates_the_format_is_told_of(monkeypatch, where, dtype, capability, is_slow):
+    monkeypatch.setattr(device, "_cpu_capability", lambda: capability)
+    line = device.slow_format(where, dtype)
+    assert (line is not None) == is_slow
+    assert line is None or (f"engine.dtype={dtype}: " in line and "engine=fp32_zero1" in line)
