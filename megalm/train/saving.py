@@ -75,7 +75,7 @@ class Saver:
         self._copy = HostCopy()
         self._pending: Save | None = None
         self._last: Save | None = None
-        self._stall_seconds = 0.0
+        self._stall_seconds = self._waited_seconds = 0.0
         self._reported = True
         self._attempts = 0
         settings = config.checkpoint
@@ -86,7 +86,9 @@ class Saver:
             if start.is_named:
                 set_aside(self._folder, start.step)
 
-    def start(self, pieces: Sequence[StatePiece], state: RunState, *, stall_began: float) -> None:
+    def start(
+        self, pieces: Sequence[StatePiece], state: RunState, *, stall_began: float, waited_seconds: float = 0.0
+    ) -> None:
         """Begin to write a checkpoint; collective over all ranks. None may be pending: see :meth:`finish`.
 
         Args:
@@ -94,6 +96,7 @@ class Saver:
                 asynchronous, once the save is finished.
             state: the same on every rank.
             stall_began: when training stopped for this save, by ``time.perf_counter``.
+            waited_seconds: how long it has waited since then for the save before.
         """
         assert self._pending is None, "finish() comes before the next save"
         self.close()
@@ -110,6 +113,7 @@ class Saver:
         )
         self._reported = False
         self._stall_seconds = time.perf_counter() - stall_began
+        self._waited_seconds = waited_seconds
 
     @property
     def has_failed(self) -> bool:
@@ -135,6 +139,7 @@ class Saver:
             stall_seconds=self._stall_seconds,
             write_seconds=save.seconds,
             gigabytes=save.nbytes / 1e9,
+            waited_seconds=self._waited_seconds,
         )
 
     def call_off(self) -> None:

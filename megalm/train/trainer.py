@@ -227,6 +227,7 @@ class Trainer:
         """The save before is finished first."""
         began = time.perf_counter()
         self._finish_save()
+        waited_seconds = time.perf_counter() - began
         validated = self._validation is not None and self._validation.step == self.progress.step
         state = RunState(
             self._loader.state_dict(),
@@ -235,7 +236,7 @@ class Trainer:
             self._validation if validated else None,
             whole_split=self._validated_whole_split,
         )
-        self._saver.start(self._engine.state_pieces(), state, stall_began=began)
+        self._saver.start(self._engine.state_pieces(), state, stall_began=began, waited_seconds=waited_seconds)
 
     def _follow_save(self, *, failed: bool, tolerant: bool) -> None:
         """After a step: tell of a checkpoint that is complete, and deal with one that failed on any rank."""

@@ -109,6 +109,7 @@ class CheckpointMetrics:
         step: steps that it has seen; training may be further.
         checkpoint: its folder.
         stall_seconds: time that training stood still for it.
+        waited_seconds: the part of the stall in which the checkpoint before was still being written.
         write_seconds: time from then until it was complete, while training went on.
         gigabytes: what all ranks wrote, in 10⁹ bytes.
     """
@@ -118,6 +119,7 @@ class CheckpointMetrics:
     stall_seconds: float
     write_seconds: float
     gigabytes: float
+    waited_seconds: float = 0.0
 
 
 class Outcome(StrEnum):

@@ -67,7 +67,13 @@ def validation_line(metrics: ValidationMetrics, total_steps: int) -> str:
 def checkpoint_line(metrics: CheckpointMetrics, total_steps: int) -> str:
     """Where a checkpoint is, and what it cost."""
     stall, write = format_duration(metrics.stall_seconds), format_duration(metrics.write_seconds)
+    if metrics.waited_seconds >= _WORTH_SAYING:
+        stall += f" of which {format_duration(metrics.waited_seconds)} until the one before was written"
     return f"{_step(metrics.step, total_steps)}  checkpoint {metrics.checkpoint} (stall {stall}, written in {write})"
+
+
+_WORTH_SAYING = 0.1
+"""Seconds of waiting below which a checkpoint's line is silent about them."""
 
 
 def failed_checkpoint_line(step: int, total_steps: int, reason: str) -> str:

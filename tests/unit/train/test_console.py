@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -7,6 +8,7 @@ from megalm.train.callbacks.base import CheckpointMetrics, Outcome
 from megalm.train.callbacks.console import ConsoleLog, Pace
 from megalm.train.callbacks.words import (
     banner,
+    checkpoint_line,
     end_line,
     format_count,
     format_duration,
@@ -21,6 +23,14 @@ CHECKPOINT = CheckpointMetrics(
     write_seconds=1.2,
     gigabytes=0.1,
 )
+
+
+def test_a_save_that_waited_for_the_one_before_says_so():
+    waited = replace(CHECKPOINT, stall_seconds=12.5, waited_seconds=12.0)
+    assert "(stall 12.5 s of which 12.0 s until the one before was written, written in 1.2 s)" in checkpoint_line(
+        waited, 25
+    )
+    assert "(stall 4 ms, written in 1.2 s)" in checkpoint_line(replace(CHECKPOINT, waited_seconds=0.003), 25)
 
 
 def run(console, context, make_step, make_validation, last):

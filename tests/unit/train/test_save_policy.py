@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -94,3 +95,19 @@ def test_a_preempted_job_goes_on_from_an_older_checkpoint(
     else:
         trainer._save_and_stop(stop)
         assert heard.failures == [(7, DISK)]
+
+
+def test_what_a_save_waited_for_the_one_before_is_part_of_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, said = 0.2, {}
+    saver = type(
+        "Slow",
+        (),
+        {"pending_step": 5, "finish": lambda *_, **__: time.sleep(slow), "start": lambda *_, **k: said.update(k)},
+    )
+    trainer, _ = trainer_with(saver())
+    stub = type("Stub", (), {"__getattr__": lambda *_: lambda: {}})()
+    trainer._loader = trainer._engine = stub
+    before = time.perf_counter()
+    trainer._begin_save()
+    assert before <= said["stall_began"] <= time.perf_counter() - said["waited_seconds"]
+    assert said["waited_seconds"] >= slow
