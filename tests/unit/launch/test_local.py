@@ -81,7 +81,9 @@ def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def start(mode: str) -> subprocess.Popen[str]:
         monkeypatch.setenv("PROBE_MODE", mode)
         command = [sys.executable, "-m", "probe_launcher", "2", str(tmp_path)]
+        own = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and what is started inherits that
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+        signal.signal(signal.SIGHUP, own)
         started.append(process)
         wait_until(lambda: len(list(tmp_path.glob("rank-*.ready"))) == 2)
         return process
