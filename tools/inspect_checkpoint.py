@@ -18,9 +18,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from megalm.arguments import LineParser
 from megalm.checkpoint.manifest import Manifest, TensorRecord, combined_hash, read_manifest
@@ -59,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _show(console: Console, info: CheckpointInfo) -> None:
     manifest = read_manifest(info.path)
-    console.print(_summary(info.path, manifest), _tensors(manifest))
+    console.print(_summary(info.path, manifest))
+    _print_rows(console, _tensors(manifest))
     for path in torn_checkpoints(info.path.parent):
         console.print(f"ignored: {path}, {describe_torn(path)}, or one that goes on just now", markup=False)
 
@@ -86,7 +88,7 @@ def _diff(console: Console, first: CheckpointInfo, second: CheckpointInfo) -> in
             _table(("setting", "first", "second"), [(s.name, *map(_text, (s.first, s.second))) for s in settings])
         )
     if tensors:
-        console.print(_table(("tensor", "kind", "difference"), [(t.name, t.kind, t.what) for t in tensors]))
+        _print_rows(console, _table(("tensor", "kind", "difference"), [(t.name, t.kind, t.what) for t in tensors]))
     total = sum(len(reader.manifest.tensors) for reader in readers) // 2
     if not tensors:
         console.print(f"tensors: all {total} are equal, in {', '.join(readers[0].manifest.kinds)}")
@@ -96,7 +98,7 @@ def _diff(console: Console, first: CheckpointInfo, second: CheckpointInfo) -> in
 
 
 def _summary(path: Path, manifest: Manifest) -> Table:
-    table = Table(show_header=False, box=None)
+    table = Table(Column(), Column(overflow="fold"), show_header=False, box=None)
     parameters = sum(prod(record.shape) for record in manifest.tensors.values())
     config = manifest.config
     rows = {
@@ -127,24 +129,24 @@ def _hash(manifest: Manifest) -> str:
 
 
 def _tensors(manifest: Manifest) -> Table:
-    table = Table(title=f"{len(manifest.tensors)} tensors")
-    for column in ("tensor", "shape", "sliced along", "kinds"):
-        table.add_column(column)
+    table = _table(("tensor", "shape", "sliced along"), [])
     for column in ("pieces", "files", "MiB"):
         table.add_column(column, justify="right")
     table.add_column("weight's hash")
+    table.add_column("kinds")
     for name, record in manifest.tensors.items():
         stored_bytes = 4 * sum(piece.length for piece in record.pieces)  # fp32, the only type that is written
         table.add_row(
             escape(name),
             "×".join(map(str, record.shape)),
             _slicing(record),
-            escape(" ".join(sorted({piece.kind for piece in record.pieces}))),
             str(len(record.pieces)),
             str(len({piece.file for piece in record.pieces})),
             f"{stored_bytes / 2**20:.2f}",
             record.fingerprint or "",
+            escape(" ".join(sorted({piece.kind for piece in record.pieces}))),
         )
+    table.caption, table.caption_justify = f"{len(manifest.tensors)} tensors", "left"
     return table
 
 
@@ -156,10 +158,20 @@ def _slicing(record: TensorRecord) -> str:
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    table = Table(*columns)
+    table = Table(*(Column(name, overflow="fold") for name in columns), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*map(escape, row))
     return table
+
+
+def _print_rows(console: Console, table: Table) -> None:
+    """A line per row, however long: names stay whole, and ``grep`` finds what belongs to them."""
+    wide = Console(highlight=False, width=_UNLIMITED)
+    Console(highlight=False, width=max(console.width, wide.measure(table).maximum)).print(table)
+
+
+_UNLIMITED = 10_000
+"""Columns; what a table needs is less."""
 
 
 def _pairs(mapping: Mapping[str, Any]) -> str:
