@@ -41,20 +41,30 @@ def fingerprint(name: str, shard: ShardSpec, flat_start: int, values: Tensor) ->
 
 
 def _sum_of(rows: Rows, bits: Tensor, seed: int) -> int:
+    """Blocks have one shape but for the last ones, and places in them differ by a constant: they are mixed once."""
+    height, width = max(1, _CHUNK // rows.width), min(rows.width, _CHUNK)
+    steps = [torch.arange(count, device=bits.device) for count in (min(height, rows.rows), width)]
+    first = steps[0].mul_(_wrapped(_GAMMA * rows.full_stride))[:, None] + steps[1].mul_(_GAMMA)
+    mixed, shifted = torch.empty_like(first), torch.empty_like(first)
     total = 0
-    step = max(1, _CHUNK // rows.width)
-    for row in range(0, rows.rows, step):
-        for column in range(0, rows.width, _CHUNK):
-            block = bits[row : row + step, column : column + _CHUNK]
-            places = torch.arange(block.shape[1], device=bits.device) + (rows.full_start + column)
-            starts = torch.arange(row, row + block.shape[0], device=bits.device) * rows.full_stride
-            total += _mixed(places + starts[:, None], block, seed)
+    for row in range(0, rows.rows, height):
+        for column in range(0, rows.width, width):
+            block = bits[row : row + height, column : column + width]
+            place = (slice(block.shape[0]), slice(block.shape[1]))
+            begins = rows.full_start + row * rows.full_stride + column
+            x = mixed[place].copy_(block).add_(first[place]).add_(_wrapped(_GAMMA * begins + seed))
+            total += _finished(x, shifted[place])
     return total
 
 
-def _mixed(places: Tensor, bits: Tensor, seed: int) -> int:
-    x = places.mul_(_GAMMA).add_(bits).add_(seed)
-    x.bitwise_xor_(x >> 30)
+def _finished(x: Tensor, shifted: Tensor) -> int:
+    """The sum of the finaliser's results; both tensors are used up."""
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 30, out=shifted))
     x.mul_(_MULTIPLIER)
-    x.bitwise_xor_(x >> 27)
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 27, out=shifted))
     return int(x.sum())
+
+
+def _wrapped(number: int) -> int:
+    """An integer as 64 bits with a sign hold it."""
+    return (number + _MODULUS // 2) % _MODULUS - _MODULUS // 2

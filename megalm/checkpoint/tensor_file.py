@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +21,9 @@ from torch import Tensor
 
 _CHUNK_BYTES = 1 << 24
 """Bytes handed to the system at once."""
+
+_FLUSH_BYTES = 1 << 27
+"""Bytes after which a thread begins to flush, so that the disk is not idle until the last byte is handed over."""
 
 _ALIGNMENT = 8
 """Where the first tensor begins, in bytes, as the library has it."""
@@ -59,6 +63,9 @@ class TensorFileWriter:
         self._left = list(specs.items())[::-1]
         # Unbuffered: chunks are large, and a copy in between would only cost.
         self._file = path.open("wb", buffering=0)
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")  # starts no thread before it is used
+        self._flush: Future[None] | None = None
+        self._unflushed = 0
         self._write(_header(specs, metadata))
 
     def write(self, name: str, tensor: Tensor, *, stop: Callable[[], object] = lambda: None) -> None:
@@ -75,11 +82,18 @@ class TensorFileWriter:
         if self._file.closed:
             return
         try:
+            if self._flush is not None:
+                self._flush.result()  # the system tells of an error once, to whoever flushes first
             os.fsync(self._file.fileno())
         except OSError as error:  # where a file system learns late that it is full
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         finally:
-            self._file.close()
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Close without a word of what went wrong; no flush may be left that would meet another file's descriptor."""
+        self._flusher.shutdown()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +102,7 @@ class TensorFileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self._file.close()
+            self._abandon()
             return
         self.close()
         if self._left:
@@ -99,9 +113,21 @@ class TensorFileWriter:
         try:
             while view:
                 stop()
-                view = view[self._file.write(view[:_CHUNK_BYTES]) :]
+                written = self._file.write(view[:_CHUNK_BYTES])
+                view = view[written:]
+                self._flush_behind(written)
         except OSError as error:  # of a write, which knows no file's name
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def _flush_behind(self, written: int) -> None:
+        """Begin to flush what was written, unless the flush before is not done yet."""
+        self._unflushed += written
+        if self._unflushed < _FLUSH_BYTES or (self._flush is not None and not self._flush.done()):
+            return
+        if self._flush is not None:
+            self._flush.result()
+        self._unflushed = 0
+        self._flush = self._flusher.submit(os.fsync, self._file.fileno())
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
