@@ -41,7 +41,7 @@ def fingerprint(name: str, shard: ShardSpec, flat_start: int, values: Tensor) ->
 
 
 def _sum_of(rows: Rows, bits: Tensor, seed: int) -> int:
-    """Blocks have one shape but for the last ones, and places in them differ by a constant: they are mixed once."""
+    """Places in one block and the next differ by a constant, so that only the first block's are computed."""
     height, width = max(1, _CHUNK // rows.width), min(rows.width, _CHUNK)
     steps = [torch.arange(count, device=bits.device) for count in (min(height, rows.rows), width)]
     first = steps[0].mul_(_wrapped(_GAMMA * rows.full_stride))[:, None] + steps[1].mul_(_GAMMA)

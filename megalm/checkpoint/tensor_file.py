@@ -64,7 +64,8 @@ class TensorFileWriter:
         # Unbuffered: chunks are large, and a copy in between would only cost.
         self._file = path.open("wb", buffering=0)
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")  # starts no thread before it is used
-        self._flush: Future[None] | None = None
+        self._flush: Future[None] = Future()
+        self._flush.set_result(None)
         self._unflushed = 0
         self._write(_header(specs, metadata))
 
@@ -82,16 +83,15 @@ class TensorFileWriter:
         if self._file.closed:
             return
         try:
-            if self._flush is not None:
-                self._flush.result()  # the system tells of an error once, to whoever flushes first
+            self._flush.result()  # the system tells of an error once, to whoever flushes first
             os.fsync(self._file.fileno())
         except OSError as error:  # where a file system learns late that it is full
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         finally:
-            self._abandon()
+            self._release()
 
-    def _abandon(self) -> None:
-        """Close without a word of what went wrong; no flush may be left that would meet another file's descriptor."""
+    def _release(self) -> None:
+        """Give the descriptor back, which may be another file's at once: no flush may be left that would meet it."""
         self._flusher.shutdown()
         self._file.close()
 
@@ -102,7 +102,7 @@ class TensorFileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self._abandon()
+            self._release()
             return
         self.close()
         if self._left:
@@ -122,10 +122,9 @@ class TensorFileWriter:
     def _flush_behind(self, written: int) -> None:
         """Begin to flush what was written, unless the flush before is not done yet."""
         self._unflushed += written
-        if self._unflushed < _FLUSH_BYTES or (self._flush is not None and not self._flush.done()):
+        if self._unflushed < _FLUSH_BYTES or not self._flush.done():
             return
-        if self._flush is not None:
-            self._flush.result()
+        self._flush.result()
         self._unflushed = 0
         self._flush = self._flusher.submit(os.fsync, self._file.fileno())
 

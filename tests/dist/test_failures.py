@@ -13,6 +13,7 @@ from cli_runs import run, steps_of
 
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import complete_checkpoints
+from megalm.launch.device import slow_format
 from megalm.train.callbacks.metrics_jsonl import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -41,8 +42,10 @@ def test_a_corrupt_chunk_ends_the_run_and_is_named(tiny_dataset: Path, tmp_path:
     for offset in range(700, len(content) - 2048, 1536):  # somewhere in every chunk
         content[offset] ^= 1
     shard.write_bytes(content)
-    code, output = run([*TWO_RANKS, f"data.path={data}", f"run.dir={tmp_path}", "run.name=corrupt"])
+    changes = [f"data.path={data}", f"run.dir={tmp_path}", "run.name=corrupt", "engine.dtype=bf16"]
+    code, output = run([*TWO_RANKS, *changes])
     assert code == 3, output
+    assert output.count("emulates 16-bit products") == (slow_format("cpu", "bf16") is not None), "once, where it is so"
     assert "shard-000000.tar chunk" in output
     assert "checksum differs" in output
     assert "Traceback" not in output

@@ -66,13 +66,13 @@ def _start(saver: Saver, values: torch.Tensor, state: RunState) -> None:
 def test_training_stands_still_for_the_copy_alone(config: Config, tmp_path: Path, slow_disk) -> None:
     saver = Saver(config, ParallelContext.single(), tmp_path)
     values = torch.zeros(4)
-    _start(saver, values, _state(1))
+    saver.start(_pieces(values), _state(1), stall_began=time.perf_counter(), waited_seconds=0.01)
     values += 1  # the next step, before anything is written
     assert saver.newly_complete() is None
     with pytest.raises(AssertionError, match="finish"):  # a second save waits for the first
         _start(saver, values, _state(2))
     told = saver.finish()
-    assert told is not None and told.step == 1
+    assert told is not None and (told.step, told.waited_seconds) == (1, 0.01)
     assert told.stall_seconds < SLOW / 2 < SLOW <= told.write_seconds
     assert saver.finish() is None, "told of once"
     reader = CheckpointReader(Path(told.checkpoint))
