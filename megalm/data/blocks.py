@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from megalm.data.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.clean.near_duplicates import bands
 from megalm.data.document import Block, Document, Rejected
+from megalm.data.left_out import LeftOutTotals
 from megalm.data.tokenizer import Tokenizer
 
 
@@ -68,6 +69,7 @@ class BlockResult:
         read: documents that were read, rejected ones included.
         removed: how many documents each rule removed.
         notes: how often something was changed.
+        left_out: what readers left out of documents, as :meth:`LeftOutTotals.to_dict` gives it.
     """
 
     tokens: NDArray[np.uint32]
@@ -82,11 +84,12 @@ class BlockResult:
     read: int
     removed: dict[str, int]
     notes: dict[str, int]
+    left_out: dict[str, Any]
 
     def save(self, path: Path) -> None:
         """Write, then rename: a killed worker leaves no result."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {name: getattr(self, name) for name in ("names", "bytes", "read", "removed", "notes")}
+        record = {name: getattr(self, name) for name in ("names", "bytes", "read", "removed", "notes", "left_out")}
         arrays: dict[str, Any] = {
             "tokens": self.tokens,
             "lengths": self.lengths,
@@ -148,6 +151,7 @@ def tokenise_block(work: Work, number: int, block: Block) -> tuple[int, int, int
         read=reading.read,
         removed=dict(reading.removed),
         notes=dict(reading.notes),
+        left_out=reading.left_out.to_dict(),
     )
     result.save(work.path_of(number))
     return reading.bytes, len(documents), int(tokens.size)
@@ -176,12 +180,15 @@ class _Reading:
         self.bytes = self.read = 0
         self.removed: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
+        self.left_out = LeftOutTotals()
 
     def cleaned(self, work: Work, block: Block) -> Iterator[Document]:
         """The documents that stay."""
         cleaner = _cleaner(work.cleaning)
         for document in block.documents():
             self.read += 1
+            if document.left_out is not None:
+                self.left_out.add(document.name, document.left_out)
             outcome: Cleaned | Rejected
             if isinstance(document, Document):
                 self.bytes += _size(document)

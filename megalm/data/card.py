@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megalm.data.left_out import NAMES, SHARE, LeftOutTotals
 from megalm.data.recipe import Recipe
 from megalm.data.shard_writer import write_durably
 from megalm.data.summary import Lengths, Summary
@@ -13,6 +14,7 @@ from megalm.figure import new_figure
 
 CARD_FILE, CARD_DATA_FILE, LENGTHS_FILE = "data_card.md", "data_card.json", "document_lengths.png"
 _COLOUR = "#3366a8"
+_KINDS_SHOWN, _DOCUMENTS_SHOWN = 40, 20
 
 
 def write_card(folder: Path, recipe: Recipe, summary: Summary, command: str) -> None:
@@ -53,6 +55,7 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
     lines += ["", f"Tokenizer: {summary.vocab_size:,} tokens, sha256 `{summary.tokenizer_sha256}`.", ""]
     lines += _counts("Removed documents", "rule", summary.removed)
     lines += _counts("Changes inside documents", "change", summary.notes)
+    lines += _left_out(summary.left_out, summary.read)
     quantiles = ", ".join(f"{share} {tokens:,}" for share, tokens in _quantiles(summary.lengths).items())
     lines += ["## Tokens per document", "", f"{quantiles} (to within a fifth).", "", f"![lengths]({LENGTHS_FILE})"]
     return "\n".join(lines) + "\n"
@@ -86,6 +89,44 @@ def _counts(title: str, what: str, counts: dict[str, int]) -> list[str]:
         return [f"## {title}", "", "None.", ""]
     rows = [f"| {name} | {count:,} |" for name, count in counts.items()]
     return [f"## {title}", "", f"| {what} | count |", "| --- | ---: |", *rows, ""]
+
+
+def _left_out(totals: LeftOutTotals, read: int) -> list[str]:
+    """What a reader of the corpus did not pass on; nothing where it passes on all."""
+    if not totals.kinds:
+        return []
+    rows = totals.by_words()
+    shown, others = rows[:_KINDS_SHOWN], rows[_KINDS_SHOWN:]
+    if others:
+        times, words = sum(row[1] for row in others), sum(row[2] for row in others)
+        shown.append((f"{len(others):,} more, the largest in {CARD_DATA_FILE}", times, words))
+    lines = [
+        "## Left out of documents",
+        "",
+        f"Words in what is not rendered as text, over all {read:,} documents read; the first {NAMES:,} names are counted "
+        "one by one, later ones together.",
+        "",
+        "| what | times | words |",
+        "| --- | ---: | ---: |",
+        *(f"| {_cell(name)} | {times:,} | {words:,} |" for name, times, words in shown),
+        f"| all | {sum(row[1] for row in rows):,} | {totals.words:,} |",
+        "",
+        f"{totals.over:,} documents lose more than {SHARE:.0%} of their words, references aside.",
+        "",
+    ]
+    if totals.documents:
+        lines += ["| document | words kept | words left out | mostly |", "| --- | ---: | ---: | --- |"]
+        lines += [
+            f"| {_cell(name)} | {kept:,} | {lost:,} | {_cell(mostly)} |"
+            for name, kept, lost, mostly in totals.documents[:_DOCUMENTS_SHOWN]
+        ]
+        lines.append("")
+    return lines
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _quantiles(lengths: Lengths) -> dict[str, int]:

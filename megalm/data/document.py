@@ -6,7 +6,7 @@ one, which is where decompression aside all work is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -27,16 +27,38 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What a reader left out of a document that is not markup: tables, captions, templates that it cannot render.
+
+    Attributes:
+        kinds: by name, how often something was left out and how many words it had.
+        kept_words: words of the document that stay.
+        lost_words: words that do not, without those of references, which are no part of the text.
+    """
+
+    kinds: Mapping[str, tuple[int, int]]
+    kept_words: int
+    lost_words: int
+
+    @property
+    def share(self) -> float:
+        """Of the document's words, those that do not stay."""
+        return self.lost_words / max(self.kept_words + self.lost_words, 1)
+
+
+@dataclass(frozen=True)
 class Document:
     """One document of a corpus.
 
     Attributes:
         name: where it is from, so that a person finds it again: a path, ``file.jsonl:17``, an article's title.
         segments: its text, in order; one for plain text, several for prompts and completions.
+        left_out: what its reader left out; None: nothing, or it does not count.
     """
 
     name: str
     segments: tuple[Segment, ...]
+    left_out: LeftOut | None = None
 
     @classmethod
     def plain(cls, name: str, text: str | bytes) -> Document:
@@ -63,10 +85,12 @@ class Rejected:
     Attributes:
         name: where it is.
         rule: why, in a word or two that reports count by: ``malformed JSON``, ``redirect``.
+        left_out: what its reader left out; None: nothing, or it does not count.
     """
 
     name: str
     rule: str
+    left_out: LeftOut | None = None
 
 
 class Block(Protocol):

@@ -26,6 +26,7 @@ from megalm.data.document import Block, Corpus
 from megalm.data.duplicates import Duplicates
 from megalm.data.executors import Workers
 from megalm.data.index import Index
+from megalm.data.left_out import LeftOutTotals
 from megalm.data.packing import BestFitPacker, Row
 from megalm.data.recipe import Recipe
 from megalm.data.shard_writer import ShardWriter, write_durably
@@ -312,6 +313,7 @@ class _Totals:
     tokens: int = 0
     removed: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOutTotals = field(default_factory=LeftOutTotals)
     lengths: Lengths = field(default_factory=Lengths)
 
     def add(self, block: BlockResult, duplicates: Duplicates) -> np.ndarray:
@@ -320,6 +322,7 @@ class _Totals:
         self.bytes += block.bytes
         self.removed.update(block.removed)
         self.notes.update(block.notes)
+        self.left_out.merge(LeftOutTotals.from_dict(block.left_out))
         kept = np.ones(len(block.names), dtype=bool)
         if block.digests.size or block.bands.size:
             for document in range(len(block.names)):
@@ -345,6 +348,7 @@ class _Totals:
             tokens=self.tokens,
             removed=dict(self.removed.most_common()),
             notes=dict(self.notes.most_common()),
+            left_out=self.left_out,
             lengths=self.lengths,
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,

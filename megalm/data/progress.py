@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megalm.data.card import CARD_FILE
+from megalm.data.left_out import SHARE
 from megalm.data.prepare import Done
 from megalm.data.summary import Summary
 
@@ -83,4 +85,9 @@ def summary_lines(out: str, summary: Summary, seconds: float) -> list[str]:
     for title, counts in (("removed", summary.removed), ("changed", summary.notes)):
         if counts:
             lines.append(f"{title}: " + ", ".join(f"{count:,} {rule}" for rule, count in counts.items()))
+    if summary.left_out.kinds:
+        lines.append(
+            f"left out: {summary.left_out.words:,} words in what is not rendered as text (tables, captions, …), and "
+            f"{summary.left_out.over:,} documents lose more than {SHARE:.0%}; by name in {out}/{CARD_FILE}"
+        )
     return lines

@@ -9,10 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalm.data.index import Index
+from megalm.data.left_out import SHARE, LeftOutTotals
 from megalm.data.recipe import Recipe
 
 _BINS_PER_DOUBLING = 4
 _DOUBLINGS = 40
+LISTED_KINDS = 1000
+"""Names of what was left out that the files of a dataset list, those with most words first; the total counts all."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Summary:
         tokens: of the documents that stayed, end-of-document tokens included.
         removed: how many documents each rule removed.
         notes: how often something was changed in documents.
+        left_out: what the corpus's reader left out of documents.
         lengths: tokens per document.
         tokenizer_sha256: hash of the tokenizer.
         vocab_size: of the tokenizer.
@@ -72,6 +76,7 @@ class Summary:
     tokens: int
     removed: dict[str, int]
     notes: dict[str, int]
+    left_out: LeftOutTotals
     lengths: Lengths
     tokenizer_sha256: str
     vocab_size: int
@@ -104,4 +109,22 @@ class Summary:
             }
             for split, index in self.splits.items()
         }
+        if self.left_out.kinds:
+            contents["left_out"] = self._left_out()
         return {**contents, "splits": splits, "recipe": asdict(self.recipe)}
+
+    def _left_out(self) -> dict[str, Any]:
+        return {
+            "words": self.left_out.words,
+            "kinds": [
+                {"name": name, "times": times, "words": words}
+                for name, times, words in self.left_out.by_words()[:LISTED_KINDS]
+            ],
+            "names": len(self.left_out.kinds),
+            "over_share": SHARE,
+            "documents_over_share": self.left_out.over,
+            "documents": [
+                {"name": name, "words_kept": kept, "words_left_out": lost, "mostly": mostly}
+                for name, kept, lost, mostly in self.left_out.documents
+            ],
+        }
