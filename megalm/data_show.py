@@ -16,6 +16,8 @@ from megalm.data.dataset import open_datasets
 from megalm.data.ledger import DocumentSpan, Ledger, Reading, SampleSource, Steps
 from megalm.data.phases import DataState, fingerprint_of, new_state, order_of
 from megalm.data.sequences import Corpora
+from megalm.data.tokenizer import TOKENIZER_FILE
+from megalm.data.vocabulary import Vocabulary, check_same
 from megalm.errors import ConfigError, DataError
 from megalm.train.callbacks.metrics_jsonl import FILE_NAME, read_metrics, step_rows
 
@@ -42,9 +44,14 @@ def show_lines(
         raise ConfigError(f"--step {step}: steps count from 1")
     config = load_run_config(run_dir, overrides)
     steps = Steps(_recorded_samples(Path(run_dir)), BatchSize.of(config.train, config.model.sequence_length))
-    corpora = Corpora.open(
-        [dataset.below("train") for dataset in open_datasets(config.data)], config.model.sequence_length
-    )
+    datasets = open_datasets(config.data)
+    corpora = Corpora.open([dataset.below("train") for dataset in datasets], config.model.sequence_length)
+    own = Path(run_dir) / TOKENIZER_FILE
+    if own.exists():
+        model = Vocabulary.parse(own.read_text(encoding="utf-8", errors="replace"), str(own))
+        for dataset in datasets:
+            what = f"data.path={dataset.location}"
+            check_same(model, Vocabulary.of_dataset(dataset), what, "so these are not what the run reads")
     if step is not None:
         samples = steps.samples_of(step)
         sources = _ledger(config, corpora, Path(run_dir), steps, samples[0]).sources_of_step(step)

@@ -12,12 +12,13 @@ from typing import Any
 
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.start import StartMode, StartPoint, resolve_start, run_folder
+from megalm.checkpoint.vocabulary import match_vocabulary
 from megalm.compose import compose
 from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.rules import data_violations, violations, world_size_of
 from megalm.config.schema import Config
 from megalm.data.batch_size import BatchSize
-from megalm.data.dataset import DatasetInfo, inspect_datasets
+from megalm.data.dataset import DatasetInfo, inspect_datasets, open_datasets
 from megalm.data.order import BlendedOrder
 from megalm.data.phases import DataState, too_many_epochs
 from megalm.errors import ConfigError
@@ -87,7 +88,7 @@ def make_plan(overrides: Sequence[str], world_size: int | None = None) -> Plan:
         )
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    start = resolve_start(config, run_folder(config))
+    start = match_vocabulary(config, resolve_start(config, run_folder(config)), open_datasets(config.data))
     if problems := _epoch_violations(config, datasets, start):
         raise ConfigError(problems)
     complete = start.mode is StartMode.RESUME and not start.is_named and start.step >= config.train.steps

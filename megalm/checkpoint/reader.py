@@ -17,7 +17,7 @@ from torch import Tensor
 from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.manifest import WEIGHT, Manifest, Piece, TensorRecord, read_manifest
 from megalm.checkpoint.tensor_file import as_bytes
-from megalm.core.sharding import ShardSpec
+from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.errors import CheckpointError
 
 
@@ -115,6 +115,10 @@ class CheckpointReader:
         if end < stop:
             raise CheckpointError(f"{self.path}: {name}: {kind} is incomplete from element {end} on")
         return torch.empty(0) if local is None else local
+
+    def saved_part(self, piece: StatePiece) -> StatePiece:
+        """What of a piece of the loaded model the checkpoint has: all of it, in a model of the same shape."""
+        return piece
 
     def find_corruption(self) -> Iterator[str]:
         """Read everything and describe each damaged file or tensor."""

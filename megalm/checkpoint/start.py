@@ -59,6 +59,7 @@ class StartPoint:
         step: steps already taken.
         notes: what the user should know, one line each: torn checkpoints, steps that are lost.
         is_named: whether ``checkpoint.resume`` names the checkpoint, and it is where the run goes on from.
+        extends_vocab: whether the model has more words than the checkpoint, whose embeddings get rows for them.
     """
 
     mode: StartMode
@@ -66,6 +67,7 @@ class StartPoint:
     step: int = 0
     notes: tuple[str, ...] = ()
     is_named: bool = False
+    extends_vocab: bool = False
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> StartPoint:
@@ -77,6 +79,7 @@ class StartPoint:
             step=fields["step"],
             notes=tuple(fields["notes"]),
             is_named=fields["is_named"],
+            extends_vocab=fields["extends_vocab"],
         )
 
 
@@ -241,8 +244,8 @@ def _check_model(config: Config, manifest: Manifest, path: Path, *, except_for: 
         for name, value in config_to_dict(config)["model"].items()
         if name != "vocab_size" and name not in except_for and saved.get(name) != value
     ]
-    vocab_size = config.model.vocab_size
-    if vocab_size is not None and saved.get("vocab_size") not in (None, vocab_size):
+    vocab_size, is_fixed = config.model.vocab_size, not config.checkpoint.extend_vocab
+    if vocab_size is not None and is_fixed and saved.get("vocab_size") not in (None, vocab_size):
         problems.append(f"model.vocab_size={vocab_size}: {path} was trained with {saved['vocab_size']}")
     if problems:
         raise CheckpointError("\n".join(problems))

@@ -259,6 +259,14 @@ def one_source_of_weights(job: Job) -> Iterator[Violation]:
             f"conflicts with checkpoint.init_from={checkpoint.init_from}: a run starts from one model's weights",
             fixes=(Fix("checkpoint.finetune_from", (None,)), Fix("checkpoint.init_from", (None,))),
         )
+    if checkpoint.extend_vocab and checkpoint.init_from is None and checkpoint.finetune_from is None:
+        yield Violation(
+            "checkpoint.extend_vocab",
+            True,
+            "adds words to a model that a run begins with, and none is named",
+            "name it with checkpoint.finetune_from or checkpoint.init_from",
+            fixes=(Fix("checkpoint.extend_vocab", (False,)),),
+        )
 
 
 def retention_has_something_to_keep(job: Job) -> Iterator[Violation]:

@@ -280,6 +280,9 @@ class Checkpoint:
     finetune_from: str | None = None
     """The same, for training on other data: ``data.phase`` must be above the checkpoint's, so that order and record of
     the data tell one phase from the other."""
+    extend_vocab: bool = False
+    """Whether a run that begins with another's weights may have more words: the rows of the embeddings are kept, and
+    those of tokens that were added to the tokenizer begin as in a fresh model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,6 +183,10 @@ class Tokenizer:
         """Text of token ids; special tokens are left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def name_of(self, number: int) -> str:
+        """How the vocabulary spells a token; ``no token`` for an id without one."""
+        return str(self._tokenizer.id_to_token(number) or "no token")
+
     def _find_end(self, eos: str | None) -> int:
         for name in ENDS if eos is None else (eos,):
             number = self._tokenizer.token_to_id(name)

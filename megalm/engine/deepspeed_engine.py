@@ -113,6 +113,11 @@ class DeepSpeedEngine:
         """Full shape of every parameter that this rank holds a slice of, by name."""
         return {p.name: p.shard.full_shape for p in self.parameters}
 
+    def vocabulary_parameters(self) -> list[DeclaredParameter]:
+        """Those that have a row per word, as far as this rank holds a slice of them."""
+        rows = {id(parameter) for parameter in self.stage.vocabulary_parameters()}
+        return [p for p in self.parameters if id(p.parameter) in rows]
+
     def state_pieces(self) -> list[StatePiece]:
         """The masters and moments that this rank alone is to save; together, all ranks' pieces cover everything once.
 

@@ -17,6 +17,7 @@ from megalm.data.dataset import open_datasets
 from megalm.data.loader import Batch, label_counts, validation_batches
 from megalm.data.objectives import make_objective
 from megalm.data.sequences import Corpora
+from megalm.data.vocabulary import Vocabulary, check_same
 from megalm.engine.micro_batches import evaluation_place
 from megalm.errors import DataError
 from megalm.generate.load import TrainedModel, load_full_model
@@ -44,10 +45,12 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     datasets = open_datasets(config.data)
     corpora = Corpora.open([dataset.below("val") for dataset in datasets], config.model.sequence_length)
     where = ", ".join(dataset.location for dataset in datasets)
-    if corpora.shards[0].index.tokenizer_sha256 != trained.tokenizer.sha256:
-        raise DataError(
-            f"data.path={where}: made by another tokenizer than the run's, so its perplexity would mean "
-            "nothing; prepare the text with the tokenizer.json of the run"
+    for dataset in datasets:
+        check_same(
+            trained.vocabulary,
+            Vocabulary.of_dataset(dataset, "val"),
+            f"data.path={dataset.location}",
+            "so its perplexity would mean nothing",
         )
     batches = validation_batches(
         corpora,
@@ -77,6 +80,7 @@ def scores(trained: TrainedModel, batches: Iterable[Batch], corpora: Corpora) ->
     counts = torch.zeros(corpora.vocab_size, dtype=torch.float64)
     eos_id = corpora.eos_id if trained.config.data.reset_at_documents else None
     for batch in batches:
+        trained.check_tokens(int(batch.tokens.max()), "the validation split")
         place = evaluation_place(batch.tokens, eos_id, trained.device)
         logits = trained.model(batch.tokens.to(trained.device), place).float()  # [B, S, V]
         losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.to(trained.device).flatten(), reduction="none")

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import torch
 
+from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import locate
+from megalm.checkpoint.vocabulary import check_own_tokenizer
 from megalm.compose import load_run_config
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
 from megalm.core.sharding import declared_parameters
 from megalm.data.dataset import TOKENIZER_FILE
 from megalm.data.tokenizer import Tokenizer
-from megalm.errors import ConfigError
+from megalm.data.vocabulary import Vocabulary
+from megalm.errors import ConfigError, DataError
 from megalm.models.counts import resolve_vocab_size
 from megalm.models.gpt import GPT, build_full_model
 
@@ -31,6 +34,7 @@ class TrainedModel:
         config: of the run, overrides applied.
         device: where the model is.
         checkpoint: the folder that the weights are from.
+        vocabulary: the tokenizer, as data are compared with it.
     """
 
     model: GPT
@@ -38,6 +42,21 @@ class TrainedModel:
     config: Config
     device: torch.device
     checkpoint: Path
+    vocabulary: Vocabulary
+
+    def check_tokens(self, largest: int, what: str) -> None:
+        """Refuse ids that the model has no embedding of: a tokenizer may have more words than its model.
+
+        Raises:
+            DataError: naming the token.
+        """
+        rows = self.model.output_embedding.weight.shape[0]
+        if largest >= rows:
+            raise DataError(
+                f"{what}: has token {largest} ({self.tokenizer.name_of(largest)}), and the model has {rows:,} rows; "
+                f"{self.vocabulary} has more words than the model: a new run with checkpoint.init_from and "
+                "checkpoint.extend_vocab=true learns them"
+            )
 
 
 def load_full_model(run_dir: str | Path, overrides: Sequence[str] = ()) -> TrainedModel:
@@ -58,11 +77,13 @@ def load_full_model(run_dir: str | Path, overrides: Sequence[str] = ()) -> Train
     tokenizer = Tokenizer.load(run_dir / TOKENIZER_FILE)
     resume = config.checkpoint.resume
     checkpoint = locate(run_dir if resume in ("auto", "never") else resume).path
+    vocabulary = Vocabulary.of(tokenizer, run_dir / TOKENIZER_FILE)
+    check_own_tokenizer(checkpoint, read_manifest(checkpoint), vocabulary)
     device = choose_device(config.launch.device)
     vocab_size = resolve_vocab_size(config.model, tokenizer.vocab_size)
     model = build_full_model(config.model, vocab_size, dtype=DTYPES[config.engine.dtype], device=str(device))
     load_weights(model, checkpoint)
-    return TrainedModel(model.eval(), tokenizer, config, device, checkpoint)
+    return TrainedModel(model.eval(), tokenizer, config, device, checkpoint, vocabulary)
 
 
 def load_weights(model: GPT, checkpoint: Path) -> None:

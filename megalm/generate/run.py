@@ -46,6 +46,7 @@ def continue_text(trained: TrainedModel, prompt: str, *, max_new_tokens: int, sa
     """The text that follows a prompt, without the prompt."""
     tokenizer = trained.tokenizer
     tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    trained.check_tokens(max(tokens), "--prompt")
     new_tokens = generate_tokens(
         # A model may have more rows than the tokenizer has words; those are no text.
         lambda window: trained.model(window)[..., : tokenizer.vocab_size],

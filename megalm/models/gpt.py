@@ -269,6 +269,12 @@ class GPT(nn.Module):
                 stages |= dict.fromkeys(self.blocks[str(layer)].parameters(), stage)
         return stages
 
+    def vocabulary_parameters(self) -> list[nn.Parameter]:
+        """Those that have a row per word: the embedding, an output projection of its own, and BERT's bias per word."""
+        modules = (self.embedding, self.head)
+        weights = [module.weight for module in modules if module is not None]
+        return weights if self.masked_lm is None else [*weights, self.masked_lm.bias]
+
     @property
     def second_tied_copy(self) -> nn.Parameter | None:
         """The last stage's copy of a tied embedding that another rank's first stage owns; None where there is none."""

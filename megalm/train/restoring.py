@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from megalm.checkpoint.extension import ExtendedReader
 from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.manifest import WEIGHT, combined_hash
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.start import RESUMED_FROM, StartMode, StartPoint
 from megalm.core.groups import ParallelContext
+from megalm.core.sharding import StatePiece
 from megalm.data.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.errors import CheckpointError
@@ -43,8 +45,17 @@ class Restored:
     lineage: dict[str, Any] = field(default_factory=dict)
 
 
-def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader, context: ParallelContext) -> Restored:
+def restore(
+    start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader, context: ParallelContext, *, seed: int = 0
+) -> Restored:
     """Load what the start point says; collective over all ranks.
+
+    Args:
+        start: where the run starts from.
+        engine: what is filled.
+        loader: takes its position in the data.
+        context: this rank's groups.
+        seed: of initial weights, where the model gets rows that the checkpoint has not.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model, or is damaged, or what arrived in the model is not what
@@ -54,6 +65,9 @@ def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader, con
     if start.path is None:
         return Restored(Progress())
     reader = CheckpointReader(start.path)
+    if start.extends_vocab:
+        dtype = next(engine.stage.parameters()).dtype
+        reader = ExtendedReader(reader, engine.vocabulary_parameters(), seed=seed, dtype=dtype)
     manifest = reader.manifest
     reader.check_parameters(engine.full_shapes())
     resumes = start.mode is StartMode.RESUME
@@ -61,7 +75,8 @@ def restore(start: StartPoint, engine: DeepSpeedEngine, loader: TrainLoader, con
         loader.load_state_dict(manifest.data)
     engine.load_state(reader, scalars=manifest.training["engine"] if resumes else None)
     parameters = _prove_loaded(reader, engine, context)
-    words = f"{start.mode.value}, step {manifest.step:,}: {_WORDS[start.mode]}; hash {parameters}; {start.path}"
+    what = _WORDS[start.mode] + (", rows added to the vocabulary" if start.extends_vocab else "")
+    words = f"{start.mode.value}, step {manifest.step:,}: {what}; hash {parameters}; {start.path}"
     if resumes:
         lineage = {key: manifest.training[key] for key in (PARENT, RESUMED_FROM) if key in manifest.training}
         if start.is_named:
@@ -85,14 +100,14 @@ def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: Pa
     """
     names = sorted(reader.manifest.tensors)
     number = {name: index for index, name in enumerate(names)}
-    sums = torch.zeros(2, len(names), dtype=torch.int64)  # shares of fingerprints; how many there are
+    # Shares of fingerprints; how many there are; shares of what the checkpoint has of them, without rows added here.
+    sums = torch.zeros(3, len(names), dtype=torch.int64)
     for piece in engine.state_pieces():
         if piece.kind == WEIGHT:
-            share = fingerprint(piece.name, piece.shard, piece.flat_start, piece.values)
-            sums[0, number[piece.name]] += share - (1 << 64) if share >= 1 << 63 else share
-            sums[1, number[piece.name]] += 1
-    totals, counts = context.world.all_reduce(sums.to(context.device)).tolist()
+            sums[:, number[piece.name]] += torch.tensor([_share(piece), 1, _share(reader.saved_part(piece))])
+    totals, counts, kept = context.world.all_reduce(sums.to(context.device)).tolist()
     loaded = {name: total % (1 << 64) for name, total in zip(names, totals, strict=True)}
+    as_saved = {name: total % (1 << 64) for name, total in zip(names, kept, strict=True)}
     saved = reader.manifest.fingerprints
     problems = [
         f"{reader.path}: {name}: in the checkpoint, not in the model"
@@ -102,8 +117,14 @@ def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: Pa
     problems += [
         f"{reader.path}: {name}: what was loaded is not what was saved"
         for name, count in zip(names, counts, strict=True)
-        if count and saved is not None and loaded[name] != saved[name]
+        if count and saved is not None and as_saved[name] != saved[name]
     ]
     if problems:
         raise CheckpointError("\n".join(problems))
     return combined_hash(loaded)
+
+
+def _share(piece: StatePiece) -> int:
+    """A piece's share of its tensor's fingerprint, as 64 bits with a sign hold it."""
+    share = fingerprint(piece.name, piece.shard, piece.flat_start, piece.values)
+    return share - (1 << 64) if share >= 1 << 63 else share

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megalm.checkpoint.start import StartPoint, await_visible, run_folder
+from megalm.checkpoint.vocabulary import TOKENIZER, tokenizer_record
 from megalm.compose import save_config
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
@@ -72,8 +73,9 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest, start: Star
         dp_size=context.topology.dp,
         seed=config.run.seed,
     )
-    restored = restore(start, engine, loader, context)
+    restored = restore(start, engine, loader, context, seed=config.run.seed)
 
+    lineage = {**restored.lineage, TOKENIZER: tokenizer_record(tokenizer)}
     peak_name = _peak_name(config, context.device)
     peak = peak_flops(peak_name, config.engine.dtype)
     callbacks = CallbackList(_make_callbacks(config) if context.rank == 0 else [])
@@ -98,7 +100,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest, start: Star
         engine=engine,
         loader=loader,
         validator=Validator(config, context, val_data, objective, eos_id=eos_id),
-        saver=Saver(config, context, run_dir, lineage=restored.lineage, start=start),
+        saver=Saver(config, context, run_dir, lineage=lineage, start=start),
         callbacks=callbacks,
         learning_rate=LearningRate(config.optim, batch_size.tokens_after(config.train.steps)),
         utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),

@@ -41,6 +41,7 @@ class Task:
         steps: after which it ends.
         learning_rate: of every step; that of the run which it continues.
         mode: what is loaded.
+        extends_vocab: whether the model has more words than the source's.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Task:
     steps: int = STEPS
     learning_rate: float = 1e-4
     mode: StartMode = StartMode.RESUME
+    extends_vocab: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def _run(folder: Path, task: Task) -> Curve:
     start = StartPoint(StartMode.FRESH)
     if task.source is not None:
         checkpoint = find_latest(folder / task.source / "checkpoints")
-        start = StartPoint(task.mode, checkpoint.path, checkpoint.step)
-    restored = restore(start, engine, _NoData(), context)
+        start = StartPoint(task.mode, checkpoint.path, checkpoint.step, extends_vocab=task.extends_vocab)
+    restored = restore(start, engine, _NoData(), context, seed=config.run.seed)
     saver = Saver(config, context, folder / (task.save_as or "unused"))
     losses, norms = [], []
     for step in range(restored.progress.step if task.first is None else task.first, task.steps):

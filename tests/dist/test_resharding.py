@@ -70,14 +70,26 @@ PAIRS: list[tuple[str, Layout]] = [
 FRESH = [("tp2pp2dp2", SINGLE), ("tp2pp2dp2", layout(tp=2, pp=2)), ("single", SINGLE)]
 """New runs with a checkpoint's weights alone."""
 
+GROWN = replace(EIGHT, vocab_size=67)
+"""Six words more than the sources know."""
+EXTENDED = [
+    ("tp2pp2dp2", layout(model=GROWN)),
+    ("tp2pp2dp2", layout(tp=2, pp=2, model=GROWN)),
+    ("tp2pp2dp2", layout(dp=4, zero_stage=3, model=GROWN)),
+    ("bert", Layout(model=replace(BERT, vocab_size=67))),
+    ("bert", Layout(tp=4, model=replace(BERT, vocab_size=67))),
+]
+"""New runs with a checkpoint's weights and more words; the first of each source in one process."""
+
 
 @dataclass(frozen=True)
 class Results:
-    """Of every source while it was saved, of every pair, and of new runs with a source's weights."""
+    """Of every source while it was saved, of every pair, and of new runs with a source's weights and with more words."""
 
     sources: dict[str, Curve]
     pairs: dict[tuple[str, Layout], Curve]
     fresh: dict[tuple[str, Layout], Curve]
+    extended: dict[tuple[str, Layout], Curve]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +121,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         )
         for name, where in FRESH
     ]
+    tasks += [
+        (
+            ("extended", name, where),
+            Task(where, source=name, first=0, steps=3, mode=StartMode.INIT_FROM, extends_vocab=True),
+        )
+        for name, where in EXTENDED
+    ]
     done: dict[tuple[str, str, Layout], Curve] = {}
     for world in (8, 1, 4, 1):
         written = {name for kind, name, _ in done if kind == "source"}
@@ -122,8 +141,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         curves = run_ranks(world, run_tasks, folder, [task for _, task in ready], timeout_seconds=240)[0]
         done |= {key: curve for (key, _), curve in zip(ready, curves, strict=True)}
     assert len(done) == len(tasks)
-    kinds = [{key[1:]: curve for key, curve in done.items() if key[0] == kind} for kind in ("source", "pair", "fresh")]
-    return Results({name: curve for (name, _), curve in kinds[0].items()}, kinds[1], kinds[2])
+    sources, *others = (
+        {key[1:]: curve for key, curve in done.items() if key[0] == kind}
+        for kind in ("source", "pair", "fresh", "extended")
+    )
+    return Results({name: curve for (name, _), curve in sources.items()}, *others)
 
 
 @cache
@@ -166,3 +188,13 @@ def test_weights_alone_give_the_loss_that_the_source_has_on_that_batch(source, t
     want = uninterrupted(SOURCES[source].reference).losses
     assert first == pytest.approx(want[SAVED_AT], abs=1e-5)
     assert second != pytest.approx(want[SAVED_AT + 1], abs=1e-4)
+
+
+@pytest.mark.parametrize(("source", "target"), EXTENDED, ids=[f"{name}▶{target}" for name, target in EXTENDED])
+def test_a_vocabulary_grows_alike_on_every_layout(source: str, target: Layout, results: Results) -> None:
+    curve = results.extended[source, target]
+    want = next(curve for (name, _), curve in results.extended.items() if name == source)
+    assert "rows added to the vocabulary; hash " in curve.words
+    assert curve.words == want.words, "the same hash of the same parameters"
+    assert curve.losses == pytest.approx(want.losses, abs=1e-5)
+    assert curve.grad_norms == pytest.approx(want.grad_norms, rel=1e-4)

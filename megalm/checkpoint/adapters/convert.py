@@ -22,6 +22,7 @@ from megalm.config.schema import Model
 from megalm.config.violation import spoken_list
 from megalm.core.dtype import DTYPE_NAMES, DTYPES
 from megalm.data.tokenizer import Tokenizer
+from megalm.data.vocabulary import Vocabulary, beyond
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.counts import parameter_count
 
@@ -217,10 +218,35 @@ def _tokenizer_of(source: WeightSource) -> tuple[Tokenizer | None, list[str]]:
     folder = source.info.tokenizer or (source.info.path if source.info.path.is_dir() else None)
     found = find_tokenizer(folder, eos_id=eos_id, safe=safe)
     notes = [found.note] if found.note else []
-    words, rows = found.tokenizer.vocab_size if found.tokenizer else 0, source.info.model.vocab_size or 0
-    if words > rows:
-        notes.append(f"the tokenizer has {words:,} words, the model {rows:,}: tokens beyond have no embedding")
+    if found.tokenizer is not None and folder is not None:
+        notes += _vocabulary_notes(source, Vocabulary.of(found.tokenizer, folder))
     return found.tokenizer, notes
+
+
+def _vocabulary_notes(source: WeightSource, vocabulary: Vocabulary) -> list[str]:
+    """What of a tokenizer the model has no embedding of.
+
+    Raises:
+        CheckpointError: the tokenizer is another model's.
+    """
+    from megalm.checkpoint.adapters.run import RunSource
+
+    rows = source.info.model.vocab_size or 0
+    if isinstance(source, RunSource):
+        source.check_tokenizer(vocabulary)
+    words, added = beyond(vocabulary, rows)
+    if words:
+        raise CheckpointError(
+            f"tokenizer {vocabulary}: not this model's, which has {rows:,} words: {len(words):,} words such as "
+            f"{words[0]!r} have no embedding; put the model's own tokenizer there, or move this one away to convert "
+            "the weights alone"
+        )
+    if not added:
+        return []
+    return [
+        f"the tokenizer has {vocabulary.size:,} tokens, the model {rows:,}: {', '.join(added[:5])} have no embedding; "
+        "a run that begins with this model learns them with checkpoint.extend_vocab=true"
+    ]
 
 
 def _open_megalm(path: Path) -> WeightSource:

@@ -19,13 +19,15 @@ from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, declare
 from megalm.checkpoint.manifest import WEIGHT, Manifest
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, TEMPORARY_PREFIX, locate, step_folder
+from megalm.checkpoint.vocabulary import TOKENIZER, check_own_tokenizer, tokenizer_folder, tokenizer_record
 from megalm.checkpoint.writer import Header, PieceToWrite, complete_checkpoint, write_rank
 from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.rules import violations
 from megalm.config.schema import Config, Model, Parallel
 from megalm.core.dtype import DTYPE_NAMES
 from megalm.core.sharding import DeclaredParameter, ShardSpec
-from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.vocabulary import Vocabulary
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.balance import split_layers
 from megalm.models.gpt import Part
@@ -60,13 +62,21 @@ class RunSource(WeightSource):
             model=model,
             dtype=_stored_dtype(manifest),
             step=manifest.step,
-            tokenizer=_tokenizer_folder(checkpoint.path),
+            tokenizer=tokenizer_folder(checkpoint.path),
         )
 
     def read(self, name: str) -> Tensor:
         """See the base class. What was imported from a shorter dtype is given in that one, which loses nothing."""
         tensor = self._reader.read_local(name, WEIGHT, ShardSpec.replicated(*self._shapes[name]))
         return tensor.to(self.info.dtype)
+
+    def check_tokenizer(self, vocabulary: Vocabulary) -> None:
+        """Refuse a tokenizer that is not the one which the model was trained with.
+
+        Raises:
+            CheckpointError: naming both.
+        """
+        check_own_tokenizer(self._reader.path, self._reader.manifest, vocabulary)
 
 
 def open_source(path: Path) -> WeightSource:
@@ -120,7 +130,10 @@ def write_run(transfer: Transfer, folder: Path, *, name: str, tokenizer: Tokeniz
         config=config_to_dict(config),
         topology={"tp": tp, "pp": pp, "virtual_stages": 1, "cp": 1, "dp": 1},
         data={},
-        training={IMPORTED: {"format": info.format, "dtype": str(info.dtype).removeprefix("torch.")}},
+        training={
+            IMPORTED: {"format": info.format, "dtype": str(info.dtype).removeprefix("torch.")},
+            **({} if tokenizer is None else {TOKENIZER: tokenizer_record(tokenizer)}),
+        },
     )
     complete_checkpoint(temporary, checkpoints / step_folder(info.step), header, tp * pp)
 
@@ -194,9 +207,3 @@ def _stored_dtype(manifest: Manifest) -> torch.dtype:
     imported = manifest.training.get(IMPORTED)
     name = imported.get("dtype") if isinstance(imported, dict) and "progress" not in manifest.training else None
     return {str(dtype): dtype for dtype in DTYPE_NAMES}.get(f"torch.{name}", torch.float32)
-
-
-def _tokenizer_folder(checkpoint: Path) -> Path | None:
-    """The run's folder; a checkpoint may also lie beside its tokenizer."""
-    home = checkpoint.resolve()
-    return next((folder for folder in (home.parents[1], home.parent) if (folder / TOKENIZER_FILE).is_file()), None)

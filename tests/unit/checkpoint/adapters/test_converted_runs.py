@@ -101,7 +101,11 @@ def test_steps_and_origin_are_kept(exported: Path, tmp_path: Path) -> None:
 
     convert_quietly("hf", "megalm", exported, tmp_path / "out", dtype="bf16")
     manifest = read_manifest(locate(tmp_path / "out").path)
-    assert manifest.training == {"imported": {"format": "hf", "dtype": "bfloat16"}}
+    tokenizer = Tokenizer.load(exported / "tokenizer.json")
+    assert manifest.training == {
+        "imported": {"format": "hf", "dtype": "bfloat16"},
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+    }
     assert load_run_config(tmp_path / "out").engine.dtype == "bf16"
 
 

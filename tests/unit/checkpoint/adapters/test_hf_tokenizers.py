@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 from foreign_models import BERT, GPT2, convert_quietly, write_random_run
 
 from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe, train_wordpiece
+from megalm.errors import CheckpointError
+from megalm.generate.run import run_generate
 
 TEXT = "It's 7 o'clock; naïve ☃ snowmen don't know.\n\n\tdef f(x): return x**2  # twice"
 EMPTY = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}'
@@ -127,15 +130,43 @@ def test_a_tokenizer_that_cannot_be_had_is_a_note(bpe: Tokenizer, tmp_path: Path
 
 def test_the_end_of_a_document_may_be_named_in_the_models_config(bpe: Tokenizer, tmp_path: Path) -> None:
     definition = bpe.definition.replace("<|endoftext|>", "<|finis|>")
-    folder = _with_files(tmp_path, "hf", replace(GPT2, vocab_size=290), {"tokenizer.json": definition})
+    folder = _with_files(tmp_path, "hf", replace(GPT2, vocab_size=bpe.vocab_size), {"tokenizer.json": definition})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [0, 7]}))
-    report = convert_quietly("hf", "megalm", folder, tmp_path / "out")
+    convert_quietly("hf", "megalm", folder, tmp_path / "out")
     assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").eos_id == 0
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 999}))
     notes = convert_quietly("hf", "megalm", folder, tmp_path / "none").notes
     assert any("eos_token_id=999 is none of its tokens" in note for note in notes)
-    assert any(f"the tokenizer has {bpe.vocab_size} words, the model 290" in note for note in report.notes)
+
+
+def test_a_tokenizer_of_another_model_is_refused_and_tokens_without_embedding_are_said(
+    bpe: Tokenizer, tmp_path: Path
+) -> None:
+    files = {"tokenizer.json": bpe.definition}
+    folder = _with_files(tmp_path, "small", replace(GPT2, vocab_size=bpe.vocab_size - 10), files)
+    with pytest.raises(
+        CheckpointError, match=r"not this model's, which has 290 words: 10 words such as .* have no emb"
+    ):
+        convert_quietly("hf", "megalm", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    grown = tokenizers.Tokenizer.from_str(bpe.definition)
+    grown.add_special_tokens(["<pad>"])
+    files = {"tokenizer.json": grown.to_str()}
+    folder = _with_files(tmp_path, "padded", replace(GPT2, vocab_size=bpe.vocab_size), files)
+    (note,) = convert_quietly("hf", "megalm", folder, tmp_path / "out").notes
+    assert note.startswith("the tokenizer has 301 tokens, the model 300: <pad> have no embedding")
+
+
+def test_a_run_is_not_exported_with_a_tokenizer_that_took_its_ones_place(bpe: Tokenizer, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_random_run(run, replace(GPT2, vocab_size=bpe.vocab_size), tokenizer=bpe)
+    (run / "tokenizer.json").write_text(train_byte_level_bpe(["other words"], 270).definition)
+    with pytest.raises(CheckpointError, match="not the one that the model was trained with") as error:
+        convert_quietly("megalm", "hf", run, tmp_path / "hf")
+    assert f"(300 tokens, sha256 {bpe.sha256[:12]})" in str(error.value)
+    with pytest.raises(CheckpointError, match="not the one that the model was trained with"):
+        run_generate(run, "x", max_new_tokens=1, temperature=0.0, top_k=0, seed=0)
 
 
 def test_an_end_by_a_name_that_is_no_token_is_taken_by_its_id(bpe: Tokenizer, tmp_path: Path) -> None:
