@@ -33,7 +33,7 @@ from megalm.data.prepare import prepare
 from megalm.data.progress import PrepareProgress, summary_lines
 from megalm.data.recipe import Recipe
 from megalm.data.store import open_store
-from megalm.data.tokenizer import SMALLEST_VOCABULARY
+from megalm.data.tokenizer_training import SMALLEST_VOCABULARY
 from megalm.errors import ExitCode, MegalmError
 
 _DUPLICATES = ("exact", "near")

@@ -22,7 +22,9 @@ from megalm.arguments import LineParser
 from megalm.data.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, CorpusOptions
 from megalm.data.document import Document
-from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe, train_wordpiece
+from megalm.data.roles import Marks
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import ExitCode, MegalmError
 
 _BLOCK_BYTES = 2**22
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = Path(options.out)
     try:
         if options.source is not None:
-            tokenizer, trained_on = Tokenizer.load(options.source, eos=options.eos), ""
+            tokenizer, trained_on = Tokenizer.load(options.source, marks=Marks(eos=options.eos)), ""
         else:
             tokenizer, trained_on = _train(options)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{error.filename or out}: {error.strerror}", file=sys.stderr)
         return ExitCode.BAD_DATA
-    names = {number: name for name, number in tokenizer.special_tokens.items()}
     print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{trained_on}")
-    print(f"special tokens: {', '.join(names.values())}; documents end with {names[tokenizer.eos_id]}")
+    start = " ".join(tokenizer.roles.before)
+    begin = f"begin with {start} and " if start else ""
+    print(f"special tokens: {', '.join(tokenizer.special_tokens)}; documents {begin}end with {tokenizer.roles.end}")
     return ExitCode.DONE
 
 

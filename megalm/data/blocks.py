@@ -33,9 +33,8 @@ class Work:
         cleaning: what is done to each document.
         exact_duplicates: whether texts are hashed.
         val_fraction: share of documents that go to validation.
-        tokenizer: path of the ``tokenizer.json``; None: texts are wanted, not tokens.
-        tokenizer_sha256: its hash, so that a process that outlives one preparation does not keep its tokenizer.
-        eos: name of the token that ends a document; None: the tokenizer's own.
+        tokenizer: path of the ``tokenizer.json``, beside which lies what its tokens are for; None: texts are wanted.
+        tokenizer_hash: of all that, so that a process that outlives one preparation does not keep its tokenizer.
         folder: where results go.
     """
 
@@ -43,8 +42,7 @@ class Work:
     exact_duplicates: bool
     val_fraction: float
     tokenizer: str | None
-    tokenizer_sha256: str | None
-    eos: str | None
+    tokenizer_hash: str | None
     folder: str
 
     def path_of(self, number: int) -> Path:
@@ -131,7 +129,7 @@ def tokenise_block(work: Work, number: int, block: Block) -> tuple[int, int, int
         (bytes of text, documents, tokens), for progress.
     """
     assert work.tokenizer is not None
-    tokenizer = _tokenizer(work.tokenizer, work.tokenizer_sha256, work.eos)
+    tokenizer = _tokenizer(work.tokenizer, work.tokenizer_hash)
     reading = _Reading()
     documents = list(reading.cleaned(work, block))
     texts = [document.text for document in documents]
@@ -214,5 +212,5 @@ def _cleaner(cleaning: Cleaning) -> Cleaner:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str, sha256: str | None, eos: str | None) -> Tokenizer:  # noqa: ARG001 - part of the key
-    return Tokenizer.load(path, eos=eos)
+def _tokenizer(path: str, hash_of_it: str | None) -> Tokenizer:  # noqa: ARG001 - part of the key
+    return Tokenizer.load(path)

@@ -53,12 +53,23 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
             f"| {split} | {index.documents:,} | {index.tokens:,} | {index.loss_tokens:,} | {index.num_shards:,} |"
         )
     lines += ["", f"Tokenizer: {summary.vocab_size:,} tokens, sha256 `{summary.tokenizer_sha256}`.", ""]
+    lines += [f"Each document {document_marks(summary)}.", ""]
     lines += _counts("Removed documents", "rule", summary.removed)
     lines += _counts("Changes inside documents", "change", summary.notes)
     lines += _left_out(summary.left_out, summary.read)
     quantiles = ", ".join(f"{share} {tokens:,}" for share, tokens in _quantiles(summary.lengths).items())
     lines += ["## Tokens per document", "", f"{quantiles} (to within a fifth).", "", f"![lengths]({LENGTHS_FILE})"]
     return "\n".join(lines) + "\n"
+
+
+def document_marks(summary: Summary) -> str:
+    """How documents begin and end, and who says so."""
+    start, recipe = " ".join(summary.document_start), summary.recipe
+    says = {None: "as the tokenizer's own files say", True: "--add-bos", False: "--no-add-bos"}[recipe.add_bos]
+    begins = f"begins with `{start}` ({says})" if start else "begins with its text"
+    if not start and recipe.add_bos is not None:
+        begins += f" ({says})"
+    return f"{begins} and ends with `{summary.document_end}`"
 
 
 def plot_lengths(lengths: Lengths, path: Path, *, title: str) -> None:

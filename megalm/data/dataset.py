@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megalm.config.schema import Data
-from megalm.data.index import check_files, read_index
+from megalm.data.index import Index, check_files, read_index
+from megalm.data.roles import USUAL_START, Marks
 from megalm.data.store import Cache, MissingFile, Store, open_store
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.errors import DataError
@@ -79,7 +81,7 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
         indexes[split] = read_index(store.below(split))
         check_files(indexes[split], store.below(split))
     train, val = indexes["train"], indexes["val"]
-    same = ("tokenizer_sha256", "chunk_tokens", "packed_length", "eos_id", "vocab_size")
+    same = ("tokenizer_sha256", "chunk_tokens", "packed_length", "eos_id", "vocab_size", "document_start")
     if any(getattr(train, name) != getattr(val, name) for name in same):
         raise DataError(f"data.path={store.location}: train/ and val/ were prepared differently; prepare it again")
     definition = _read_tokenizer(store)
@@ -99,14 +101,34 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
 
 
 def tokenizer_of(stores: Sequence[Store]) -> Tokenizer:
-    """The tokenizer that made the datasets, with the end of a document that they were made with.
+    """The tokenizer that made the datasets, with the start and the end of a document that they were made with.
 
     Raises:
         DataError: it is missing or damaged.
     """
     store = stores[0]
     definition = _read_tokenizer(store).decode("utf-8", errors="replace")
-    return Tokenizer.parse(definition, store.path_of(TOKENIZER_FILE), eos_id=read_index(store.below("train")).eos_id)
+    return Tokenizer.parse(
+        definition,
+        store.path_of(TOKENIZER_FILE),
+        read=partial(_text_of, store),
+        marks=marks_of(read_index(store.below("train"))),
+    )
+
+
+def marks_of(index: Index) -> Marks:
+    """How the documents of a split begin and end."""
+    return Marks(eos_id=index.eos_id, before=USUAL_START if index.document_start is None else index.document_start)
+
+
+def _text_of(store: Store, name: str) -> str | None:
+    """The text of a file beside the tokenizer; None: it is not there."""
+    try:
+        return store.read(name).decode("utf-8")
+    except MissingFile:
+        return None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{store.path_of(name)}: is not text: {error}") from None
 
 
 def _read_tokenizer(store: Store) -> bytes:

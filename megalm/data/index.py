@@ -77,6 +77,7 @@ class Index:
         tokenizer_sha256: hash of the tokenizer's definition.
         vocab_size: token ids are below this.
         eos_id: ends every document.
+        document_start: tokens that begin every document; None: ``[CLS]``, if the tokenizer has one, or nothing.
         documents: number of documents.
         tokens: valid tokens; padding at the end not counted.
         loss_tokens: tokens that carry loss.
@@ -96,7 +97,14 @@ class Index:
     tokens: int
     loss_tokens: int
     checks: tuple[str, ...]
+    document_start: tuple[str, ...] | None = None
     fingerprint: str = field(default="", compare=False)
+
+    @property
+    def marks(self) -> str:
+        """How documents begin and end, in words."""
+        start = "the usual start" if self.document_start is None else " ".join(self.document_start) or "no start"
+        return f"{start}, end {self.eos_id}"
 
     @property
     def chunk_bytes(self) -> int:
@@ -140,7 +148,8 @@ class Index:
 
     def to_json(self) -> str:
         """Text of ``index.json``."""
-        contents = {key: value for key, value in asdict(self).items() if key != "fingerprint"}
+        left_out = {"fingerprint", *(["document_start"] if self.document_start is None else [])}
+        contents = {key: value for key, value in asdict(self).items() if key not in left_out}
         return json.dumps(signed({"format": FORMAT, "version": VERSION, "stride": self.stride, **contents}), indent=0)
 
 
@@ -209,8 +218,13 @@ def _parse(contents: Any, where: str) -> Index:
     if signed(contents) != contents:
         raise DataError(f"{where}: damaged: its contents are not those that its fingerprint is of; copy it again")
     try:
-        names = [each.name for each in fields(Index) if each.name != "checks"]
-        index = Index(checks=tuple(map(str, contents["checks"])), **{name: contents[name] for name in names})
+        names = [each.name for each in fields(Index) if each.name not in ("checks", "document_start")]
+        start = contents.get("document_start")
+        index = Index(
+            checks=tuple(map(str, contents["checks"])),
+            document_start=None if start is None else tuple(start),
+            **{name: contents[name] for name in names},
+        )
         _check_types(index)
         stride = contents["stride"]
     except (KeyError, TypeError) as error:
@@ -237,6 +251,8 @@ def _check_types(index: Index) -> None:
             raise TypeError(f"{each.name} is {value!r}, not true or false")
         if each.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise TypeError(f"{each.name} is {value!r}, not a count")
+    if not all(isinstance(token, str) for token in index.document_start or ()):
+        raise TypeError(f"document_start is {index.document_start!r}, not tokens")
     for name in ("chunk_tokens", "chunks_per_shard"):
         if getattr(index, name) < 1:
             raise TypeError(f"{name} is 0")

@@ -31,7 +31,8 @@ from megalm.data.packing import BestFitPacker, Row
 from megalm.data.recipe import Recipe
 from megalm.data.shard_writer import ShardWriter, write_durably
 from megalm.data.summary import Lengths, Summary
-from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe, train_wordpiece
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
 
 RECIPE_FILE = "recipe.json"
@@ -155,8 +156,7 @@ class _Preparation:
             recipe.exact_duplicates,
             recipe.val_fraction,
             None if tokenizer is None else str(self.folder / TOKENIZER_FILE),
-            None if tokenizer is None else tokenizer.sha256,
-            recipe.eos,
+            None if tokenizer is None else tokenizer.hash_with_roles,
             str(self.folder / _BLOCKS_FOLDER),
         )
 
@@ -165,17 +165,19 @@ class _Preparation:
         return self.corpus.blocks(min(max(size, _MIN_BLOCK_BYTES), _MAX_BLOCK_BYTES))
 
     def _tokenizer(self) -> Tokenizer:
-        """The given tokenizer, or one trained on the corpus; it lies in the folder from now on."""
+        """The given tokenizer, or one trained on the corpus; it lies in the folder from now on, with its roles."""
         path = self.folder / TOKENIZER_FILE
         if not path.exists():
             if self.recipe.tokenizer is not None:
-                tokenizer = Tokenizer.load(self.recipe.tokenizer, eos=self.recipe.eos)
+                tokenizer = Tokenizer.load(self.recipe.tokenizer, marks=self.recipe.marks)
             else:
                 assert self.recipe.tokenizer_vocab is not None
                 train = train_wordpiece if self.recipe.tokenizer_kind == "wordpiece" else train_byte_level_bpe
                 tokenizer = train(self._training_texts(), self.recipe.tokenizer_vocab)
-            write_durably(path, tokenizer.definition.encode())
-        return Tokenizer.load(path, eos=self.recipe.eos)
+                tokenizer = Tokenizer(tokenizer.definition, marks=self.recipe.marks)
+            for name, text in tokenizer.texts().items():
+                write_durably(self.folder / name, text.encode())
+        return Tokenizer.load(path)
 
     def _training_texts(self) -> Iterator[str]:
         done = Done(min(self.corpus.total_bytes, TOKENIZER_TRAINING_BYTES))
@@ -228,6 +230,7 @@ class _Preparation:
                     chunks_per_shard=recipe.chunks_per_shard,
                     masked=recipe.masked,
                     packed_length=recipe.pack,
+                    document_start=tokenizer.document_start,
                 ),
                 BestFitPacker(recipe.pack, tokenizer.eos_id) if recipe.pack else None,
             )
@@ -352,6 +355,8 @@ class _Totals:
             lengths=self.lengths,
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
+            document_start=tokenizer.roles.before,
+            document_end=tokenizer.roles.end,
             splits=indexes,
         )
 

@@ -11,6 +11,7 @@ from megalm.data.clean import Cleaning
 from megalm.data.corpora import CORPORA, CorpusOptions
 from megalm.data.document import Corpus
 from megalm.data.index import VERSION
+from megalm.data.roles import Marks
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
 
@@ -26,6 +27,7 @@ class Recipe:
         exact_duplicates: remove documents whose text is that of an earlier one.
         tokenizer: path of a ``tokenizer.json``; None: train one.
         eos: name of the token that ends a document; None: the tokenizer's own.
+        add_bos: whether documents begin with the tokenizer's ``bos``; None: as its own files say.
         tokenizer_vocab: vocabulary of the tokenizer to train.
         tokenizer_kind: ``bpe`` (byte-level) or ``wordpiece``.
         val_fraction: share of documents that go to validation, chosen by a hash of their text.
@@ -40,6 +42,7 @@ class Recipe:
     exact_duplicates: bool = False
     tokenizer: str | None = None
     eos: str | None = None
+    add_bos: bool | None = None
     tokenizer_vocab: int | None = None
     tokenizer_kind: str = "bpe"
     val_fraction: float = 0.02
@@ -60,18 +63,27 @@ class Recipe:
         """
         return CORPORA[self.corpus](self.options)
 
+    @property
+    def marks(self) -> Marks:
+        """What is decided of a document's marks otherwise than the tokenizer's own files do."""
+        return Marks(eos=self.eos, add_bos=self.add_bos)
+
     def signature(self, corpus: Corpus) -> str:
         """Changes with anything that would change the dataset."""
-        given = None if self.tokenizer is None else Tokenizer.load(self.tokenizer, eos=self.eos).sha256
+        given = None if self.tokenizer is None else Tokenizer.load(self.tokenizer, marks=self.marks)
         evaluation = [_sha256_of(name) for name in self.cleaning.decontaminate]
         parts = {
             **asdict(self),
             "options": {**asdict(self.options), "inputs": None},
-            "tokenizer": given,
+            "tokenizer": None if given is None else given.sha256,
             "files": corpus.fingerprint(),
             "evaluation": evaluation,
             "format": VERSION,
         }
+        if self.add_bos is None:
+            del parts["add_bos"]
+        if given is not None and not given.is_marked_as_usual:
+            parts["marks"] = [given.roles.before, given.roles.end]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

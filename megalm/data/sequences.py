@@ -58,6 +58,12 @@ class Corpora:
                     f"data.path: {first.store.location} and {other.store.location} were made by different tokenizers; "
                     "prepare one of them again with the tokenizer.json of the other"
                 )
+            if (other.index.eos_id, other.index.document_start) != (first.index.eos_id, first.index.document_start):
+                raise DataError(
+                    f"data.path: documents of {first.store.location} and {other.store.location} begin or end with "
+                    f"different tokens ({first.index.marks} and {other.index.marks}); prepare one of them again with "
+                    "--add-bos or --no-add-bos, and --eos, as the other"
+                )
         return cls(shards)
 
     @property

@@ -58,6 +58,7 @@ class ShardWriter:
         chunks_per_shard: chunks per tar file.
         masked: whether tokens come with a loss mask.
         packed_length: sequence length that documents were packed for; 0: they are concatenated.
+        document_start: what the index says of it.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ShardWriter:
         chunks_per_shard: int,
         masked: bool = False,
         packed_length: int = 0,
+        document_start: tuple[str, ...] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -86,6 +88,7 @@ class ShardWriter:
             "tokenizer_sha256": tokenizer_sha256,
             "vocab_size": vocab_size,
             "eos_id": eos_id,
+            "document_start": document_start,
         }
         self._chunk_tokens = chunk_tokens
         self._chunks_per_shard = chunks_per_shard

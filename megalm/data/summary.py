@@ -64,6 +64,8 @@ class Summary:
         lengths: tokens per document.
         tokenizer_sha256: hash of the tokenizer.
         vocab_size: of the tokenizer.
+        document_start: tokens that begin every document.
+        document_end: the token that ends every document.
         splits: index of each split.
     """
 
@@ -80,6 +82,8 @@ class Summary:
     lengths: Lengths
     tokenizer_sha256: str
     vocab_size: int
+    document_start: tuple[str, ...]
+    document_end: str
     splits: dict[str, Index]
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +101,8 @@ class Summary:
                 "notes",
                 "tokenizer_sha256",
                 "vocab_size",
+                "document_start",
+                "document_end",
             )
         }
         splits = {

@@ -1,40 +1,28 @@
-"""Tokenizers: byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), WordPiece (Devlin et al. 2019), or any that
-comes as a Hugging Face ``tokenizer.json``, which is also how megalm stores them. No torch.
-"""
+"""Tokenizers: any that comes as a Hugging Face ``tokenizer.json``, as which megalm stores its own, too. No torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megalm.data.document import Document
+from megalm.data.roles import ENDS, MASKS, USUAL_START, Marks, RoleReader
+from megalm.data.settings_files import ROLES, SETTINGS_FILE, SettingsFiles, mark_special, mark_tokens
 from megalm.errors import DataError
 
 if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
-"""What Hugging Face's libraries keep beside a tokenizer: here the name of the token that ends a document."""
-END_OF_TEXT = "<|endoftext|>"
-"""Ends every document of a byte-level BPE that megalm trains; has the lowest id, 0."""
-ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
-"""What published tokenizers call the token that ends a document; the first that a tokenizer has is taken."""
-START = "[CLS]"
-"""Begins every document, where a tokenizer has it."""
-MASKS = ("[MASK]", "<mask>")
-"""What published tokenizers call the token that stands for a masked one."""
-WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-SMALLEST_VOCABULARY = 257
-"""Every byte and the end-of-text token."""
 _WORD_STARTS = ("Ġ", "▁", " ", "Ċ", "ĉ")
 """What the first token of a word begins with, where it is not ``##`` that marks the others."""
 
@@ -45,57 +33,133 @@ class Tokenizer:
     Text that spells a special token stays text: a document about ``<|endoftext|>`` does not end there.
     """
 
-    def __init__(self, definition: str, *, eos: str | None = None, eos_id: int | None = None) -> None:
-        """Take the text of a ``tokenizer.json``; the end of a document by name, by id, or (None) by its usual names."""
+    def __init__(self, definition: str, *, files: SettingsFiles | None = None, marks: Marks | None = None) -> None:
+        """Take the text of a ``tokenizer.json``, the files beside it, and what is decided otherwise than they say."""
         # One process per core is how megalm tokenises; threads inside each would only compete.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
         self.definition = definition
+        self.files = SettingsFiles() if files is None else files
         self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(definition)
         self._tokenizer.encode_special_tokens = True
         # Many a published tokenizer.json cuts or pads texts at its model's length; no token may be lost.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.eos_id = self._find_end(eos) if eos_id is None else eos_id
-        self.start_id: int | None = self._tokenizer.token_to_id(START)
-        self.mask_id: int | None = next((i for i in map(self._tokenizer.token_to_id, MASKS) if i is not None), None)
+        if not self._tokenizer.get_vocab_size(with_added_tokens=True):
+            raise DataError("has no tokens")
+        mark_special(self._tokenizer, self.files)
+        self.roles = RoleReader(self._tokenizer, self.files).read(Marks() if marks is None else marks)
+        mark_tokens(self._tokenizer, (*self.roles.before, self.roles.end))
+        self.eos_id = self._id(self.roles.end)
+        self.before_ids = tuple(map(self._id, self.roles.before))
+        """What every document begins with, such as ``bos``; empty: with its text."""
+        self._after_ids = tuple(map(self._id, takewhile(lambda token: token != self.roles.end, self.roles.after)))
 
     @classmethod
-    def load(cls, path: str | Path, *, eos: str | None = None) -> Tokenizer:
-        """Read a ``tokenizer.json``.
+    def load(cls, path: str | Path, *, marks: Marks | None = None) -> Tokenizer:
+        """Read a ``tokenizer.json`` and what the files beside it say of its tokens.
 
         Args:
-            path: of the file.
-            eos: the token that ends a document; None: the ``eos_token`` of a ``tokenizer_config.json`` beside the file,
-                as Hugging Face lays them out, or a usual name.
+            path: of the file, or of a folder that has one: of a run, a dataset, or a model as Hugging Face's are kept.
+            marks: what is decided otherwise than the files say.
 
         Raises:
             DataError: the file is missing or is no tokenizer, or no token of it ends a document.
         """
+        path = Path(path)
+        if path.is_dir():
+            path = path / TOKENIZER_FILE
+            if not path.exists():
+                raise DataError(f"tokenizer {path.parent}: the folder has no {TOKENIZER_FILE}")
         try:
-            definition = Path(path).read_text(encoding="utf-8")
+            definition = path.read_text(encoding="utf-8")
         except OSError as error:
             raise DataError(f"tokenizer {path} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise DataError(f"tokenizer {path} is not a tokenizer.json: {error}") from None
-        return cls.parse(definition, str(path), eos=_configured_end(Path(path).parent) if eos is None else eos)
+        return cls.parse(definition, str(path), read=partial(_text_of, path.parent), marks=marks)
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json`` and, for the token that ends a document, ``tokenizer_config.json`` beside it."""
-        (folder / TOKENIZER_FILE).write_text(self.definition, encoding="utf-8")
-        settings = {"eos_token": self._tokenizer.id_to_token(self.eos_id)}
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write ``tokenizer.json`` and the files beside it: :meth:`load` gives the same roles."""
+        for name, text in self.texts().items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def texts(self) -> dict[str, str]:
+        """Names of files ▶ what :meth:`save` writes into them, ``tokenizer.json`` last."""
+        settings = self._settings()
+        kept = dict(self.files.texts)
+        if settings != self.files.values(SETTINGS_FILE):
+            kept[SETTINGS_FILE] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        return {**kept, TOKENIZER_FILE: self.definition}
+
+    def _settings(self) -> dict[str, Any]:
+        """``tokenizer_config.json`` as it was, with what was decided otherwise or said in a file that is not kept."""
+        settings = self.files.values(SETTINGS_FILE)
+        if not self.files.texts:
+            settings["eos_token"] = self.roles.end
+        try:
+            said = Tokenizer(self.definition, files=self.files.kept_with(settings)).roles
+        except DataError:
+            said = None
+        for role in ROLES:
+            if said is None or said.token(role) != self.roles.token(role):
+                settings[f"{role}_token"] = self.roles.token(role)
+        if said is None or said.before != self.roles.before:
+            settings["add_bos_token"] = self.roles.add_bos
+        return settings
 
     @classmethod
-    def parse(cls, definition: str, name: str, *, eos: str | None = None, eos_id: int | None = None) -> Tokenizer:
-        """The tokenizer that a text defines; ``name`` is what messages call it."""
+    def parse(
+        cls,
+        definition: str,
+        name: str,
+        *,
+        read: Callable[[str], str | None] | None = None,
+        marks: Marks | None = None,
+    ) -> Tokenizer:
+        """The tokenizer that a text defines.
+
+        Args:
+            definition: text of a ``tokenizer.json``.
+            name: what messages call it.
+            read: gives the text of a file beside it, by its name; None where that is not there.
+            marks: what is decided otherwise than the files say.
+
+        Raises:
+            DataError: it is no tokenizer, or no token of it ends a document.
+        """
         try:
-            return cls(definition, eos=eos, eos_id=eos_id)
+            files = None if read is None else SettingsFiles.read(read)
+            return cls(definition, files=files, marks=marks)
         except DataError as error:
             raise DataError(f"tokenizer {name}: {error}") from None
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"tokenizer {name} is not a tokenizer.json: {error}") from None
+
+    @property
+    def document_start(self) -> tuple[str, ...] | None:
+        """What a dataset's index says of the start of its documents; None: the usual one."""
+        usual = tuple(token for token in USUAL_START if self._tokenizer.token_to_id(token) is not None)
+        return None if self.roles.before == usual else self.roles.before
+
+    @property
+    def is_marked_as_usual(self) -> bool:
+        """Whether documents begin and end as usual names of tokens alone would have it."""
+        names = (name for name in ENDS if self._tokenizer.token_to_id(name) is not None)
+        return self.document_start is None and self.roles.end == next(names, None)
+
+    def role_id(self, role: str) -> int | None:
+        """Id of the token of one of ``ROLES``; None: there is no such token."""
+        token = self.roles.token(role)
+        number = None if token is None else self._tokenizer.token_to_id(token)
+        return None if number is None else int(number)
+
+    @cached_property
+    def mask_id(self) -> int | None:
+        """The token that stands for a masked one."""
+        usual = (self._tokenizer.token_to_id(token) for token in MASKS)
+        return next((number for number in (self.role_id("mask"), *usual) if number is not None), None)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -106,6 +170,11 @@ class Tokenizer:
     def sha256(self) -> str:
         """Hash of the definition: equal hashes give equal tokens."""
         return hashlib.sha256(self.definition.encode()).hexdigest()
+
+    @property
+    def hash_with_roles(self) -> str:
+        """Hash of the definition and the files beside it: equal hashes give equal documents."""
+        return hashlib.sha256(json.dumps(self.texts(), sort_keys=True).encode()).hexdigest()
 
     @property
     def kind(self) -> str:
@@ -140,13 +209,19 @@ class Tokenizer:
         return continues
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text, without an end-of-text token."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Token ids of one text, without what begins and ends a document."""
+        return list(self._as_text(self._tokenizer.encode(text, add_special_tokens=False).ids))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that a model is to continue: as a document begins, without its end."""
+        return [*self.before_ids, *self.encode(text)] or [self.eos_id]
 
     def encode_documents(
         self, documents: Sequence[Document]
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint8] | None]:
-        """Tokens of many documents, end to end, each with its start token, if there is one, and its end token.
+        """Tokens of many documents, end to end, each with what goes before it, if anything does, and its end token.
+
+        A document that already begins with those tokens, as a chat template may have it, gets them once.
 
         Returns:
             The tokens, [T]; the length of each document, [D]; and [T], 1 where a token carries loss: those of segments
@@ -161,16 +236,17 @@ class Tokenizer:
         learnt: list[bool] = []
         lengths = np.zeros(len(documents), dtype=np.int64)
         for number, document in enumerate(documents):
-            before = len(parts)
-            if self.start_id is not None:
-                parts.append((self.start_id,))
-                learnt.append(document.segments[0].learnt)
+            first = len(parts)
             for segment in document.segments:
-                parts.append((self._special_id(str(segment.text)),) if segment.special else next(encoded).ids)
+                special = segment.special
+                parts.append((self._special_id(str(segment.text)),) if special else self._as_text(next(encoded).ids))
                 learnt.append(segment.learnt)
-            parts.append((self.eos_id,))
+            if self.before_ids and not self._begins(document, parts[first:]):
+                parts.insert(first, self.before_ids)
+                learnt.insert(first, document.segments[0].learnt)
+            parts.append((*self._after_ids, self.eos_id))
             learnt.append(document.segments[-1].learnt)
-            lengths[number] = sum(map(len, parts[before:]))
+            lengths[number] = sum(map(len, parts[first:]))
         flat = np.empty(int(lengths.sum()), dtype=np.uint32)
         start = 0
         for part in parts:
@@ -187,15 +263,34 @@ class Tokenizer:
         """How the vocabulary spells a token; ``no token`` for an id without one."""
         return str(self._tokenizer.id_to_token(number) or "no token")
 
-    def _find_end(self, eos: str | None) -> int:
-        for name in ENDS if eos is None else (eos,):
-            number = self._tokenizer.token_to_id(name)
-            if number is not None:
-                return int(number)
-        has = ", ".join(self.special_tokens) or "no special tokens at all"
-        if eos is not None:
-            raise DataError(f"--eos {eos}: it has no such token; it has {has}")
-        raise DataError(f"no token of it is known to end a document (it has {has}); name one with --eos")
+    def _begins(self, document: Document, parts: Sequence[Sequence[int]]) -> bool:
+        """Whether a document's own special tokens are those that go before a document."""
+        marks = takewhile(lambda pair: pair[0].special, zip(document.segments, parts, strict=True))
+        ids = tuple(number for _, part in marks for number in part)
+        return ids[: len(self.before_ids)] == self.before_ids
+
+    def _as_text(self, ids: list[int]) -> list[int]:
+        """Tokens of a text; where one is a special token, whose name the text spells, those of its characters."""
+        if self._reserved.isdisjoint(ids):
+            return ids
+        return [part for number in ids for part in (self._spelt(number) if number in self._reserved else (number,))]
+
+    @cached_property
+    def _reserved(self) -> frozenset[int]:
+        """Ids that no text may have: of special tokens, but for those that stand for what cannot be spelt."""
+        unknown = {getattr(self._tokenizer.model, "unk_token", None), self.roles.unk}
+        return frozenset(i for token, i in self.special_tokens.items() if token not in unknown or i == self.eos_id)
+
+    def _spelt(self, number: int) -> list[int]:
+        """A special token's name as ordinary words: some models hold it among these."""
+        name = self._tokenizer.id_to_token(number) or ""
+        parts = [token.id for part in (name[:1], name[1:]) if part for token in self._tokenizer.model.tokenize(part)]
+        return [part for part in parts if part not in self._reserved]
+
+    def _id(self, token: str) -> int:
+        number = self._tokenizer.token_to_id(token)
+        assert number is not None, token
+        return int(number)
 
     def _special_id(self, name: str) -> int:
         number = self._tokenizer.token_to_id(name)
@@ -207,79 +302,13 @@ class Tokenizer:
         return int(number)
 
 
-def _configured_end(folder: Path) -> str | None:
-    """The ``eos_token`` of a folder's ``tokenizer_config.json``, as a name or as Hugging Face's description of one."""
+def _text_of(folder: Path, name: str) -> str | None:
+    """The text of a file in a folder; None: it is not there."""
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return (folder / name).read_text(encoding="utf-8")
+    except FileNotFoundError:
         return None
-    end = settings.get("eos_token") if isinstance(settings, dict) else None
-    end = end.get("content") if isinstance(end, dict) else end
-    return end if isinstance(end, str) else None
-
-
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> Tokenizer:
-    """Train a byte-level BPE with GPT-2's splitting rule; the same texts give the same tokenizer.
-
-    Args:
-        texts: what to learn from.
-        vocab_size: tokens, special ones included.
-        special_tokens: besides the end-of-text token.
-
-    Raises:
-        DataError: the vocabulary has no room for the 256 bytes and the special tokens.
-    """
-    smallest = SMALLEST_VOCABULARY + len(special_tokens)
-    if vocab_size < smallest:
-        raise DataError(f"vocab_size={vocab_size}: too small for 256 bytes and {END_OF_TEXT}; at least {smallest}")
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, *special_tokens],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return Tokenizer(tokenizer.to_str())
-
-
-def train_wordpiece(
-    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = (), *, lowercase: bool = False
-) -> Tokenizer:
-    """Train a WordPiece as BERT's: words split at spaces and punctuation, parts after the first begin with ``##``.
-
-    Characters that are not among the most frequent become ``[UNK]``, so text is not always recovered from tokens.
-
-    Args:
-        texts: what to learn from.
-        vocab_size: tokens, special ones included.
-        special_tokens: besides ``[PAD]``, ``[UNK]``, ``[CLS]``, ``[SEP]`` and ``[MASK]``.
-        lowercase: fold case and strip accents, as BERT's uncased models do.
-
-    Raises:
-        DataError: the vocabulary is too small for an alphabet.
-    """
-    special = [*WORDPIECE_SPECIAL, *special_tokens]
-    smallest = len(special) + 100
-    if vocab_size < smallest:
-        raise DataError(f"vocab_size={vocab_size}: too small for special tokens and an alphabet; at least {smallest}")
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        limit_alphabet=min(1000, vocab_size // 3),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return Tokenizer(tokenizer.to_str())
+    except OSError as error:
+        raise DataError(f"{folder / name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{folder / name}: is not text: {error}") from None

@@ -45,7 +45,7 @@ def run_generate(
 def continue_text(trained: TrainedModel, prompt: str, *, max_new_tokens: int, sampling: Sampling) -> str:
     """The text that follows a prompt, without the prompt."""
     tokenizer = trained.tokenizer
-    tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    tokens = tokenizer.encode_prompt(prompt)
     trained.check_tokens(max(tokens), "--prompt")
     new_tokens = generate_tokens(
         # A model may have more rows than the tokenizer has words; those are no text.

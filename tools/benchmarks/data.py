@@ -32,7 +32,7 @@ from megalm.data.objectives import CausalLM
 from megalm.data.sequences import Corpora
 from megalm.data.shard_writer import ShardWriter
 from megalm.data.shards import TokenShards, iterate_with_webdataset
-from megalm.data.tokenizer import train_byte_level_bpe
+from megalm.data.tokenizer_training import train_byte_level_bpe
 
 LENGTH = 2048
 CHUNK = 8192
@@ -101,7 +101,7 @@ def _prepare_row(folder: Path) -> Row:
 
 
 def _work(folder: Path, tokenizer: str | None) -> Work:
-    return Work(Cleaning(), False, 0.02, tokenizer, None, None, str(folder / "blocks"))
+    return Work(Cleaning(), False, 0.02, tokenizer, None, str(folder / "blocks"))
 
 
 def _write_dataset(folder: Path, flat: Path) -> None:

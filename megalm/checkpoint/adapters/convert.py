@@ -209,14 +209,13 @@ def _verify(source: WeightSource, dtype: torch.dtype, folder: Path, request: Req
 
 def _tokenizer_of(source: WeightSource) -> tuple[Tokenizer | None, list[str]]:
     """The model's tokenizer, and notes on it."""
-    from megalm.checkpoint.adapters.hf import HfSource, safe_file
+    from megalm.checkpoint.adapters.hf import safe_file
     from megalm.checkpoint.adapters.tokenizer_files import find_tokenizer
 
-    eos_id = source.eos_id if isinstance(source, HfSource) else None
     # A run is the user's own, and may link to what lies elsewhere.
     safe = Path.joinpath if source.info.format == "megalm" else safe_file
     folder = source.info.tokenizer or (source.info.path if source.info.path.is_dir() else None)
-    found = find_tokenizer(folder, eos_id=eos_id, safe=safe)
+    found = find_tokenizer(folder, safe=safe)
     notes = [found.note] if found.note else []
     if found.tokenizer is not None and folder is not None:
         notes += _vocabulary_notes(source, Vocabulary.of(found.tokenizer, folder))

@@ -49,7 +49,7 @@ class HfSource(WeightSource):
 
     def __init__(self, path: Path) -> None:
         architecture = _read_config(path)
-        self.family, model, self.eos_id = architecture.family, architecture.model, architecture.eos_id
+        self.family, model = architecture.family, architecture.model
         found = read_headers(path)
         check_size(path / CONFIG_FILE, model, sum(prod(stored.shape) for stored in found.values()), len(found))
         names = sort_names(path, self.family, model, {name: stored.shape for name, stored in found.items()})

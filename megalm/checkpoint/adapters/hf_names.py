@@ -27,13 +27,11 @@ class Architecture:
     Attributes:
         family: whose names and arrangement the tensors have.
         model: the architecture.
-        eos_id: the token that ends a text; None: it does not say, or names no word of the vocabulary.
         notes: what is left out, one line each.
     """
 
     family: Family
     model: Model
-    eos_id: int | None
     notes: tuple[str, ...]
 
 
@@ -56,14 +54,7 @@ def read_architecture(file: Path) -> Architecture:
     notes = family.notes(fields)
     fields.check()
     check_architecture(file, model)
-    return Architecture(family, model, _end_of(fields), tuple(notes))
-
-
-def _end_of(fields: Fields) -> int | None:
-    """The first of the tokens that end a text."""
-    value = fields.values.get("eos_token_id")
-    first = value[0] if isinstance(value, list) and value else value
-    return first if isinstance(first, int) and not isinstance(first, bool) and first >= 0 else None
+    return Architecture(family, model, tuple(notes))
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megalm.config.schema import Model
-from megalm.data.tokenizer import (
-    END_OF_TEXT,
-    MASKS,
-    SETTINGS_FILE,
-    START,
-    TOKENIZER_FILE,
-    WORDPIECE_SPECIAL,
-    Tokenizer,
-)
+from megalm.data.roles import END_OF_TEXT, MASKS, START
+from megalm.data.settings_files import SETTINGS_FILE
+from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from megalm.data.tokenizer_training import WORDPIECE_SPECIAL
 from megalm.errors import DataError
 
 _BPE_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -27,7 +23,6 @@ _WORDPIECE_FILE = "vocab.txt"
 _SENTENCEPIECE_FILE = "tokenizer.model"
 _ADDED_FILE = "added_tokens.json"
 _ROLES_FILE = "special_tokens_map.json"
-_CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 _END = "[SEP]"
 _ORIGINAL_HASH = "megalm_tokenizer_sha256"
@@ -57,12 +52,11 @@ class FoundTokenizer:
     note: str = ""
 
 
-def find_tokenizer(folder: Path | None, *, eos_id: int | None, safe: Callable[[Path, str], Path]) -> FoundTokenizer:
+def find_tokenizer(folder: Path | None, *, safe: Callable[[Path, str], Path]) -> FoundTokenizer:
     """The tokenizer that a folder holds in one form or another.
 
     Args:
         folder: None: there is none.
-        eos_id: the token that ends a document, where the tokenizer's own files do not say.
         safe: gives the path of a file in the folder, or raises where it leaves it.
     """
     if folder is None:
@@ -72,13 +66,9 @@ def find_tokenizer(folder: Path | None, *, eos_id: int | None, safe: Callable[[P
         if definition is None:
             return FoundTokenizer(None, f"no tokenizer: {_why_none(folder)}")
         settings = _configured(safe(folder, SETTINGS_FILE))
-        eos = _content(settings.get("eos_token"))
         definition = _without_processor(definition, settings.get(_ORIGINAL_HASH))
-        tokenizer = _parse(definition, folder, eos=eos, eos_id=eos_id)
-        if tokenizer.eos_id >= _vocab_size(tokenizer, folder):
-            raise DataError(f"tokenizer {folder}: eos_token_id={tokenizer.eos_id} is none of its tokens")
-        has_template = "chat_template" in settings or (folder / _CHAT_TEMPLATE_FILE).exists()
-        return FoundTokenizer(tokenizer, "left out the tokenizer's chat template" if has_template else "")
+        read = partial(_text_beside, folder, safe)
+        return FoundTokenizer(Tokenizer.parse(definition, str(folder), read=read))
     except DataError as error:
         return FoundTokenizer(None, f"left out the tokenizer: {error}")
 
@@ -86,7 +76,7 @@ def find_tokenizer(folder: Path | None, *, eos_id: int | None, safe: Callable[[P
 def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
     """Write ``tokenizer.json`` and the ``tokenizer_config.json`` that ``AutoTokenizer`` wants."""
     tokenizer.save(folder)
-    end = _configured(folder / SETTINGS_FILE)["eos_token"]
+    end = tokenizer.roles.end
     processed = None if model.causal else _with_processor(tokenizer.definition)
     if processed is not None:
         (folder / TOKENIZER_FILE).write_text(processed, encoding="utf-8")
@@ -136,19 +126,9 @@ def _without_processor(definition: str, original: object) -> str:
     return text if hashlib.sha256(text.encode()).hexdigest() == original else definition
 
 
-def _parse(definition: str, folder: Path, *, eos: str | None, eos_id: int | None) -> Tokenizer:
-    """The tokenizer, its end of a document by the name that its files give, by the model's id, or by its usual name."""
-    any_end = Tokenizer.parse(definition, str(folder), eos_id=eos_id or 0)  # raises where it is no tokenizer at all
-    if eos is None and eos_id is not None:
-        return any_end
-    try:
-        return Tokenizer.parse(definition, str(folder), eos=eos)
-    except DataError:
-        if eos_id is not None:
-            return any_end
-    has = ", ".join(any_end.special_tokens) or "no special tokens at all"
-    what = f"eos_token={eos} is none of its tokens" if eos else "no token of it is known to end a document"
-    raise DataError(f"tokenizer {folder}: {what} (it has {has}); name one as eos_token in {SETTINGS_FILE}")
+def _text_beside(folder: Path, safe: Callable[[Path, str], Path], name: str) -> str | None:
+    file = safe(folder, name)
+    return _text(file) if file.exists() else None
 
 
 def special_ids(tokenizer: Tokenizer | None, model: Model) -> dict[str, int | None]:
@@ -285,13 +265,6 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
-
-
-def _vocab_size(tokenizer: Tokenizer, folder: Path) -> int:
-    try:
-        return tokenizer.vocab_size
-    except ValueError:  # the largest of no ids
-        raise DataError(f"tokenizer {folder}: has no tokens") from None
 
 
 def _configured(settings: Path) -> Mapping[str, Any]:

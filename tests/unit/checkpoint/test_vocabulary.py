@@ -23,7 +23,8 @@ from megalm.core.sharding import StatePiece
 from megalm.data.document import Document
 from megalm.data.shard_writer import ShardWriter
 from megalm.data.store import open_store
-from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer_training import train_byte_level_bpe
 from megalm.errors import CheckpointError
 from megalm.models.gpt import build_full_model
 

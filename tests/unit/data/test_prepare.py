@@ -20,7 +20,8 @@ from megalm.data.executors import local_workers
 from megalm.data.prepare import prepare
 from megalm.data.recipe import Recipe
 from megalm.data.shards import TokenShards
-from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer_training import train_byte_level_bpe
 from megalm.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]

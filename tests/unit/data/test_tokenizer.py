@@ -10,13 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.data.document import Document, Segment
-from megalm.data.tokenizer import (
-    END_OF_TEXT,
-    SMALLEST_VOCABULARY,
-    Tokenizer,
-    train_byte_level_bpe,
-    train_wordpiece,
-)
+from megalm.data.roles import END_OF_TEXT, Marks
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer_training import SMALLEST_VOCABULARY, train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
 
 TEXTS = ["def main():\n    return 0\n" * 20, "for x in range(10): print(x)\n" * 20, "naïve café\n"]
@@ -106,7 +102,7 @@ WORDPIECE = train_wordpiece([*TEXTS, "the quick brown fox jumps over lazy dogs"]
 def test_a_wordpiece_has_the_tokens_of_bert() -> None:
     assert WORDPIECE.kind == "WordPiece"
     assert list(WORDPIECE.special_tokens) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<|im_start|>"]
-    assert (WORDPIECE.eos_id, WORDPIECE.start_id, WORDPIECE.mask_id) == (3, 2, 4)
+    assert (WORDPIECE.eos_id, WORDPIECE.before_ids[0], WORDPIECE.mask_id) == (3, 2, 4)
     assert WORDPIECE.decode(WORDPIECE.encode("the fox")) == "the fox"
     tokens, lengths, _ = WORDPIECE.encode_documents([Document.plain("", "the fox"), Document.plain("", "dogs")])
     assert tokens[0] == 2 and tokens[lengths[0] - 1] == 3 and tokens[lengths[0]] == 2 and tokens[-1] == 3
@@ -155,18 +151,18 @@ def test_the_end_of_a_document_has_many_names(tmp_path: Path) -> None:
     renamed = TOKENIZER.definition.replace(END_OF_TEXT, "<the-end>")
     path = tmp_path / "t.json"
     path.write_text(renamed)
-    assert Tokenizer.load(path, eos="<the-end>").eos_id == 0
+    assert Tokenizer.load(path, marks=Marks(eos="<the-end>")).eos_id == 0
     with pytest.raises(DataError, match="--eos </s>: it has no such token; it has <the-end>"):
-        Tokenizer.load(path, eos="</s>")
+        Tokenizer.load(path, marks=Marks(eos="</s>"))
     (tmp_path / "run").mkdir()
-    Tokenizer.load(path, eos="<the-end>").save(tmp_path / "run")
+    Tokenizer.load(path, marks=Marks(eos="<the-end>")).save(tmp_path / "run")
     assert Tokenizer.load(tmp_path / "run" / "tokenizer.json").eos_id == 0, "a run remembers it"
     settings = tmp_path / "run" / "tokenizer_config.json"
     settings.write_text('{"eos_token": {"content": "<the-end>", "special": true}}')
     assert Tokenizer.load(tmp_path / "run" / "tokenizer.json").eos_id == 0, "as Hugging Face describes tokens"
-    for unusable in ("{}", "[]", "no json"):
+    for unusable, why in (("{}", "or with --eos"), ("[]", "is a JSON list, not an object"), ("no json", "is not JSON")):
         settings.write_text(unusable)
-        with pytest.raises(DataError, match="name one with --eos"):
+        with pytest.raises(DataError, match=why):
             Tokenizer.load(tmp_path / "run" / "tokenizer.json")
     for name in ("</s>", "<eos>", "<|end_of_text|>"):
         assert Tokenizer(TOKENIZER.definition.replace(END_OF_TEXT, name)).eos_id == 0

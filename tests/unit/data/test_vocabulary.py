@@ -8,7 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
-from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe, train_wordpiece
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.data.vocabulary import Relation, Vocabulary, added_tokens, beyond, check_same, relation
 from megalm.errors import DataError
 

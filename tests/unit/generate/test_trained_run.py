@@ -17,7 +17,8 @@ from megalm.config.schema import Config, Data, Engine, Launch, Model, Optim, Rep
 from megalm.core.sharding import StatePiece, declared_parameters
 from megalm.data.document import Document
 from megalm.data.shard_writer import ShardWriter
-from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer_training import train_byte_level_bpe
 from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.evaluate.perplexity import run_evaluate
 from megalm.generate.load import load_full_model

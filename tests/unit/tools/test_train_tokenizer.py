@@ -27,14 +27,16 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("kind", "eos"), [("bpe", "<|endoftext|>"), ("wordpiece", "[SEP]")])
-def test_train_and_take_again_as_it_is(tool, text: Path, tmp_path: Path, capsys, kind: str, eos: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "marks"), [("bpe", "end with <|endoftext|>"), ("wordpiece", "begin with [CLS] and end with [SEP]")]
+)
+def test_train_and_take_again_as_it_is(tool, text: Path, tmp_path: Path, capsys, kind: str, marks: str) -> None:
     out, copy = tmp_path / "new" / "a.json", tmp_path / "b.json"
     arguments = [str(text), "--kind", kind, "--vocab-size", "280", "--special-token", "<|im_start|>"]
     assert tool.main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "trained on 1 documents" in printed
-    assert f"<|im_start|>; documents end with {eos}" in printed
+    assert f"<|im_start|>; documents {marks}" in printed
     assert "<|im_start|>" in Tokenizer.load(out).special_tokens
     assert tool.main(["--from", str(out), "--out", str(copy)]) == 0
     assert copy.read_bytes() == out.read_bytes()

@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 from foreign_models import BERT, GPT2, convert_quietly, write_random_run
 
-from megalm.data.tokenizer import Tokenizer, train_byte_level_bpe, train_wordpiece
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import CheckpointError
 from megalm.generate.run import run_generate
 
@@ -37,7 +38,7 @@ def test_the_librarys_tokenizer_gives_megalms_ids(bpe: Tokenizer, wordpiece: Tok
         convert_quietly("megalm", "hf", run, tmp_path / f"{name}-hf")
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf")
         assert theirs(TEXT, add_special_tokens=False).input_ids == tokenizer.encode(TEXT)
-        start, end = ([tokenizer.start_id], [tokenizer.eos_id]) if name == "wordpiece" else ([], [])
+        start, end = (list(tokenizer.before_ids), [tokenizer.eos_id]) if name == "wordpiece" else ([], [])
         assert theirs(TEXT).input_ids == [*start, *tokenizer.encode(TEXT), *end]
         assert theirs.eos_token_id == tokenizer.eos_id
         assert theirs.model_max_length == model.sequence_length
@@ -107,7 +108,7 @@ def test_a_wordpiece_vocabulary_makes_a_tokenizer(lowercase: bool, tmp_path: Pat
     convert_quietly("hf", "megalm", folder, tmp_path / "out")
     made = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
     assert made.encode(TEXT) == tokenizer.encode(TEXT)
-    assert (made.eos_id, made.mask_id, made.start_id) == (tokenizer.eos_id, tokenizer.mask_id, tokenizer.start_id)
+    assert (made.eos_id, made.mask_id, made.before_ids) == (tokenizer.eos_id, tokenizer.mask_id, tokenizer.before_ids)
 
 
 def test_a_tokenizer_that_cannot_be_had_is_a_note(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -175,11 +176,13 @@ def test_an_end_by_a_name_that_is_no_token_is_taken_by_its_id(bpe: Tokenizer, tm
     folder = _with_files(tmp_path, "hf", replace(GPT2, vocab_size=bpe.vocab_size), files)
     report = convert_quietly("hf", "megalm", folder, tmp_path / "none")
     assert "eos_token=<|missing|> is none of its tokens (it has <|endoftext|>" in report.notes[0]
-    assert "--eos" not in report.notes[0]
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    report = convert_quietly("hf", "megalm", folder, tmp_path / "word")
+    assert "eos_token_id=2 is an ordinary word, '!'" in report.notes[0]
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 0]}))
     assert convert_quietly("hf", "megalm", folder, tmp_path / "out").notes == ()
-    assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").eos_id == 1
+    assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").eos_id == 0
 
 
 def test_tokens_that_were_added_to_a_vocabulary_are_honoured(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -204,10 +207,11 @@ def test_tokens_that_were_added_to_a_vocabulary_are_honoured(bpe: Tokenizer, tmp
     assert "does not follow the vocabulary" in note
 
 
-def test_a_chat_template_is_said_to_be_left_out(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_a_chat_template_goes_with_the_tokenizer(bpe: Tokenizer, tmp_path: Path) -> None:
     settings = json.dumps({"eos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ messages }}"})
     files = {"tokenizer.json": bpe.definition, "tokenizer_config.json": settings}
     folder = _with_files(tmp_path, "hf", replace(GPT2, vocab_size=bpe.vocab_size), files)
     report = convert_quietly("hf", "megalm", folder, tmp_path / "out")
-    assert report.notes == ("left out the tokenizer's chat template",)
-    assert Tokenizer.load(tmp_path / "out" / "tokenizer.json").eos_id == bpe.eos_id
+    assert report.notes == ()
+    assert Tokenizer.load(tmp_path / "out").roles.chat_template == "{{ messages }}"
+    assert Tokenizer.load(tmp_path / "out").eos_id == bpe.eos_id
