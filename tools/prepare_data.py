@@ -25,10 +25,11 @@ from pathlib import Path
 
 from megalm.arguments import LineParser
 from megalm.data.clean import QUALITY, Cleaning
-from megalm.data.corpora import CORPORA, SPLITS_ON, CorpusOptions
+from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
 from megalm.data.corruption import find_corruption
 from megalm.data.dataset import SPLITS, check_folder, inspect_dataset
 from megalm.data.executors import Workers, local_workers, mpi_workers
+from megalm.data.names import shown
 from megalm.data.prepare import prepare
 from megalm.data.progress import PrepareProgress, summary_lines
 from megalm.data.recipe import Recipe
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _verify(options.verify)
         if problems := _problems(options):
             parser.error("\n".join(problems))
-        command = shlex.join(["tools/prepare_data.py", *arguments])
+        command = shown(shlex.join(["tools/prepare_data.py", *arguments]))
         if options.executor == "local":
             with local_workers(options.workers) as workers:
                 return _prepare(options, workers, command)
@@ -97,6 +98,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
             text_field=options.text_field,
             prompt=_unescaped(options.prompt),
             completion=_unescaped(options.completion),
+            encoding=options.encoding,
+            undecodable=options.undecodable,
             hf_config=options.hf_config,
             hf_split=options.hf_split,
         ),
@@ -106,6 +109,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
             scrub_pii=options.scrub_pii,
             decontaminate=tuple(options.decontaminate),
             ngram=options.ngram,
+            encoding=options.encoding,
             max_document_bytes=options.max_document_bytes,
             near_duplicates="near" in options.dedup,
         ),
@@ -186,6 +190,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--text-field", default=defaults.text_field, metavar="NAME", help="jsonl, hf: where a record's text is")
     add("--prompt", default=defaults.prompt, metavar="TEXT", help="sft: a field, or a template with {fields}")
     add("--completion", default=defaults.completion, metavar="TEXT", help="sft: the same; this is what is learnt")
+    add("--encoding", metavar="NAME", help="of text files without a byte-order mark (default: utf-8)")
+    add(
+        "--undecodable",
+        choices=UNDECODABLE,
+        default=defaults.undecodable,
+        help="records in another encoding: refuse (stop, the default) or reject (leave out, and count)",
+    )
     add("--hf-config", metavar="NAME", help="hf: configuration of a named dataset")
     add("--hf-split", default=defaults.hf_split, metavar="NAME", help="hf: its split (default: train)")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from rich.console import Console
 
 from megalm.arguments import LineParser
 from megalm.data.clean import Cleaned, Cleaner, Cleaning
-from megalm.data.corpora import CORPORA, SPLITS_ON, CorpusOptions
+from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
 from megalm.data.document import Document
 from megalm.data.roles import Marks
+from megalm.data.tally import FileTally, RejectedFile
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import ExitCode, MegalmError
@@ -71,7 +73,8 @@ def _train(options: argparse.Namespace) -> tuple[Tokenizer, str]:
     per_token = len(sample.encode()) / max(len(tokenizer.encode(sample)), 1)
     return (
         tokenizer,
-        f", trained on {texts.documents:,} documents ({texts.megabytes:.1f} MB), {per_token:.2f} bytes a token",
+        f", trained on {texts.documents:,} documents ({texts.megabytes:.1f} MB), {per_token:.2f} bytes a token"
+        f"{texts.not_read()}",
     )
 
 
@@ -83,14 +86,29 @@ class _Texts:
         self.documents = 0
         self.megabytes = 0.0
         self.sample: list[str] = []
+        self.left_out = FileTally()
+        self.removed: Counter[str] = Counter()
+
+    def not_read(self) -> str:
+        """Lines on what was left out; empty where nothing was."""
+        lines = [f"\nfiles left out: {self.left_out.line()}"] if self.left_out.total() else []
+        if self.removed:
+            rules = ", ".join(f"{count:,} {rule}" for rule, count in self.removed.most_common())
+            lines.append(f"\ndocuments left out: {rules}")
+        return "".join(lines)
 
     def __iter__(self) -> Iterator[str]:
         cleaner = Cleaner(Cleaning())
         corpus = CORPORA[self._options.corpus](_corpus_options(self._options))
+        self.left_out.update(corpus.files_left_out)
         for block in corpus.blocks(_BLOCK_BYTES):
             for document in block.documents():
+                if isinstance(document, RejectedFile):
+                    self.left_out.add(document)
+                    continue
                 cleaned = cleaner.clean(document) if isinstance(document, Document) else document
                 if not isinstance(cleaned, Cleaned):
+                    self.removed[cleaned.rule] += 1
                     continue
                 text = cleaned.document.text
                 self.documents += 1
@@ -102,11 +120,14 @@ class _Texts:
 
 def _corpus_options(options: argparse.Namespace) -> CorpusOptions:
     inputs = tuple(options.input)
+    decoding = {"encoding": options.encoding, "undecodable": options.undecodable}
     if options.corpus == "text":
-        return CorpusOptions(inputs, split_on=options.split_on)
-    if options.corpus in ("jsonl", "hf"):
+        return CorpusOptions(inputs, split_on=options.split_on, **decoding)
+    if options.corpus == "jsonl":
+        return CorpusOptions(inputs, text_field=options.text_field, **decoding)
+    if options.corpus == "hf":
         return CorpusOptions(inputs, text_field=options.text_field)
-    return CorpusOptions(inputs)
+    return CorpusOptions(inputs, **decoding)
 
 
 def _problems(options: argparse.Namespace) -> list[str]:
@@ -131,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--corpus", choices=sorted(CORPORA), default="text", help="kind of corpus (default: text)")
     add("--split-on", choices=SPLITS_ON, default="file", help="text: what ends a document")
     add("--text-field", default="text", metavar="NAME", help="jsonl, hf: where a record's text is")
+    add("--encoding", metavar="NAME", help="of text files without a byte-order mark (default: utf-8)")
+    add(
+        "--undecodable",
+        choices=UNDECODABLE,
+        default="refuse",
+        help="records in another encoding: refuse (stop, the default) or reject (leave out, and count)",
+    )
     add("--kind", choices=("bpe", "wordpiece"), default="bpe", help="byte-level BPE (GPT-2) or WordPiece (BERT)")
     add("--vocab-size", type=int, metavar="N", help="tokens, special ones included")
     add("--special-token", nargs="+", default=[], metavar="TOKEN", help="besides the usual ones")

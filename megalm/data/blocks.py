@@ -22,6 +22,7 @@ from megalm.data.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.clean.near_duplicates import bands
 from megalm.data.document import Block, Document, Rejected
 from megalm.data.left_out import LeftOutTotals
+from megalm.data.tally import EXAMPLES, FileTally, RejectedFile
 from megalm.data.tokenizer import Tokenizer
 
 
@@ -50,6 +51,10 @@ class Work:
         return Path(self.folder) / f"{number // 1000:06d}" / f"{number:09d}.npz"
 
 
+_RECORDED = ("names", "bytes", "read", "removed", "notes", "left_out", "examples", "files")
+"""Fields of a result that are no arrays."""
+
+
 @dataclass(frozen=True)
 class BlockResult:
     """What became of a block.
@@ -68,6 +73,8 @@ class BlockResult:
         removed: how many documents each rule removed.
         notes: how often something was changed.
         left_out: what readers left out of documents, as :meth:`LeftOutTotals.to_dict` gives it.
+        examples: by rule, the first documents that it removed.
+        files: by reason, files that hold no text which can be read (:meth:`FileTally.to_dict`).
     """
 
     tokens: NDArray[np.uint32]
@@ -83,11 +90,13 @@ class BlockResult:
     removed: dict[str, int]
     notes: dict[str, int]
     left_out: dict[str, Any]
+    examples: dict[str, list[str]]
+    files: dict[str, dict[str, Any]]
 
     def save(self, path: Path) -> None:
         """Write, then rename: a killed worker leaves no result."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {name: getattr(self, name) for name in ("names", "bytes", "read", "removed", "notes", "left_out")}
+        record = {name: getattr(self, name) for name in _RECORDED}
         arrays: dict[str, Any] = {
             "tokens": self.tokens,
             "lengths": self.lengths,
@@ -150,6 +159,8 @@ def tokenise_block(work: Work, number: int, block: Block) -> tuple[int, int, int
         removed=dict(reading.removed),
         notes=dict(reading.notes),
         left_out=reading.left_out.to_dict(),
+        examples=reading.examples,
+        files=reading.files.to_dict(),
     )
     result.save(work.path_of(number))
     return reading.bytes, len(documents), int(tokens.size)
@@ -179,11 +190,16 @@ class _Reading:
         self.removed: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.left_out = LeftOutTotals()
+        self.examples: dict[str, list[str]] = {}
+        self.files = FileTally()
 
     def cleaned(self, work: Work, block: Block) -> Iterator[Document]:
         """The documents that stay."""
         cleaner = _cleaner(work.cleaning)
         for document in block.documents():
+            if isinstance(document, RejectedFile):
+                self.files.add(document)
+                continue
             self.read += 1
             if document.left_out is not None:
                 self.left_out.add(document.name, document.left_out)
@@ -195,6 +211,8 @@ class _Reading:
                 outcome = document
             if isinstance(outcome, Rejected):
                 self.removed[outcome.rule] += 1
+                examples = self.examples.setdefault(outcome.rule, [])
+                examples += [outcome.name] if len(examples) < EXAMPLES else []
             else:
                 self.notes.update(outcome.notes)
                 yield outcome.document

@@ -10,6 +10,7 @@ from megalm.data.left_out import NAMES, SHARE, LeftOutTotals
 from megalm.data.recipe import Recipe
 from megalm.data.shard_writer import write_durably
 from megalm.data.summary import Lengths, Summary
+from megalm.data.tally import FileTally
 from megalm.figure import new_figure
 
 CARD_FILE, CARD_DATA_FILE, LENGTHS_FILE = "data_card.md", "data_card.json", "document_lengths.png"
@@ -38,6 +39,7 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
         "",
         "| | |",
         "| --- | ---: |",
+        *_files_read(summary),
         f"| documents read | {summary.read:,} |",
         f"| documents kept | {summary.documents:,} |",
         f"| text read | {summary.bytes:,} bytes |",
@@ -54,7 +56,8 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
         )
     lines += ["", f"Tokenizer: {summary.vocab_size:,} tokens, sha256 `{summary.tokenizer_sha256}`.", ""]
     lines += [f"Each document {document_marks(summary)}.", ""]
-    lines += _counts("Removed documents", "rule", summary.removed)
+    lines += _files_left_out(summary.files_left_out)
+    lines += _counts("Removed documents", "rule", summary.removed, summary.examples)
     lines += _counts("Changes inside documents", "change", summary.notes)
     lines += _left_out(summary.left_out, summary.read)
     quantiles = ", ".join(f"{share} {tokens:,}" for share, tokens in _quantiles(summary.lengths).items())
@@ -95,11 +98,36 @@ def plot_lengths(lengths: Lengths, path: Path, *, title: str) -> None:
     temporary.replace(path)
 
 
-def _counts(title: str, what: str, counts: dict[str, int]) -> list[str]:
+def _files_read(summary: Summary) -> list[str]:
+    if not summary.files and not summary.files_left_out.total():
+        return []
+    return [
+        f"| files read | {summary.files:,} ({summary.file_bytes:,} bytes) |",
+        f"| files left out | {summary.files_left_out.total():,} |",
+    ]
+
+
+def _files_left_out(files: FileTally) -> list[str]:
+    """Every file that was not read, by reason."""
+    if not files.total():
+        return []
+    rows = [
+        f"| {reason} | {one.files:,} | {one.bytes:,} | {_cell(', '.join(one.examples))} |"
+        for reason, one in files.items()
+    ]
+    return ["## Files left out", "", "| reason | files | bytes | such as |", "| --- | ---: | ---: | --- |", *rows, ""]
+
+
+def _counts(
+    title: str, what: str, counts: dict[str, int], examples: dict[str, list[str]] | None = None
+) -> list[str]:
     if not counts:
         return [f"## {title}", "", "None.", ""]
-    rows = [f"| {name} | {count:,} |" for name, count in counts.items()]
-    return [f"## {title}", "", f"| {what} | count |", "| --- | ---: |", *rows, ""]
+    if not examples:
+        rows = [f"| {name} | {count:,} |" for name, count in counts.items()]
+        return [f"## {title}", "", f"| {what} | count |", "| --- | ---: |", *rows, ""]
+    rows = [f"| {name} | {count:,} | {_cell(', '.join(examples.get(name, ())))} |" for name, count in counts.items()]
+    return [f"## {title}", "", f"| {what} | count | such as |", "| --- | ---: | --- |", *rows, ""]
 
 
 def _left_out(totals: LeftOutTotals, read: int) -> list[str]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from megalm.data.tally import FileTally, RejectedFile
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -100,7 +102,7 @@ class Block(Protocol):
     def bytes(self) -> int:
         """Its share of the corpus's ``total_bytes``, for progress."""
 
-    def documents(self) -> Iterator[Document | Rejected]:
+    def documents(self) -> Iterator[Document | Rejected | RejectedFile]:
         """Read the block; the same in every process that sees the corpus's files."""
 
 
@@ -114,6 +116,14 @@ class Corpus(Protocol):
     @property
     def total_bytes(self) -> int:
         """Size of its files on disk, or of its text where there are none."""
+
+    @property
+    def num_files(self) -> int:
+        """How many files it reads; 0 where it has none."""
+
+    @property
+    def files_left_out(self) -> FileTally:
+        """Files that it does not read, known before any is opened."""
 
     def fingerprint(self) -> str:
         """Changes when a file is added, removed, renamed, resized or touched; reads no contents."""

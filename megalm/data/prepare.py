@@ -31,6 +31,7 @@ from megalm.data.packing import BestFitPacker, Row
 from megalm.data.recipe import Recipe
 from megalm.data.shard_writer import ShardWriter, write_durably
 from megalm.data.summary import Lengths, Summary
+from megalm.data.tally import EXAMPLES, FileTally
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
@@ -246,8 +247,7 @@ class _Preparation:
                 done = Done(count, number + 1, totals.documents, totals.tokens, in_bytes=False)
                 self.progress("writing shards", done)
         if totals.documents == 0:
-            rules = ", ".join(f"{n} {rule}" for rule, n in totals.removed.most_common()) or "none was found"
-            raise DataError(f"{self.corpus.source}: no document is left ({rules}); give other --input or fewer filters")
+            raise DataError(_nothing_left(self.corpus, totals))
         for split, one in splits.items():
             if one.writer.documents == 0 and not one.has_open_rows:
                 other = "smaller" if split == "train" else "larger"
@@ -257,6 +257,17 @@ class _Preparation:
                 )
         indexes = {split: one.close() for split, one in splits.items()}
         return totals.summary(self.corpus, recipe, tokenizer, indexes)
+
+
+def _nothing_left(corpus: Corpus, totals: _Totals) -> str:
+    """Why there is no document, with what stood in the way of each."""
+    reasons = [f"{n} {rule}" for rule, n in totals.removed.most_common()]
+    left_out = FileTally(corpus.files_left_out.to_dict())
+    left_out.update(totals.files)
+    if left_out.total():
+        reasons.append(f"files left out: {left_out.line()}")
+    why = ", ".join(reasons) or "none was found"
+    return f"{corpus.source}: no document is left ({why}); give other --input or fewer filters"
 
 
 def _tokenise(work: Work, task: tuple[int, Block]) -> tuple[int, int, int]:
@@ -317,6 +328,8 @@ class _Totals:
     removed: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     left_out: LeftOutTotals = field(default_factory=LeftOutTotals)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    files: FileTally = field(default_factory=FileTally)
     lengths: Lengths = field(default_factory=Lengths)
 
     def add(self, block: BlockResult, duplicates: Duplicates) -> np.ndarray:
@@ -326,6 +339,10 @@ class _Totals:
         self.removed.update(block.removed)
         self.notes.update(block.notes)
         self.left_out.merge(LeftOutTotals.from_dict(block.left_out))
+        self.files.update(FileTally(block.files))
+        for removed_by, names in block.examples.items():
+            examples = self.examples.setdefault(removed_by, [])
+            examples += names[: EXAMPLES - len(examples)]
         kept = np.ones(len(block.names), dtype=bool)
         if block.digests.size or block.bands.size:
             for document in range(len(block.names)):
@@ -341,6 +358,10 @@ class _Totals:
 
     def summary(self, corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer, indexes: dict[str, Index]) -> Summary:
         """What the data card tells."""
+        unread = self.files.total()
+        unread_bytes = sum(reason.bytes for _, reason in self.files.items())
+        left_out = FileTally(corpus.files_left_out.to_dict())
+        left_out.update(self.files)
         return Summary(
             source=corpus.source,
             recipe=recipe,
@@ -352,6 +373,10 @@ class _Totals:
             removed=dict(self.removed.most_common()),
             notes=dict(self.notes.most_common()),
             left_out=self.left_out,
+            examples=self.examples,
+            files=max(corpus.num_files - unread, 0),
+            file_bytes=max(corpus.total_bytes - unread_bytes, 0) if corpus.num_files else 0,
+            files_left_out=left_out,
             lengths=self.lengths,
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,

@@ -82,6 +82,8 @@ def summary_lines(out: str, summary: Summary, seconds: float) -> list[str]:
         f"{val.tokens:,} validation tokens, vocabulary {summary.vocab_size:,}",
         f"{seconds:.1f} s, {summary.bytes / _MEGA / seconds:.1f} MB/s, {summary.tokens / _MEGA / seconds:.2f} Mtok/s",
     ]
+    if summary.files_left_out.total():
+        lines.append(f"files read: {summary.files:,}; left out: {summary.files_left_out.line()}")
     for title, counts in (("removed", summary.removed), ("changed", summary.notes)):
         if counts:
             lines.append(f"{title}: " + ", ".join(f"{count:,} {rule}" for rule, count in counts.items()))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megalm.data.clean import Cleaning
 from megalm.data.corpora import CORPORA, CorpusOptions
@@ -14,6 +15,9 @@ from megalm.data.index import VERSION
 from megalm.data.roles import Marks
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,27 @@ class Recipe:
         given = None if self.tokenizer is None else Tokenizer.load(self.tokenizer, marks=self.marks)
         evaluation = [_sha256_of(name) for name in self.cleaning.decontaminate]
         parts = {
-            **asdict(self),
-            "options": {**asdict(self.options), "inputs": None},
+            **_settings(self),
+            "options": {**_settings(self.options), "inputs": None},
+            "cleaning": _settings(self.cleaning),
             "tokenizer": None if given is None else given.sha256,
             "files": corpus.fingerprint(),
             "evaluation": evaluation,
             "format": VERSION,
         }
-        if self.add_bos is None:
-            del parts["add_bos"]
         if given is not None and not given.is_marked_as_usual:
             parts["marks"] = [given.roles.before, given.roles.end]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+_LATER = frozenset({"add_bos", "encoding", "undecodable"})
+"""Options that older datasets were made without: at their defaults they leave a signature as it was."""
+
+
+def _settings(options: DataclassInstance) -> dict[str, Any]:
+    """Fields and values, without options that came later and are at their defaults."""
+    defaults = {one.name: one.default for one in fields(options)}
+    return {name: value for name, value in asdict(options).items() if name not in _LATER or value != defaults[name]}
 
 
 def _sha256_of(name: str) -> str:

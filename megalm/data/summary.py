@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from megalm.data.index import Index
 from megalm.data.left_out import SHARE, LeftOutTotals
+from megalm.data.names import shown
 from megalm.data.recipe import Recipe
+from megalm.data.tally import FileTally
 
 _BINS_PER_DOUBLING = 4
 _DOUBLINGS = 40
@@ -61,6 +63,10 @@ class Summary:
         removed: how many documents each rule removed.
         notes: how often something was changed in documents.
         left_out: what the corpus's reader left out of documents.
+        examples: by rule, the first documents that it removed.
+        files: files that were read; 0 where a library reads them.
+        file_bytes: their size on disk.
+        files_left_out: files that were not read, by reason.
         lengths: tokens per document.
         tokenizer_sha256: hash of the tokenizer.
         vocab_size: of the tokenizer.
@@ -79,6 +85,10 @@ class Summary:
     removed: dict[str, int]
     notes: dict[str, int]
     left_out: LeftOutTotals
+    examples: dict[str, list[str]]
+    files: int
+    file_bytes: int
+    files_left_out: FileTally
     lengths: Lengths
     tokenizer_sha256: str
     vocab_size: int
@@ -99,6 +109,9 @@ class Summary:
                 "tokens",
                 "removed",
                 "notes",
+                "examples",
+                "files",
+                "file_bytes",
                 "tokenizer_sha256",
                 "vocab_size",
                 "document_start",
@@ -117,7 +130,8 @@ class Summary:
         }
         if self.left_out.kinds:
             contents["left_out"] = self._left_out()
-        return {**contents, "splits": splits, "recipe": asdict(self.recipe)}
+        files = self.files_left_out.to_dict()
+        return {**contents, "files_left_out": files, "splits": splits, "recipe": _printable(asdict(self.recipe))}
 
     def _left_out(self) -> dict[str, Any]:
         return {
@@ -134,3 +148,12 @@ class Summary:
                 for name, kept, lost, mostly in self.left_out.documents
             ],
         }
+
+
+def _printable(value: Any) -> Any:
+    """Settings without the bytes of file names that are no UTF-8."""
+    if isinstance(value, dict):
+        return {name: _printable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(inner) for inner in value]
+    return shown(value) if isinstance(value, str) else value

@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megalm.data.clean.words import ngram_hashes, words_of
-from megalm.data.corpora.streams import open_stream
+from megalm.data.corpora.contents import UTF_8, NotText, decode
+from megalm.data.corpora.streams import Text, open_text
+from megalm.data.names import shown
+from megalm.errors import DataError
 
 DEFAULT_NGRAM = 13
 SHORTEST = 8
@@ -34,7 +37,7 @@ class Contamination:
     owners: dict[int, NDArray[np.int64]]
 
     @classmethod
-    def of(cls, files: Sequence[str], ngram: int) -> Contamination:
+    def of(cls, files: Sequence[str], ngram: int, encoding: str | None = None) -> Contamination:
         """All n-grams of some files; a text of fewer than ``ngram`` words, but at least 8, is one n-gram.
 
         Raises:
@@ -42,7 +45,7 @@ class Contamination:
         """
         found: dict[int, list[tuple[NDArray[np.uint64], int]]] = {}
         for owner, file in enumerate(files):
-            for text in evaluation_texts(file):
+            for text in evaluation_texts(file, encoding):
                 words = words_of(text)
                 n = min(len(words), ngram)
                 if n >= min(SHORTEST, ngram):
@@ -69,24 +72,57 @@ class Contamination:
         return None
 
 
-def evaluation_texts(file: str) -> Iterator[str]:
-    """Texts of an evaluation file: all texts in each record of JSON Lines, or else each line.
+def evaluation_texts(file: str, encoding: str | None = None) -> Iterator[str]:
+    """Texts of an evaluation file: all texts in each record of JSON or JSON Lines, or else each line.
+
+    Args:
+        file: its path; it may be compressed.
+        encoding: of a file that is not in UTF-8 and has no byte-order mark.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or is no text in such an encoding.
     """
-    path = Path(file)
-    is_json = ".json" in path.name
-    with open_stream(path) as stream:
-        for line in stream.content:
-            text = line.decode("utf-8", errors="replace").strip()
-            if not is_json:
-                yield text
-                continue
-            try:
-                yield from _texts(json.loads(text))
-            except ValueError:
-                yield text
+    try:
+        try:
+            texts = _texts_of(Path(file), None)
+        except NotText:
+            if encoding is None:
+                raise
+            texts = _texts_of(Path(file), encoding)
+    except NotText as finding:
+        raise DataError(f"--decontaminate {shown(file)}: {finding}") from None
+    yield from texts
+
+
+def _texts_of(path: Path, encoding: str | None) -> list[str]:
+    with open_text(path, encoding) as stream:
+        return list(_records(stream.content, stream.mark) if ".json" in path.name.lower() else _lines(stream))
+
+
+def _lines(stream: Text) -> Iterator[str]:
+    offset = stream.mark
+    for line in stream.content:
+        yield decode(line, UTF_8, offset).strip()
+        offset += len(line)
+
+
+def _records(content: IO[bytes], offset: int) -> Iterator[str]:
+    """Texts of JSON Lines; or of one JSON value over many lines."""
+    lines = []
+    for line in content:
+        text = decode(line, UTF_8, offset).strip()
+        offset += len(line)
+        try:
+            value = json.loads(text) if text else ""
+        except (ValueError, RecursionError):
+            lines.append(text)
+        else:
+            yield from _texts(value)
+    if lines:
+        try:
+            yield from _texts(json.loads("\n".join(lines)))
+        except (ValueError, RecursionError):
+            yield from lines
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -25,6 +25,7 @@ class Cleaning:
         scrub_pii: replace e-mail addresses, phone numbers and the like by placeholders.
         decontaminate: evaluation files; documents that share an n-gram with one are removed.
         ngram: words of such an n-gram.
+        encoding: of evaluation files that are not in UTF-8.
         max_document_bytes: documents that are longer are removed; None: any length.
         near_duplicates: whether MinHash bands are computed of each document.
     """
@@ -34,6 +35,7 @@ class Cleaning:
     scrub_pii: bool = False
     decontaminate: tuple[str, ...] = ()
     ngram: int = DEFAULT_NGRAM
+    encoding: str | None = None
     max_document_bytes: int | None = None
     near_duplicates: bool = False
 
@@ -62,7 +64,7 @@ class Cleaner:
         self._cleaning = cleaning
         self._quality = [Quality(name) for name in cleaning.quality]
         self._contamination = (
-            Contamination.of(cleaning.decontaminate, cleaning.ngram) if cleaning.decontaminate else None
+            Contamination.of(cleaning.decontaminate, cleaning.ngram, cleaning.encoding) if cleaning.decontaminate else None
         )
 
     def clean(self, document: Document) -> Cleaned | Rejected:

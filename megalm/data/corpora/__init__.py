@@ -10,7 +10,7 @@ from collections.abc import Callable
 from megalm.data.corpora.files import SPLITS_ON, stdlib_corpus, text_corpus
 from megalm.data.corpora.hf import hf_corpus
 from megalm.data.corpora.jsonl import jsonl_corpus
-from megalm.data.corpora.options import CorpusOptions
+from megalm.data.corpora.options import UNDECODABLE, CorpusOptions
 from megalm.data.corpora.sft import sft_corpus
 from megalm.data.corpora.wikipedia import wikipedia_corpus
 from megalm.data.document import Corpus
@@ -25,4 +25,4 @@ CORPORA: dict[str, Callable[[CorpusOptions], Corpus]] = {
 }
 """By the name that ``tools/prepare_data.py --corpus`` takes."""
 
-__all__ = ["CORPORA", "SPLITS_ON", "Corpus", "CorpusOptions"]
+__all__ = ["CORPORA", "SPLITS_ON", "UNDECODABLE", "Corpus", "CorpusOptions"]

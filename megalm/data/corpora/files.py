@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalm.data.corpora.contents import UTF_8, NotText, decode
+from megalm.data.corpora.find import Found
 from megalm.data.corpora.options import CorpusOptions
 from megalm.data.corpora.records import PlainText, RecordCorpus
-from megalm.data.corpora.streams import Files, find_files, open_stream, size_of
+from megalm.data.corpora.streams import Files, find_files, open_text, size_of
 from megalm.data.document import Corpus, Document, Rejected
+from megalm.data.names import shown
+from megalm.data.tally import RejectedFile
 from megalm.errors import DataError
 
 SPLITS_ON = ("file", "blank-line", "line")
@@ -26,22 +30,34 @@ class WholeFiles:
     Attributes:
         paths: in order.
         bytes: of all of them, on disk.
+        encoding: of files without a byte-order mark; None: UTF-8.
     """
 
     paths: tuple[Path, ...]
     bytes: int
+    encoding: str | None = None
 
-    def documents(self) -> Iterator[Document | Rejected]:
+    def documents(self) -> Iterator[Document | Rejected | RejectedFile]:
         """Read the files."""
         for path in self.paths:
-            with open_stream(path) as stream:
-                data = stream.content.read()
-            yield Document.plain(str(path), data)
+            try:
+                with open_text(path, self.encoding) as stream:
+                    text = decode(stream.content.read(), UTF_8, stream.mark)
+            except NotText as finding:
+                yield RejectedFile(shown(path), finding.reason, size_of(path), finding.advice)
+            else:
+                yield Document.plain(shown(path), text)
 
 
 @dataclass(frozen=True)
 class FileCorpus(Files):
-    """Files, one document each."""
+    """Files, one document each.
+
+    Attributes:
+        encoding: of files without a byte-order mark; None: UTF-8.
+    """
+
+    encoding: str | None = None
 
     def blocks(self, block_bytes: int) -> Iterator[WholeFiles]:
         """Groups of files of about ``block_bytes``; a larger file is a group of its own."""
@@ -51,10 +67,10 @@ class FileCorpus(Files):
             group.append(path)
             size += size_of(path)
             if size >= block_bytes:
-                yield WholeFiles(tuple(group), size)
+                yield WholeFiles(tuple(group), size, self.encoding)
                 group, size = [], 0
         if group:
-            yield WholeFiles(tuple(group), size)
+            yield WholeFiles(tuple(group), size, self.encoding)
 
 
 def stdlib_corpus(options: CorpusOptions) -> Corpus:
@@ -68,7 +84,7 @@ def stdlib_corpus(options: CorpusOptions) -> Corpus:
     files = [path for path in root.rglob("*.py") if not _NOT_LIBRARY & set(path.relative_to(root).parts)]
     if not files:
         raise DataError(f"no .py files below {root}: this Python was installed without its library's sources")
-    return FileCorpus(f"standard library of Python {platform.python_version()}", tuple(sorted(files)))
+    return FileCorpus(f"standard library of Python {platform.python_version()}", Found(tuple(sorted(files))))
 
 
 def text_corpus(options: CorpusOptions) -> Corpus:
@@ -77,11 +93,13 @@ def text_corpus(options: CorpusOptions) -> Corpus:
     Raises:
         DataError: no input, one that does not exist or holds no file, or an unknown ``split_on``.
     """
-    options.check("text", "inputs", "split_on")
+    options.check("text", "inputs", "split_on", "encoding", "undecodable")
     if options.split_on not in SPLITS_ON:
         raise DataError(f"--split-on {options.split_on}: {', '.join(SPLITS_ON)}")
-    source = ", ".join(options.inputs)
-    files = find_files(options.inputs)
+    found = find_files(options.inputs)
     if options.split_on == "file":
-        return FileCorpus(source, files)
-    return RecordCorpus(source, files, PlainText(), blank_lines=options.split_on == "blank-line")
+        if options.undecodable != CorpusOptions.undecodable:
+            raise DataError(f"--undecodable {options.undecodable}: files that are one document each are always left out")
+        return FileCorpus(options.source, found, options.encoding)
+    blank_lines = options.split_on == "blank-line"
+    return RecordCorpus(options.source, found, PlainText(), options.reading, blank_lines)

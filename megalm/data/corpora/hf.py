@@ -12,6 +12,8 @@ from megalm.data.corpora.jsonl import lookup
 from megalm.data.corpora.options import CorpusOptions
 from megalm.data.corpora.streams import Files, files_fingerprint, find_files, size_of
 from megalm.data.document import Block, Corpus, Document, Rejected
+from megalm.data.names import shown
+from megalm.data.tally import FileTally
 from megalm.errors import DataError
 
 _EXTRA = "pip install 'megalm[hf]'"
@@ -41,7 +43,7 @@ class RowGroup:
         row = self.first_row
         for batch in table.to_batches(max_chunksize=1024):
             for record in batch.to_pylist():
-                yield _document(f"{self.path}:{row}", record, self.field)
+                yield _document(f"{shown(self.path)}:{row}", record, self.field)
                 row += 1
 
 
@@ -65,7 +67,7 @@ class ParquetCorpus(Files):
             file = _parquet(path)
             if self.field.partition(".")[0] not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
-                raise DataError(f"--text-field {self.field}: {path} has no such column; it has {columns}")
+                raise DataError(f"--text-field {self.field}: {shown(path)} has no such column; it has {columns}")
             metadata, row = file.metadata, 0
             share = size_of(path) // max(metadata.num_row_groups, 1)
             for number in range(metadata.num_row_groups):
@@ -120,6 +122,16 @@ class NamedDataset:
         splits = self._load().info.splits or {}
         return int(splits[self.split].num_bytes or 0) if self.split in splits else 0
 
+    @property
+    def num_files(self) -> int:
+        """The library reads them."""
+        return 0
+
+    @property
+    def files_left_out(self) -> FileTally:
+        """The library knows."""
+        return FileTally()
+
     def fingerprint(self) -> str:
         """Of the name and, where it is known, the version."""
         dataset = self._load()
@@ -161,7 +173,7 @@ def hf_corpus(options: CorpusOptions) -> Corpus:
     options.check("hf", "inputs", "text_field", "hf_config", "hf_split")
     if any(Path(name).exists() or name.endswith(".parquet") for name in options.inputs):
         files = find_files(options.inputs, (".parquet",))
-        return ParquetCorpus(", ".join(options.inputs), files, options.text_field)
+        return ParquetCorpus(options.source, files, options.text_field)
     if len(options.inputs) > 1:
         raise DataError(f"--corpus hf --input {' '.join(options.inputs)}: one dataset name at a time, or parquet files")
     return NamedDataset(options.inputs[0], options.hf_config, options.hf_split, options.text_field)
@@ -180,4 +192,4 @@ def _parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: is no parquet file, or is damaged: {error}") from None
+        raise DataError(f"{shown(path)}: is no parquet file, or is damaged: {error}") from None

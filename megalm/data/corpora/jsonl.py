@@ -6,11 +6,24 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megalm.data.corpora.contents import NotText
 from megalm.data.corpora.options import CorpusOptions
 from megalm.data.corpora.records import RecordCorpus
 from megalm.data.corpora.streams import find_files
 from megalm.data.document import Corpus, Document, Rejected
 
+class _FieldTwice(Exception):  # noqa: N818 - caught below
+    """Which of two values is meant, nobody can say."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise _FieldTwice
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
@@ -26,9 +39,9 @@ class JsonText:
 
     def __call__(self, name: str, data: bytes) -> Document | Rejected:
         """Read a line."""
-        record = parse_record(data)
-        if record is None:
-            return Rejected(name, "malformed JSON")
+        record = read_record(name, data)
+        if isinstance(record, Rejected):
+            return record
         text = lookup(record, self.field)
         if text is None:
             return Rejected(name, f"no field {self.field}")
@@ -37,13 +50,27 @@ class JsonText:
         return Document.plain(name, text)
 
 
-def parse_record(data: bytes) -> dict[str, Any] | None:
-    """The object that a line holds; None if it holds none."""
+def read_record(name: str, data: bytes) -> dict[str, Any] | Rejected:
+    """The object that a line holds, or why it holds none."""
     try:
-        record = json.loads(data.decode("utf-8-sig", errors="replace"))
+        record = _DECODER.decode(data.decode("utf-8-sig"))
+    except _FieldTwice:
+        return Rejected(name, "a field twice in one JSON object")
     except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
+        return Rejected(name, "malformed JSON")
+    return record if isinstance(record, dict) else Rejected(name, "JSON that is no object")
+
+
+def check_layout(head: bytes) -> None:
+    """Raise NotText if a file begins as one JSON value over many lines, or as an array of all records."""
+    text = head.decode("utf-8-sig", errors="replace").strip()
+    first, _, rest = text.partition("\n")
+    if text[:1] not in ("{", "[") or (rest.strip() and _is_json(first)):
+        return
+    if text[0] == "[":
+        raise NotText("a JSON array, not JSON Lines", "one record a line: jq -c '.[]' FILE > FILE.jsonl")
+    if first.strip() == "{" or (not _is_json(first) and _begins_with_json(text)):
+        raise NotText("JSON over many lines, not JSON Lines", "one record a line: jq -c . FILE > FILE.jsonl")
 
 
 def lookup(record: dict[str, Any], field: str) -> Any:
@@ -61,5 +88,22 @@ def jsonl_corpus(options: CorpusOptions) -> Corpus:
     Raises:
         DataError: no input, or one that does not exist or holds no such file.
     """
-    options.check("jsonl", "inputs", "text_field")
-    return RecordCorpus(", ".join(options.inputs), find_files(options.inputs, SUFFIXES), JsonText(options.text_field))
+    options.check("jsonl", "inputs", "text_field", "encoding", "undecodable")
+    found = find_files(options.inputs, SUFFIXES)
+    return RecordCorpus(options.source, found, JsonText(options.text_field), options.reading, check=check_layout)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _begins_with_json(text: str) -> bool:
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,7 +1,7 @@
 """Files that hold many documents, one after the other: blocks are stretches of a file that begin and end with one.
 
-Uncompressed files are only looked into where one block ends; the worker reads its own stretch. Compressed ones have to
-be decompressed from the start, so the process that lists blocks does it, and hands the bytes on.
+Uncompressed files in UTF-8 are only looked into where one block ends; the worker reads its own stretch. Others have to
+be decompressed or decoded from the start, so the process that lists blocks does it, and hands the text on.
 """
 
 from __future__ import annotations
@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from megalm.data.corpora.streams import Files, is_compressed, open_stream, size_of
+from megalm.data.corpora.contents import UTF_8, NotText, undecodable
+from megalm.data.corpora.options import Reading
+from megalm.data.corpora.streams import Files, Text, open_stream, open_text, size_of
 from megalm.data.document import Block, Document, Rejected
+from megalm.data.names import shown
+from megalm.data.tally import RejectedFile
+from megalm.errors import DataError
 
 
 class Reader(Protocol):
@@ -26,28 +31,70 @@ class Reader(Protocol):
 class PlainText:
     """A record is its text."""
 
-    def __call__(self, name: str, data: bytes) -> Document:
+    def __call__(self, name: str, data: bytes) -> Document | Rejected:
         """All of it."""
-        return Document.plain(name, data)
+        return Rejected(name, "has NUL bytes") if b"\0" in data else Document.plain(name, data)
+
+
+class Check(Protocol):
+    """First bytes of a file's text ▶ nothing, or NotText if records cannot be read from such a file."""
+
+    def __call__(self, head: bytes) -> None:
+        """Look at them."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """How the bytes of a file are cut into records, and read.
+
+    Attributes:
+        reader: makes documents of records.
+        reading: how files are decoded.
+        blank_lines: records end at blank lines, not at every line.
+    """
+
+    reader: Reader
+    reading: Reading
+    blank_lines: bool
+
+    def documents(self, path: Path, data: bytes, start: int) -> Iterator[Document | Rejected]:
+        """Records of a stretch that begins at byte ``start`` of a file; lines without any text are none.
+
+        Raises:
+            DataError: the stretch is not in UTF-8, and such records are not to be rejected one by one.
+        """
+        whole = True
+        try:
+            data.decode(UTF_8)
+        except UnicodeDecodeError as error:
+            if not self.reading.reject:
+                self.refuse(path, undecodable(error, start))
+            whole = False
+        for name, record in _records(shown(path), data, start, self.blank_lines):
+            yield self.reader(name, record) if whole or _is_utf8(record) else Rejected(name, "not UTF-8")
+
+    @staticmethod
+    def refuse(path: Path, finding: NotText) -> NoReturn:
+        """Say that a file of records is in another encoding."""
+        reject = "--undecodable reject leaves such records out and counts them"
+        raise DataError(f"{shown(path)}: {finding}; {reject}") from None
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Whole records of an uncompressed file.
+    """Whole records of an uncompressed file in UTF-8.
 
     Attributes:
         path: the file.
         start: first byte.
         end: the one after the last.
-        blank_lines: records end at blank lines, not at every line.
-        reader: makes documents of records.
+        records: what they are.
     """
 
     path: Path
     start: int
     end: int
-    blank_lines: bool
-    reader: Reader
+    records: Records
 
     @property
     def bytes(self) -> int:
@@ -59,32 +106,47 @@ class Stretch:
         with open_stream(self.path) as stream:
             stream.content.seek(self.start)
             data = stream.content.read(self.end - self.start)
-        yield from _documents(str(self.path), data, self.start, self.blank_lines, self.reader)
+        yield from self.records.documents(self.path, data, self.start)
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Whole records of a compressed file.
+    """Whole records of a file that is compressed, or in another encoding.
 
     Attributes:
         path: the file.
         start: first byte, of what the file holds.
-        data: the records.
+        data: the records, in UTF-8.
         bytes: what it took on disk.
-        blank_lines: records end at blank lines, not at every line.
-        reader: makes documents of records.
+        records: what they are.
     """
 
     path: Path
     start: int
     data: bytes
     bytes: int
-    blank_lines: bool
-    reader: Reader
+    records: Records
 
     def documents(self) -> Iterator[Document | Rejected]:
         """Read the records."""
-        yield from _documents(str(self.path), self.data, self.start, self.blank_lines, self.reader)
+        yield from self.records.documents(self.path, self.data, self.start)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file without a record that can be read.
+
+    Attributes:
+        file: which, and why.
+        bytes: nothing of it counts as progress.
+    """
+
+    file: RejectedFile
+    bytes: int = 0
+
+    def documents(self) -> Iterator[RejectedFile]:
+        """The finding."""
+        yield self.file
 
 
 @dataclass(frozen=True)
@@ -93,50 +155,86 @@ class RecordCorpus(Files):
 
     Attributes:
         reader: makes documents of records.
+        reading: how files are decoded.
         blank_lines: records end at blank lines, not at every line.
+        check: looks at the beginning of each file; None: any will do.
     """
 
     reader: Reader
+    reading: Reading = Reading()  # noqa: RUF009 - frozen
     blank_lines: bool = False
+    check: Check | None = None
 
     def blocks(self, block_bytes: int) -> Iterator[Block]:
-        """Stretches of each file, of about ``block_bytes``."""
+        """Stretches of each file, of about ``block_bytes``; of a file that cannot be read, the reason."""
         for path in self.files:
-            yield from (self._excerpts if is_compressed(path) else self._stretches)(path, block_bytes)
+            blocks = 0
+            try:
+                with open_text(path, self.reading.encoding) as text:
+                    self._look(path, text)
+                    for block in (self._stretches if text.splittable else self._excerpts)(path, text, block_bytes):
+                        blocks += 1
+                        yield block
+            except NotText as finding:
+                if blocks and not self.reading.reject:
+                    Records.refuse(path, finding)
+                rest = ", from there on" if blocks else ""
+                yield Unread(RejectedFile(shown(path), f"{finding.reason}{rest}", size_of(path), finding.advice))
+            else:
+                if not blocks:
+                    yield Unread(RejectedFile(shown(path), "empty", size_of(path)))
 
-    def _stretches(self, path: Path, block_bytes: int) -> Iterator[Stretch]:
-        with open_stream(path) as stream:
-            file, size, start = stream.content, size_of(path), 0
-            while start < size:
-                file.seek(min(start + block_bytes, size))
-                file.readline()  # most likely the rest of a line
-                while self.blank_lines and (line := file.readline()):
-                    if not line.strip():
-                        break
-                end = file.tell()
-                yield Stretch(path, start, end, self.blank_lines, self.reader)
-                start = end
+    @property
+    def _records(self) -> Records:
+        return Records(self.reader, self.reading, self.blank_lines)
 
-    def _excerpts(self, path: Path, block_bytes: int) -> Iterator[Excerpt]:
-        with open_stream(path) as stream:
-            start = consumed = size = 0
-            lines: list[bytes] = []
-            for line in stream.content:
-                lines.append(line)
-                size += len(line)
-                if size >= block_bytes and (not self.blank_lines or not line.strip()):
-                    yield self._excerpt(path, start, lines, stream.consumed - consumed)
-                    start, consumed = start + size, stream.consumed
-                    lines, size = [], 0
-            if lines:
-                yield self._excerpt(path, start, lines, stream.consumed - consumed)
+    def _look(self, path: Path, text: Text) -> None:
+        """Refuse a file whose beginning is in another encoding before hours are spent on others; NotText: no records."""
+        head = text.head()
+        try:
+            head.decode(UTF_8)
+        except UnicodeDecodeError as error:
+            if error.start < len(head) - 4 and not self.reading.reject:  # else it may be cut within a character
+                Records.refuse(path, undecodable(error, text.mark))
+        if self.check is not None:
+            self.check(head)
 
-    def _excerpt(self, path: Path, start: int, lines: list[bytes], on_disk: int) -> Excerpt:
-        return Excerpt(path, start, b"".join(lines), on_disk, self.blank_lines, self.reader)
+    def _stretches(self, path: Path, text: Text, block_bytes: int) -> Iterator[Stretch]:
+        file, size, start = text.content, size_of(path), text.mark
+        while start < size:
+            file.seek(min(start + block_bytes, size))
+            file.readline()  # most likely the rest of a line
+            while self.blank_lines and (line := file.readline()):
+                if not line.strip():
+                    break
+            end = file.tell()
+            yield Stretch(path, start, end, self._records)
+            start = end
+
+    def _excerpts(self, path: Path, text: Text, block_bytes: int) -> Iterator[Excerpt]:
+        start = consumed = size = 0
+        lines: list[bytes] = []
+        for line in text.content:
+            lines.append(line)
+            size += len(line)
+            if size >= block_bytes and (not self.blank_lines or not line.strip()):
+                yield Excerpt(path, start, b"".join(lines), text.consumed - consumed, self._records)
+                start, consumed = start + size, text.consumed
+                lines, size = [], 0
+        if lines:
+            yield Excerpt(path, start, b"".join(lines), text.consumed - consumed, self._records)
 
 
-def _documents(name: str, data: bytes, start: int, blank_lines: bool, reader: Reader) -> Iterator[Document | Rejected]:
-    """Records of a stretch that begins at byte ``start`` of the file; lines without any text are none."""
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode(UTF_8)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _records(name: str, data: bytes, start: int, blank_lines: bool) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of each record of a stretch that begins at byte ``start`` of the file."""
     offset = begin = start
     record: list[bytes] = []
     for line in data.splitlines(keepends=True) if b"\r" not in data else _lines(data):
@@ -145,11 +243,11 @@ def _documents(name: str, data: bytes, start: int, blank_lines: bool, reader: Re
                 begin = offset
             record.append(line)
         if record and not (blank_lines and line.strip()):
-            yield reader(f"{name}@{begin}", b"".join(record).rstrip(b"\r\n"))
+            yield f"{name}@{begin}", b"".join(record).rstrip(b"\r\n")
             record = []
         offset += len(line)
     if record:
-        yield reader(f"{name}@{begin}", b"".join(record).rstrip(b"\r\n"))
+        yield f"{name}@{begin}", b"".join(record).rstrip(b"\r\n")
 
 
 def _lines(data: bytes) -> Iterator[bytes]:

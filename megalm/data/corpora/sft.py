@@ -6,7 +6,7 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
-from megalm.data.corpora.jsonl import SUFFIXES, lookup, parse_record
+from megalm.data.corpora.jsonl import SUFFIXES, check_layout, lookup, read_record
 from megalm.data.corpora.options import CorpusOptions, option_name
 from megalm.data.corpora.records import RecordCorpus
 from megalm.data.corpora.streams import find_files
@@ -33,9 +33,9 @@ class SupervisedRecord:
 
     def __call__(self, name: str, data: bytes) -> Document | Rejected:
         """Read a line."""
-        record = parse_record(data)
-        if record is None:
-            return Rejected(name, "malformed JSON")
+        record = read_record(name, data)
+        if isinstance(record, Rejected):
+            return record
         if "messages" in record:
             return _conversation(name, record["messages"])
         texts = []
@@ -55,14 +55,14 @@ def sft_corpus(options: CorpusOptions) -> Corpus:
     Raises:
         DataError: no input, one that does not exist or holds no such file, or a template with a fault.
     """
-    options.check("sft", "inputs", "prompt", "completion")
+    options.check("sft", "inputs", "prompt", "completion", "encoding", "undecodable")
     for field in ("prompt", "completion"):
         try:
             list(string.Formatter().parse(getattr(options, field)))
         except ValueError as error:
             raise DataError(f"{option_name(field)} {getattr(options, field)!r}: {error}; {{field}} names one") from None
     reader = SupervisedRecord(options.prompt, options.completion)
-    return RecordCorpus(", ".join(options.inputs), find_files(options.inputs, SUFFIXES), reader)
+    return RecordCorpus(options.source, find_files(options.inputs, SUFFIXES), reader, options.reading, check=check_layout)
 
 
 def _fill(template: str, record: dict[str, Any]) -> str | None:

@@ -1,24 +1,24 @@
-"""Files that may be compressed, and which files a user means."""
+"""Files that may be compressed, opened and read to their ends."""
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import io
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-import zstandard
-
+from megalm.data.corpora.compression import DAMAGE, MAGIC_BYTES, compression_of, decompressed
+from megalm.data.corpora.contents import HEAD_BYTES, UTF_8, NotText, as_utf8, encoding_of
+from megalm.data.corpora.find import Found, find_files
+from megalm.data.names import shown
+from megalm.data.tally import FileTally
 from megalm.errors import DataError
 
-COMPRESSED = (".gz", ".bz2", ".zst")
+__all__ = ["Files", "Stream", "Text", "find_files", "files_fingerprint", "open_stream", "open_text", "size_of"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class Stream:
     Attributes:
         content: what it holds.
         raw: the file as it lies on disk.
+        compressed: whether these differ.
     """
 
     content: IO[bytes]
     raw: BinaryIO
+    compressed: bool
 
     @property
     def consumed(self) -> int:
@@ -39,53 +41,102 @@ class Stream:
         return self.raw.tell()
 
 
-def is_compressed(path: Path) -> bool:
-    """Whether the name says so."""
-    return path.suffix in COMPRESSED
+@dataclass(frozen=True)
+class Text(Stream):
+    """An open file of text.
+
+    Attributes:
+        content: the text in UTF-8, behind any byte-order mark.
+        encoding: what the file itself is in.
+        mark: bytes of its byte-order mark.
+    """
+
+    encoding: str
+    mark: int
+
+    def head(self) -> bytes:
+        """The first bytes of the text, as far as one read gives them; nothing has been read yet, and nothing is after."""
+        return cast(io.BufferedReader, self.content).peek(HEAD_BYTES)
+
+    @property
+    def splittable(self) -> bool:
+        """Whether any stretch of the file can be read without what is before it."""
+        return not self.compressed and self.encoding == UTF_8
 
 
 @contextmanager
 def open_stream(path: Path) -> Iterator[Stream]:
-    """Open a file for reading from its start, decompressed if its name says that it is compressed.
+    """Open a file for reading from its start, decompressed if its first bytes say that it is compressed.
 
     Raises:
-        DataError: it cannot be read, or is cut short or damaged; raised wherever it is read.
+        DataError: it cannot be read, is cut short or damaged, or is some archive; raised wherever it is read.
     """
-    try:
-        with path.open("rb") as raw:
-            yield Stream(_decompressed(raw, path.suffix), raw)
-    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged or cut short ({error}); copy the file again") from None
-    except OSError as error:
-        reason = error.strerror or str(error)  # bz2 reports damage as an OSError without a code
-        raise DataError(f"{path}: cannot be read: {reason}") from None
+    with _opened(path) as (raw, content, head, compressed):
+        try:
+            encoding_of(head, UTF_8)
+        except NotText as finding:
+            raise DataError(f"{shown(path)}: {finding}") from None
+        yield Stream(_again(content, head), raw, compressed)
 
 
-def find_files(inputs: Sequence[str], suffixes: Sequence[str] = ()) -> tuple[Path, ...]:
-    """Files, and all files below folders, in the order given and then by name; hidden files and folders are left out.
+@contextmanager
+def open_text(path: Path, encoding: str | None) -> Iterator[Text]:
+    """Open a file of text, whatever it is compressed with and encoded in.
 
     Args:
-        inputs: what the user named.
-        suffixes: of folders take only files with these endings, compressed or not; empty: all.
+        path: the file.
+        encoding: of files without a byte-order mark; None: UTF-8.
 
     Raises:
-        DataError: an input does not exist, or is a folder without such files.
+        NotText: it holds something else; raised wherever that is met.
+        DataError: it cannot be read, or is cut short or damaged.
     """
-    files: list[Path] = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_file():
-            files.append(path)
-            continue
-        if not path.is_dir():
-            raise DataError(f"--input {name}: no such file or folder")
-        below = (p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
-        found = sorted(p for p in below if not suffixes or _plain_suffix(p) in suffixes)
-        if not found:
-            wanted = f" ending in {', '.join(suffixes)}" if suffixes else ""
-            raise DataError(f"--input {name}: the folder holds no files{wanted}")
-        files += found
-    return tuple(files)
+    with _opened(path) as (raw, content, head, compressed):
+        found, mark = encoding_of(head, encoding)
+        if found == UTF_8:
+            yield Text(_again(content, head, mark), raw, compressed, found, mark)
+        else:
+            yield Text(as_utf8(_again(content, head, mark), found), raw, compressed, found, mark)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, IO[bytes], bytes, bool]]:
+    """(the file, what it holds, the first bytes of that, which are read already, whether it is compressed)."""
+    try:
+        with path.open("rb", buffering=HEAD_BYTES) as raw:
+            kind = compression_of(raw.read(MAGIC_BYTES))
+            raw.seek(0)
+            content = raw if kind is None else decompressed(raw, kind)
+            yield raw, content, content.read(HEAD_BYTES), kind is not None
+    except DAMAGE as error:
+        raise DataError(f"{shown(path)}: damaged or cut short ({error}); copy the file again") from None
+    except OSError as error:
+        reason = error.strerror or f"damaged ({error})"  # bzip2 reports damage as an OSError without a code
+        raise DataError(f"{shown(path)}: cannot be read: {reason}") from None
+
+
+def _again(content: IO[bytes], head: bytes, start: int = 0) -> IO[bytes]:
+    """A file whose first bytes have been read, from byte ``start`` of them."""
+    if content.seekable():
+        content.seek(start)
+        return content
+    return cast(IO[bytes], io.BufferedReader(_Chained(head[start:], content), buffer_size=2**20))
+
+
+class _Chained(io.RawIOBase):
+    """Some bytes, and then a file."""
+
+    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
+        self._head, self._rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._head[: len(buffer)] or self._rest.read(len(buffer))
+        self._head = self._head[len(data) :]
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def size_of(path: Path) -> int:
@@ -99,10 +150,10 @@ def size_of(path: Path) -> int:
 
 def files_fingerprint(source: str, files: Iterable[Path]) -> str:
     """Changes when a file is added, removed, renamed, resized or touched."""
-    hasher = hashlib.sha256(source.encode())
+    hasher = hashlib.sha256(os.fsencode(source))
     for path in files:
         status = _status(path)
-        hasher.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        hasher.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     return hasher.hexdigest()
 
 
@@ -112,11 +163,26 @@ class Files:
 
     Attributes:
         source: where the files come from, in words.
-        files: in order.
+        found: the files, and those that were left out.
     """
 
     source: str
-    files: tuple[Path, ...]
+    found: Found
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are read, in order."""
+        return self.found.files
+
+    @property
+    def num_files(self) -> int:
+        """How many files are read."""
+        return len(self.files)
+
+    @property
+    def files_left_out(self) -> FileTally:
+        """The files that are not read, known before any is opened."""
+        return self.found.left_out
 
     @property
     def total_bytes(self) -> int:
@@ -132,52 +198,4 @@ def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _decompressed(raw: BinaryIO, suffix: str) -> IO[bytes]:
-    if suffix == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if suffix == ".bz2":
-        return cast(IO[bytes], bz2.BZ2File(raw))
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(raw), buffer_size=2**20)
-    return raw
-
-
-class _ZstdReader(io.RawIOBase):
-    """All frames of a file; the library's own reader takes a file that ends within a frame for a whole one."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: Any = None
-        self._packed = self._plain = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            if not self._packed:
-                self._packed = self._raw.read(2**18)
-                if not self._packed:
-                    if self._frame is not None:
-                        raise EOFError("it ends within a zstd frame")
-                    return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._plain = self._frame.decompress(self._packed)
-            self._packed = b""
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._plain))
-        buffer[:size], self._plain = self._plain[:size], self._plain[size:]
-        return size
-
-
-def _plain_suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if is_compressed(path) else path.suffix
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+        raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from None

@@ -108,8 +108,18 @@ def test_empty_and_undecodable_documents_are_counted(tmp_path: Path) -> None:
     (folder / "replacement").write_text("a real \ufffd stays")
     counts = run(folder, tmp_path / "d")
     assert counts.removed == {"empty": 1}
-    assert counts.notes == {"bytes that are no UTF-8, replaced": 1}
-    assert (counts.read, counts.documents) == (len(TEXTS) + 3, len(TEXTS) + 2)
+    assert counts.examples == {"empty": [str(folder / "empty")]}
+    assert counts.files_left_out.to_dict() == {
+        "not UTF-8": {
+            "files": 1,
+            "bytes": 4,
+            "examples": [
+                f"{folder / 'latin'} (byte 3 is 0xe9; --encoding names another, such as latin-1 or cp1252)"
+            ],
+        }
+    }
+    assert counts.notes == {}
+    assert (counts.read, counts.documents, counts.files) == (len(TEXTS) + 2, len(TEXTS) + 1, len(TEXTS) + 2)
 
 
 def test_a_second_time_it_is_up_to_date_and_a_change_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
