@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm import __version__
+from megalm.console import OutputLostError, run_on_console
 from megalm.errors import ExitCode, MegalmError
 
 _WORKER_MODULE = "megalm.worker"
@@ -31,8 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: see :class:`megalm.errors.ExitCode`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    works = bool(arguments) and arguments[0] in _WORKING
+    return run_on_console(lambda: _guarded(arguments), works=works)
+
+
+def _guarded(arguments: list[str]) -> int:
+    """Run one command; what it raises becomes a line and an exit code."""
     try:
         return _dispatch(arguments)
+    except OutputLostError:
+        raise
     except MegalmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -41,9 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # `megalm check ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return ExitCode.DONE
     except Exception:
         traceback.print_exc()
         return ExitCode.BUG
@@ -229,3 +235,6 @@ _COMMANDS = {
     ),
     "check": _Command("Validate a configuration in a second, by itself, for cluster.gpus GPUs.", _no_options, _check),
 }
+
+_WORKING = ("train", "verify")
+"""Commands that leave something on the disk: who watches them may go. The others only print."""

@@ -10,7 +10,11 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of ``megalm train``, by which a job script decides whether to requeue; and of ``megalm verify``."""
+    """Exit codes of ``megalm train``, by which a job script decides whether to requeue; and of the other commands.
+
+    Not proven is what ``megalm verify`` may find. A broken pipe ends commands that only print,
+    never one that works.
+    """
 
     DONE = 0
     BAD_CONFIG = 2
@@ -20,6 +24,7 @@ class ExitCode(IntEnum):
     BUG = 70
     REQUEUE = 85
     INTERRUPTED = 130
+    BROKEN_PIPE = 141
 
 
 class MegalmError(Exception):

@@ -6,6 +6,7 @@ Also the module that ``megalm train`` starts for each local rank:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
 
+from megalm.console import run_on_console
 from megalm.errors import ExitCode, MegalmError
 from megalm.launch.discovery import LOCAL, MPIRUN, RankInfo
 from megalm.launch.rendezvous import LOOPBACK, Meeting, init_process_group, meet_over_mpi, open_store
@@ -187,7 +189,8 @@ class _Reporter:
             sys.stderr.write(text)
             sys.stderr.flush()
             return
-        os.write(self._console, text.encode())
+        with contextlib.suppress(OSError):  # the console may be gone
+            os.write(self._console, text.encode())
         self._log(text)
 
     def _log(self, text: str) -> None:
@@ -222,4 +225,4 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_on_console(lambda: main(sys.argv[1:]), works=True)

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalm.arguments import LineParser
+from megalm.console import run_on_console
 from megalm.errors import ExitCode, MegalmError
 
 _SOURCES = ("megalm", "hf", "megatron", "openai-gpt2", "deepspeed")
@@ -39,6 +40,10 @@ _SMALLEST_SHARD_GB, _LARGEST_SHARD_GB = 0.001, 1_000_000
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    return run_on_console(lambda: _main(arguments), works=True)
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     shard_gb = options.shard_gb

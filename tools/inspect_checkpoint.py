@@ -5,7 +5,8 @@
     tools/inspect_checkpoint.py runs/quickstart/checkpoints/step-00000200 --verify
     tools/inspect_checkpoint.py runs/quickstart --diff runs/other
 
-Exit codes: 0 done, 1 the two differ, 2 bad arguments, 3 no such checkpoint, or a damaged one.
+Exit codes: 0 done, 1 the two differ, 2 bad arguments, 3 no such checkpoint, or a damaged one; 141 the reader of its
+output has left.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.table import Column, Table
 from megalm.arguments import LineParser
 from megalm.checkpoint.manifest import Manifest, TensorRecord, combined_hash, read_manifest
 from megalm.checkpoint.store import CheckpointInfo, describe_torn, locate, torn_checkpoints
+from megalm.console import run_on_console
 from megalm.errors import ExitCode, MegalmError
 
 DIFFERENT = 1
@@ -34,6 +36,10 @@ DIFFERENT = 1
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    return run_on_console(lambda: _main(arguments), works=False)
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run: then its newest complete checkpoint")
     parser.add_argument("--verify", action="store_true", help="read every tensor and check its sha256")

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from megalm.arguments import LineParser
+from megalm.console import run_on_console
 from megalm.data.clean import QUALITY, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
 from megalm.data.corruption import find_corruption
@@ -44,6 +45,10 @@ _NORMAL_FORMS = ("NFC", "NFKC")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    return run_on_console(lambda: _main(arguments), works=True)
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)

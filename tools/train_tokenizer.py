@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megalm.arguments import LineParser
+from megalm.console import run_on_console
 from megalm.data.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
 from megalm.data.document import Document
@@ -34,6 +35,10 @@ _BLOCK_BYTES = 2**22
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    return run_on_console(lambda: _main(arguments), works=True)
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if problems := _problems(options):

@@ -113,8 +113,6 @@ class _Ranks:
 
     def forward(self, number: int) -> None:
         """Pass a signal on; the third interrupt ends the ranks at once."""
-        if number == signal.SIGHUP:
-            number = signal.SIGTERM
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts >= INTERRUPTS_TO_KILL:
@@ -179,14 +177,13 @@ def _in_words(code: int) -> str:
 
 @contextlib.contextmanager
 def _forwarding(forward: Callable[[int], None]) -> Iterator[None]:
-    """Signals to this process go to ``forward``; a hang-up that nohup had ignored stays ignored."""
+    """Signals to this process go to ``forward``; a terminal that hangs up is no reason to stop, nor for its ranks."""
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's signature
         forward(number)
 
-    hang_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-    numbers = (*STOP_SIGNALS, *hang_up)
-    before = {number: signal.signal(number, handle) for number in numbers}
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which processes started meanwhile inherit
     try:
         yield
     finally:

@@ -7,10 +7,12 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
+from megalm.console import LastingStream
 from megalm.launch.discovery import MPIRUN, RankInfo
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -26,7 +28,7 @@ def start_log(run_dir: Path, rank: RankInfo) -> None:
     """Send this rank's output to its log, which earlier attempts of the run have begun.
 
     Ranks above 0 write nowhere else, libraries written in C included. Rank 0 keeps its terminal, so that a progress bar
-    still finds one; its log gets a copy of what Python prints.
+    still finds one; its log gets a copy of what Python prints, and all of it once the terminal is gone.
     """
     path = log_path(run_dir, rank.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ def start_log(run_dir: Path, rank: RankInfo) -> None:
     sys.stderr.flush()
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    sys.stdout = sys.stderr = log
+    sys.stdout = sys.stderr = LastingStream(log)
 
 
 class Tee(io.TextIOBase):
@@ -66,13 +68,19 @@ class Tee(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write everywhere."""
-        self._terminal.write(text)
+        with self._noticing_loss():
+            self._terminal.write(text)
         *finished, self._line = (self._line + text).split("\n")
         for line in finished:
             self.write_log(_as_last_drawn(line) + "\n")
         redrawn = self._line.rpartition("\r")[2]
         self._line = redrawn or self._line
         return len(text)
+
+    @property
+    def lost(self) -> str | None:
+        """Why the terminal takes nothing any more; None while it does."""
+        return getattr(self._terminal, "lost", None)
 
     def write_log(self, text: str) -> None:
         """Write to the log alone. What a full disk does not take is left out: the terminal has it."""
@@ -81,9 +89,20 @@ class Tee(io.TextIOBase):
 
     def flush(self) -> None:
         """Flush both."""
-        self._terminal.flush()
+        with self._noticing_loss():
+            self._terminal.flush()
         with contextlib.suppress(OSError):
             self._log.flush()
+
+    @contextlib.contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        """Should the terminal end, say so in the log, which then gets what libraries written in C print, too."""
+        had_terminal = self.lost is None
+        yield
+        if had_terminal and self.lost is not None:
+            self.write_log(f"the console is gone ({self.lost}): what follows is in this log alone\n")
+            with contextlib.suppress(OSError):
+                os.dup2(self._log.fileno(), self._terminal.fileno())
 
     def isatty(self) -> bool:
         """Whether the terminal is one, and a person sees it."""

@@ -76,6 +76,9 @@ class ConsoleLog(Callback):
         """Advance the bar, or print a line when one is due."""
         self._last = metrics
         self._pace.step(self._total_steps - metrics.step, metrics.step_seconds)
+        if self._interactive and getattr(self._stream, "lost", None):  # nobody sees a bar; the log gets lines
+            self._stop_bar()
+            self._interactive = False
         if self._bar is not None:
             summary = step_summary if self._console.width >= _WIDE_COLUMNS else short_step_summary
             self._bar.update(self._task, completed=metrics.step, state=summary(metrics))

@@ -119,11 +119,14 @@ def test_signals_of_a_scheduler_are_passed_on(launcher, tmp_path: Path, number: 
     assert [(tmp_path / f"rank-{rank}.signals").read_text() for rank in range(2)] == [number.name] * 2
 
 
-def test_a_closed_terminal_asks_the_ranks_to_stop(launcher, tmp_path: Path) -> None:
+def test_a_closed_terminal_neither_stops_nor_ends_the_ranks(launcher, tmp_path: Path) -> None:
     process = launcher("count-signals")
     process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
-    assert (tmp_path / "rank-0.signals").read_text() == "SIGTERM"
+    assert [(tmp_path / f"rank-{rank}.signals").read_text() for rank in range(2)] == ["SIGTERM", "SIGTERM"]
 
 
 def test_a_signal_during_the_start_is_neither_lost_nor_fatal(launcher) -> None:

@@ -8,6 +8,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
+from megalm.console import LastingStream
 from megalm.launch.logs import Tee, log_path
 
 
@@ -40,6 +41,24 @@ def test_a_full_disk_takes_the_log_and_nothing_else():
     assert terminal.getvalue() == "said\n"
 
 
+def test_a_console_that_goes_is_told_of_in_the_log_which_has_the_rest():
+    class Gone(io.StringIO):
+        def write(self, *_):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    log = io.StringIO()
+    tee = Tee(LastingStream(Gone()), log)
+    assert tee.lost is None
+    print("first", file=tee)
+    print("second", file=tee, flush=True)
+    assert log.getvalue().splitlines() == [
+        "the console is gone (Broken pipe): what follows is in this log alone",
+        "first",
+        "second",
+    ]
+    assert tee.lost == "Broken pipe" and not tee.isatty()
+
+
 def test_a_progress_bar_leaves_the_lines_above_it_and_its_last_state():
     terminal, log = Terminal(), io.StringIO()
     console = Console(file=Tee(terminal, log), force_terminal=True, width=60, highlight=False)
@@ -66,6 +85,7 @@ WRITE = """
 import os, sys
 from pathlib import Path
 from megalm.launch import RankInfo
+from megalm.console import LastingStream
 from megalm.launch.logs import start_log
 rank = int(sys.argv[2])
 start_log(Path(sys.argv[1]), RankInfo(rank=rank, world_size=2, local_rank=rank, local_world_size=2, launcher="local",

@@ -70,6 +70,21 @@ def test_a_terminal_gets_a_bar_with_validations_above_it(make_context, make_step
     assert "step  1/25" not in text
 
 
+def test_a_terminal_that_goes_leaves_lines_for_the_log(make_context, make_step):
+    class Terminal(io.StringIO):
+        lost = None
+
+    stream = Terminal()
+    console = ConsoleLog(1, stream=stream, interactive=True)
+    console.on_start(make_context())
+    console.on_step(make_step(1))
+    stream.lost = "Input/output error"
+    console.on_step(make_step(2))
+    console.close()
+    assert "step   1/100" not in stream.getvalue()
+    assert "step   2/100  loss 2.8333" in stream.getvalue()
+
+
 def test_the_banner_says_what_is_trained_and_where_it_resumes(make_context):
     lines = banner(make_context())
     assert lines == [
