@@ -199,6 +199,7 @@ def _validation_loss(info: CheckpointInfo) -> float:
     """Of the samples that are validated again and again; NaN where there is none, or where it cannot be read."""
     try:
         validation = read_manifest(info.path).training.get("validation") or {}
-        return math.nan if validation.get("whole_split") else float(validation.get("val_loss", math.nan))
+        loss = validation.get("val_loss")
+        return math.nan if validation.get("whole_split") or loss is None else float(loss)
     except (CheckpointError, TypeError, ValueError, AttributeError):
         return math.nan  # a damaged one is neither the best nor a reason to keep all

@@ -92,16 +92,16 @@ def output_metrics(
     """What an evaluation counts, from the last hidden vectors; arguments as :func:`output_loss`.
 
     Returns:
-        [2] in fp32, the same on every rank of the group: the weighted sums of token losses in nats, and of labels that
-        have the largest logit.
+        [2] in fp64, the same on every rank of the group: the weighted sums of token losses in nats, and of labels that
+        have the largest logit; fp32 stops counting at 2²⁴.
     """
     head = _Head(embedding.tp, embedding.first_token, embedding.local_vocab_size, chunk_tokens, z_loss=0.0)
     weight = embedding.weight
-    totals = torch.zeros(2, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=x.device)
     for chunk, chunk_labels, chunk_weight in head.chunks(x.flatten(0, 1), labels, loss_weight):
         logits = F.linear(chunk, weight, bias)
         totals[:1] += _logits_to_gradient(logits, chunk_labels, chunk_weight, head, None, wants_gradient=False)
-        totals[1] += (chunk_weight * (_most_likely(logits, head) == chunk_labels)).sum()
+        totals[1] += (chunk_weight * (_most_likely(logits, head) == chunk_labels)).sum(dtype=torch.float64)
     return totals
 
 
@@ -172,7 +172,7 @@ class _OutputLoss(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = (training and needed for needed in ctx.needs_input_grad[:3])
         exact = torch.promote_types(x.dtype, torch.float32)
         scale = _fp16_scale(loss_weight) if x.dtype == torch.float16 else None
-        terms = torch.zeros(2 if head.z_loss else 1, dtype=exact, device=x.device)
+        terms = torch.zeros(2 if head.z_loss else 1, dtype=torch.float64, device=x.device)
         input_gradients: list[Tensor] = []
         reduction: Pending | None = None
         weight_gradient = _WeightGradient(weight)
@@ -206,7 +206,7 @@ class _OutputLoss(torch.autograd.Function):
             scale,
         )
         ctx.dtype = x.dtype
-        return terms
+        return terms.to(exact)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -230,7 +230,7 @@ class _OutputLoss(torch.autograd.Function):
 def _logits_to_gradient(
     logits: Tensor, labels: Tensor, loss_weight: Tensor, head: _Head, scale: Tensor | None, *, wants_gradient: bool
 ) -> Tensor:
-    """The terms [K] of a chunk's tokens; ``logits`` [C, V/T] become the terms' gradient, in place.
+    """The terms [K] of a chunk's tokens, summed in fp64; ``logits`` [C, V/T] become the terms' gradient, in place.
 
     With lse the log-partition, p the probabilities, y the label's indicator and w a token's factor:
     ``∂/∂logits of w·(lse - logit[label]) + w·z·lse² = w·((1 + 2·z·lse)·p - y)``.
@@ -246,7 +246,7 @@ def _logits_to_gradient(
     columns = columns.clamp(0, max(head.local_vocab_size - 1, 0))
     loss_weight = loss_weight.to(exact).unsqueeze(1)
 
-    terms = torch.zeros(2 if head.z_loss else 1, dtype=exact, device=logits.device)
+    terms = torch.zeros(2 if head.z_loss else 1, dtype=torch.float64, device=logits.device)
     start = 0
     for block in logits.split(_block_rows(logits, group)):
         rows = slice(start, start + block.shape[0])
@@ -257,9 +257,9 @@ def _logits_to_gradient(
         label_logit = block.gather(1, columns[rows]).to(exact).masked_fill_(~here[rows], 0.0)
         lse, label_logit = _over_ranks(own_lse, label_logit, group)
         w = loss_weight[rows]
-        terms[0] += (w * (lse - label_logit)).sum()
+        terms[0] += (w * (lse - label_logit)).sum(dtype=torch.float64)
         if head.z_loss:
-            terms[1] += head.z_loss * (w * lse.square()).sum()
+            terms[1] += head.z_loss * (w * lse.square()).sum(dtype=torch.float64)
         if wants_gradient:
             w = w if scale is None else w * scale
             p.mul_((own_lse - lse).exp_().mul_(w * (1.0 + 2.0 * head.z_loss * lse)))

@@ -78,7 +78,7 @@ class DeepSpeedEngine:
         self.runner: PipelineRunner[MicroBatch] = PipelineRunner(
             run_stage,
             context,
-            schedule=config.parallel.schedule,
+            schedule=_schedule(config),
             activation_shape=_activation_shape(config, context),
             dtype=next(stage.parameters()).dtype,
             weight_gradients=stage.tp.weight_gradients,
@@ -193,7 +193,7 @@ def _make_optimizer(
     zero_stage, clip = config.engine.zero_stage, config.optim.clip_grad_norm
     if zero_stage == 3:
         engine = _initialise(Root(stage), groups, context, config)
-        return Zero3AdamW(engine.optimizer, context.data.index), engine
+        return Zero3AdamW(engine.optimizer, context), engine
     engine = _initialise(stage, groups, context, config)
     stages = stage.stage_of_parameters()
 
@@ -205,6 +205,16 @@ def _make_optimizer(
     if zero_stage == 0:
         return ReplicatedAdamW.over(groups, engine.optimizer, make_buckets, context, clip), stage.run
     return PartitionedAdamW.over(engine.optimizer, groups, make_buckets, context, clip), stage.run
+
+
+def _schedule(config: Config) -> str:
+    """The order of work within a step.
+
+    ZeRO-3 has no pipeline, so all schedules compute the same there, and its hooks know one order alone: the backward of
+    a micro-batch after its forward, as a whole. GPipe's comes after other forwards, for which the weights were gathered and
+    freed again, and a zero-bubble schedule computes weight gradients past the hooks.
+    """
+    return "1f1b" if config.engine.zero_stage == 3 else config.parallel.schedule
 
 
 def _activation_shape(config: Config, context: ParallelContext) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from megalm.models.gpt import MicroBatch
 
 def training_micro_batches(
     batch: Batch, micro_batch_size: int, context: ParallelContext, cp: ContextParallel, *, eos_id: int | None = None
-) -> list[MicroBatch]:
+) -> tuple[list[MicroBatch], int]:
     """Split a batch; weigh each token so that the mean of the data-parallel ranks' gradients is the global mean's.
 
     All context-parallel ranks of a replica read the same rows, count all of their tokens, and keep their share of each.
@@ -32,14 +32,15 @@ def training_micro_batches(
         eos_id: ends a document, with which attention and positions begin anew; None: rows are one document each.
 
     Returns:
-        B / b micro-batches of [b, S/C] on the context's device.
+        B / b micro-batches of [b, S/C] on the context's device; and the loss tokens of the global batch, over all
+        replicas. Without any, every weight is 0, and so are loss and gradients.
     """
     device, data = context.device, context.data
-    counted = torch.tensor(float(batch.loss_mask.sum()), dtype=torch.float64, device=device)
-    global_tokens = float(data.all_reduce(counted)) / context.cp.size
-    weight = batch.loss_mask * (data.size / global_tokens)
+    counted = batch.loss_mask.sum(dtype=torch.float64).to(device)
+    loss_tokens = round(float(data.all_reduce(counted))) // context.cp.size
+    weight = batch.loss_mask * (data.size / max(loss_tokens, 1))
     positions = torch.arange(batch.tokens.shape[1], device=device)
-    return [
+    micro_batches = [
         MicroBatch(
             tokens.to(device),
             labels.to(device),
@@ -54,6 +55,7 @@ def training_micro_batches(
             strict=True,
         )
     ]
+    return micro_batches, loss_tokens
 
 
 def validation_micro_batch(

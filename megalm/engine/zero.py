@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from megalm.core.groups import ParallelContext
 from megalm.core.pipeline.runner import Gradients
+from megalm.core.sums import sum_of_squares
 from megalm.engine.gradients import FlatLayout, GradientBuckets
 from megalm.engine.optimizer import ParameterGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of AdamW per element, as torch names it."""
 
-_NORM_EPSILON = 1e-6
+NORM_EPSILON = 1e-6
 """As ``torch.nn.utils.clip_grad_norm_`` adds to the norm."""
 
 
@@ -123,7 +124,7 @@ class FlatZeroOptimizer(ZeroOptimizer):
         factor = 1.0 / (self._context.data.size * loss_scale)
         norm = self._squared_norm().sqrt() * factor
         overflow = ~norm.isfinite()
-        shrink = (self._clip / (norm + _NORM_EPSILON)).clamp(max=1.0) if self._clip else torch.ones_like(norm)
+        shrink = (self._clip / (norm + NORM_EPSILON)).clamp(max=1.0) if self._clip else torch.ones_like(norm)
         self._update(learning_rate, 1.0 / (shrink * factor), overflow)
         value = float(norm)
         return value if math.isfinite(value) else math.nan
@@ -138,13 +139,13 @@ class FlatZeroOptimizer(ZeroOptimizer):
         return True
 
     def _squared_norm(self) -> Tensor:
-        """Over every parameter of the model, each element counted once."""
-        squares = torch.zeros((), dtype=torch.float32, device=self._context.device)
+        """Over every parameter of the model, each element counted once; fp64, so that no layout rounds otherwise."""
+        squares = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for layout, owned in zip(self._layouts, self.buckets.owned(), strict=True):
             group = layout.group
             if group.is_second_copy or not (group.counts_everywhere or self._context.tp.index == 0):
                 continue
-            squares += torch.linalg.vector_norm(owned).square()
+            squares += sum_of_squares(owned)
         if not self._counts_replicas:
             return self._context.model.all_reduce(squares)
         return self._context.world.all_reduce(squares)
@@ -152,7 +153,7 @@ class FlatZeroOptimizer(ZeroOptimizer):
     def _fused_step(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
         """One kernel divides, skips on overflow and updates, as under ``torch.amp.GradScaler``."""
         device = self._adamw.param_groups[0]["params"][0].device
-        self._adamw.grad_scale = divisor.to(device)  # type: ignore[attr-defined]
+        self._adamw.grad_scale = divisor.to(device, torch.float32)  # type: ignore[attr-defined]
         self._adamw.found_inf = overflow.to(device, torch.float32)  # type: ignore[attr-defined]
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate

@@ -1,8 +1,9 @@
 """ZeRO-3 (Rajbhandari et al. 2020): the weights themselves are split over replicas, and gathered where they are used.
 
-DeepSpeed gathers a module's weights before its forward and its backward, reduces and splits its gradients, and updates;
-megalm adds where a weight's fragments lie. It runs without pipeline and tensor parallelism: a pipeline would gather the
-weights anew for every micro-batch, and DeepSpeed's norm would leave out what tensor-parallel ranks hold of a layer.
+DeepSpeed gathers a module's weights before its forward and its backward, reduces and splits its gradients, clips them
+and updates; megalm adds where a weight's fragments lie, and the norm: DeepSpeed's is a sum in fp32. It runs without
+pipeline and tensor parallelism: a pipeline would gather the weights anew for every micro-batch, and DeepSpeed's hooks
+know nothing of the shares that tensor-parallel ranks hold of a layer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalm.core.groups import ParallelContext
 from megalm.core.pipeline.runner import PlainGradients
+from megalm.core.sums import sum_of_squares
 from megalm.engine.zero import MOMENTS, ReducedGradients, ZeroOptimizer, adamw_state
 from megalm.models.gpt import GPT, MicroBatch
 
@@ -46,14 +49,16 @@ class Zero3AdamW(ZeroOptimizer):
 
     Args:
         zero: DeepSpeed's optimizer.
-        replica: number of this data-parallel rank.
+        context: this rank's groups.
     """
 
-    def __init__(self, zero: Any, replica: int) -> None:
+    def __init__(self, zero: Any, context: ParallelContext) -> None:
         self.buckets = HookedGradients()
         self._zero = zero
         self._adamw = zero.optimizer
-        self._replica = replica
+        self._data = context.data
+        self._replica = context.data.index
+        zero._get_norm_groups = self._norms
         self._places: dict[nn.Parameter, tuple[Tensor, int]] = {}
         for members, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
             offset = 0
@@ -70,6 +75,11 @@ class Zero3AdamW(ZeroOptimizer):
         self._zero.step()
         norm = float(self._zero._global_grad_norm)
         return norm if 0.0 <= norm < float("inf") else float("nan")
+
+    def _norms(self) -> list[Tensor]:
+        """The global norm, in place of DeepSpeed's norms of its groups of parameters, which it combines and clips to."""
+        parts = [sum_of_squares(part) for group in self._zero.averaged_gradients.values() for part in group]
+        return [self._data.all_reduce(torch.stack(parts).sum()).sqrt()]
 
     def put_weight(self, parameter: nn.Parameter, local: Tensor) -> None:
         """Keep this replica's part of a weight."""

@@ -32,7 +32,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, run_name: str) -> None:
     figure = new_figure((8, 4.5), dots_per_inch=160)
     axes = figure.add_subplot()
     tokens = [row["tokens"] for row in steps]
-    losses = [row["loss"] for row in steps]
+    losses = [row["loss"] if row.get("loss_tokens", 1) else math.nan for row in steps]  # a mean of nothing is no point
     window = smoothing_steps(len(losses))
     alpha = 0.3 if window > 1 else 1.0
     axes.plot(tokens, losses, color=_TRAIN_COLOUR, alpha=alpha, linewidth=1.0, label="training loss, each step")
@@ -72,7 +72,7 @@ def smooth(values: list[float], window: int) -> list[float]:
 
 
 def _plot_validations(axes: Any, rows: list[dict[str, Any]]) -> None:
-    finite = [row for row in rows if math.isfinite(row["val_loss"])]
+    finite = [row for row in rows if row["val_loss"] is not None and math.isfinite(row["val_loss"])]
     if not finite:
         return
     axes.plot(

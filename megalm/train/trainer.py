@@ -127,14 +127,16 @@ class Trainer:
             batch = self._loader.next()
         tokens = batch.global_size * self._config.model.sequence_length
         rate = self._learning_rate.at(self.progress.tokens, tokens)
-        micro_batches = training_micro_batches(
+        micro_batches, loss_tokens = training_micro_batches(
             batch, self._config.train.micro_batch_size, self._context, self._engine.stage.cp, eos_id=self._eos_id
         )
         result = self._engine.train_step(micro_batches, rate)
         self.progress = self.progress.after(batch.global_size, tokens)
-        return self._agree(result, rate, tokens)
+        return self._agree(result, rate, tokens, loss_tokens)
 
-    def _agree(self, result: StepResult, rate: float, tokens: int) -> tuple[StepMetrics, _StepEnd]:
+    def _agree(
+        self, result: StepResult, rate: float, tokens: int, loss_tokens: int
+    ) -> tuple[StepMetrics, _StepEnd]:
         """Two small reductions over all ranks: sums (loss, bubble), and maxima (times, memory, what ends a step)."""
         step_seconds, data_seconds = self._timer.lap()
         ranks = self._context.world.size
@@ -163,6 +165,7 @@ class Trainer:
             samples=self.progress.samples,
             tokens=self.progress.tokens,
             loss=loss,
+            loss_tokens=loss_tokens,
             grad_norm=result.grad_norm,
             lr=rate,
             loss_scale=result.loss_scale,
@@ -190,9 +193,10 @@ class Trainer:
             samples=self.progress.samples,
             tokens=self.progress.tokens,
             val_loss=scores.loss,
-            val_perplexity=perplexity(scores.loss),
+            val_perplexity=None if scores.loss is None else perplexity(scores.loss),
             val_accuracy=scores.accuracy,
             val_commonest=scores.commonest,
+            val_tokens=scores.tokens,
         )
         self._callbacks.on_validation(self._validation)
         self._timer.restart()

@@ -25,7 +25,7 @@ _MICRO_BATCHES_PER_STAGE = 4
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a model is on some sequences, by tokens that carry loss.
+    """How good a model is on some sequences, by tokens that carry loss; None where there are none.
 
     Attributes:
         loss: mean cross-entropy, in nats.
@@ -34,15 +34,17 @@ class Scores:
         tokens: how many tokens those are the means of.
     """
 
-    loss: float
-    accuracy: float
-    commonest: float
+    loss: float | None
+    accuracy: float | None
+    commonest: float | None
     tokens: int
 
     @classmethod
     def of(cls, loss_sum: float, correct: float, label_counts: Tensor) -> Scores:
         """From sums over all tokens, and how often each word is a label, [V]."""
         tokens = float(label_counts.sum())
+        if tokens == 0:
+            return cls(None, None, None, 0)
         return cls(loss_sum / tokens, correct / tokens, float(label_counts.max()) / tokens, round(tokens))
 
 

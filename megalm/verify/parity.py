@@ -1,7 +1,7 @@
 """The proof of parity: training on a layout against one process that knows nothing of parallelism.
 
-The reference is plain PyTorch: the whole model in one process, ``cross_entropy``, ``clip_grad_norm_`` and ``AdamW`` on
-fp32 masters. A layout is trained by the engine, the pipeline and the split of batches that users train with. Both see
+The reference is plain PyTorch: the whole model in one process, ``cross_entropy`` and ``AdamW`` on fp32 masters; losses
+and the gradient norm are summed in fp64, which ``clip_grad_norm_`` on the CPU is not. A layout is trained by the engine, the pipeline and the split of batches that users train with. Both see
 the same synthetic batches, whose loss masks are uneven, as at the end of a corpus.
 
 Shapes: B global batch, S sequence.
@@ -10,7 +10,7 @@ Shapes: B global batch, S sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from megalm.core.place import Place
 from megalm.data.loader import Batch
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.micro_batches import training_micro_batches
+from megalm.engine.zero import NORM_EPSILON
 from megalm.models.gpt import MicroBatch, build_full_model, build_gpt
 from megalm.topology import Topology
 
@@ -109,20 +110,30 @@ def train_plainly(config: Config, *, steps: int | None = None) -> Trace:
         documents = Documents.from_tokens(batch.tokens, _EOS_ID) if config.data.reset_at_documents else None
         logits = model(batch.tokens, Place(torch.arange(length), batch.samples, documents)).float()  # [B, S, V]
         token_losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-        tokens = batch.loss_mask.sum()
-        loss = (token_losses * batch.loss_mask.flatten()).sum() / tokens
-        z_loss = (logits.logsumexp(-1).square() * batch.loss_mask).sum() / tokens
+        mask = batch.loss_mask.double()
+        tokens = mask.sum().clamp(min=1.0)
+        loss = (token_losses * mask.flatten()).sum() / tokens
+        z_loss = (logits.logsumexp(-1).square() * mask).sum() / tokens
         model.zero_grad()
         ((loss + config.objective.z_loss * z_loss) * scale).backward()
         for name, p in parameters.items():
             masters[name].grad = None if p.grad is None else p.grad.float() / scale
-        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), limit)))
+        norms.append(_clip(masters.values(), limit))
         losses.append(float(loss.detach()))
         optimizer.step()
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(masters[name])
     return Trace(losses, norms, initial, {name: p.detach().float() for name, p in parameters.items()})
+
+
+def _clip(masters: Iterable[Tensor], limit: float) -> float:
+    """Scale gradients down to a norm of ``limit``; returns the norm before. The sums are fp64 throughout."""
+    gradients = [master.grad for master in masters if master.grad is not None]
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+    for gradient in gradients:
+        gradient.mul_(min(1.0, limit / (norm + NORM_EPSILON)))
+    return norm
 
 
 def train_on_layout(config: Config, topology: Topology) -> Trace:
@@ -149,7 +160,8 @@ def micro_batches_of_rank(config: Config, step: int, context: ParallelContext, c
         batch.tokens[mine], batch.labels[mine], batch.loss_mask[mine], batch.samples[mine].numpy(), len(batch.samples)
     )
     eos_id = _EOS_ID if config.data.reset_at_documents else None
-    return training_micro_batches(rows, config.train.micro_batch_size, context, cp, eos_id=eos_id)
+    micro_batches, _ = training_micro_batches(rows, config.train.micro_batch_size, context, cp, eos_id=eos_id)
+    return micro_batches
 
 
 def _put_in_full(engine: DeepSpeedEngine) -> dict[str, Tensor]:

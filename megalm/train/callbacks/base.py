@@ -51,7 +51,8 @@ class StepMetrics:
         step: steps taken since the start of the run, this one included.
         samples: sequences consumed since the start of the run.
         tokens: tokens consumed since the start of the run.
-        loss: mean cross-entropy per loss token of the global batch, in nats.
+        loss: mean cross-entropy per loss token of the global batch, in nats; 0 where it has none.
+        loss_tokens: tokens of the global batch that carry loss.
         grad_norm: global L2 norm of the gradient before clipping.
         lr: learning rate that the step was taken with.
         loss_scale: fp16 loss scale; None for other formats.
@@ -67,6 +68,7 @@ class StepMetrics:
     samples: int
     tokens: int
     loss: float
+    loss_tokens: int
     grad_norm: float
     lr: float
     loss_scale: float | None
@@ -86,19 +88,22 @@ class ValidationMetrics:
         step: steps taken since the start of the run.
         samples: sequences trained on since the start of the run.
         tokens: tokens trained on since the start of the run.
-        val_loss: mean cross-entropy per loss token of the validation sequences, in nats.
+        val_loss: mean cross-entropy per loss token of the validation sequences, in nats; None, like what follows, where
+            they have no such token.
         val_perplexity: ``exp(val_loss)``.
         val_accuracy: share of loss tokens that the model holds most likely.
         val_commonest: the same of always guessing the commonest of them.
+        val_tokens: how many loss tokens these are the means of.
     """
 
     step: int
     samples: int
     tokens: int
-    val_loss: float
-    val_perplexity: float
-    val_accuracy: float
-    val_commonest: float
+    val_loss: float | None
+    val_perplexity: float | None
+    val_accuracy: float | None
+    val_commonest: float | None
+    val_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,9 @@ class ClosingReport(Callback):
         from megalm.data.tokenizer import Tokenizer
 
         last = validations[-1]
+        if last["val_loss"] is None:
+            self._print("result   no validation perplexity: no token of the validation data carries loss")
+            return
         words = Tokenizer.load(context.run_dir / TOKENIZER_FILE).vocab_size
         vocab_size = resolve_vocab_size(context.config.model, words)
         self._print(

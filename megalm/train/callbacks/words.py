@@ -34,7 +34,7 @@ def step_summary(metrics: StepMetrics) -> str:
     """What a log line says about a step."""
     mfu = "" if metrics.mfu is None else f"  MFU {metrics.mfu:.1%}"
     return (
-        f"loss {format_number(metrics.loss, '.4f')}  grad norm {format_number(metrics.grad_norm, '.3f')}  "
+        f"{_loss(metrics)}  grad norm {format_number(metrics.grad_norm, '.3f')}  "
         f"lr {metrics.lr:.2e}  {format_count(metrics.tokens_per_second)} tokens/s{mfu}"
     )
 
@@ -42,7 +42,7 @@ def step_summary(metrics: StepMetrics) -> str:
 def short_step_summary(metrics: StepMetrics) -> str:
     """What fits beside a progress bar on 80 columns."""
     return (
-        f"loss {format_number(metrics.loss, '.4f')}  grad {format_number(metrics.grad_norm, '.2f')}  "
+        f"{_loss(metrics)}  grad {format_number(metrics.grad_norm, '.2f')}  "
         f"lr {metrics.lr:.0e}  {format_count(metrics.tokens_per_second)} tok/s"
     )
 
@@ -58,10 +58,16 @@ def step_line(metrics: StepMetrics, total_steps: int, remaining_seconds: float) 
 
 def validation_line(metrics: ValidationMetrics, total_steps: int) -> str:
     """The result of a validation."""
+    if metrics.val_loss is None or metrics.val_perplexity is None or metrics.val_accuracy is None:
+        return f"{_step(metrics.step, total_steps)}  no validation loss: no token of the validation data carries loss"
     return (
         f"{_step(metrics.step, total_steps)}  validation loss {format_number(metrics.val_loss, '.4f')}  "
         f"perplexity {format_number(metrics.val_perplexity, ',.2f')}  accuracy {metrics.val_accuracy:.1%}"
     )
+
+
+def _loss(metrics: StepMetrics) -> str:
+    return f"loss {format_number(metrics.loss, '.4f')}" if metrics.loss_tokens else "no loss token"
 
 
 def checkpoint_line(metrics: CheckpointMetrics, total_steps: int) -> str:

@@ -59,7 +59,8 @@ def test_every_token_counts_once_and_the_mean_over_ranks_is_the_global_mean(dp: 
         for cp_rank in range(cp):
             # Every context-parallel rank counts its replica's whole rows.
             context, share = rank(dp, cp, dp_rank, cp_rank, total=tokens * cp)
-            micro_batches = training_micro_batches(rows, MICRO, context, share)
+            micro_batches, loss_tokens = training_micro_batches(rows, MICRO, context, share)
+            assert loss_tokens == tokens, "of the global batch, once"
             assert len(micro_batches) == ROWS // dp // MICRO
             for micro_batch in micro_batches:
                 assert micro_batch.tokens.shape == (MICRO, LENGTH // cp)

@@ -222,6 +222,7 @@ def report_of(context, outcome, with_record=True):
                 val_perplexity=1.6487,
                 val_accuracy=0.871,
                 val_commonest=0.1,
+                val_tokens=1,
             )
         )
         record.close()
@@ -238,6 +239,7 @@ def step_metrics(step):
         samples=step,
         tokens=step,
         loss=1.0,
+        loss_tokens=1,
         grad_norm=1.0,
         lr=0.1,
         loss_scale=None,

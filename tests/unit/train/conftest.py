@@ -49,6 +49,7 @@ def step_metrics(step, **changes):
         "samples": 8 * step,
         "tokens": 512 * step,
         "loss": 1 / 3 + 5 / step,
+        "loss_tokens": 500,
         "grad_norm": 0.1 + 0.2,
         "lr": 1e-3,
         "loss_scale": None,
@@ -71,4 +72,5 @@ def validation_metrics(step, val_loss=2.0, val_perplexity=7.389):
         val_perplexity=val_perplexity,
         val_accuracy=0.25,
         val_commonest=0.05,
+        val_tokens=1000,
     )

@@ -38,8 +38,8 @@ def write_run(context, steps, make_step, make_validation):
 def test_a_step_row_has_exactly_the_promised_fields():
     names = " ".join(field.name for field in fields(StepMetrics))
     assert names == (
-        "step samples tokens loss grad_norm lr loss_scale step_seconds tokens_per_second mfu data_seconds "
-        "bubble_fraction memory_gib"
+        "step samples tokens loss loss_tokens grad_norm lr loss_scale step_seconds tokens_per_second mfu "
+        "data_seconds bubble_fraction memory_gib"
     )
 
 
