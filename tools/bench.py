@@ -4,6 +4,7 @@
     tools/bench.py cpu                 one process against Hugging Face's GPT-2 (pip install 'megalm[bench]')
     tools/bench.py pipeline            bubbles of every schedule, and DeepSpeed's PipelineEngine on the same stages
     tools/bench.py memory              activations that a layer keeps, against Korthikanti et al. 2022
+    tools/bench.py norm                the gradient norm of up to a billion elements (4 GB): error and cost
     tools/bench.py data                preparing, reading and starting on data, with other readers beside it
     tools/bench.py checkpoint          saving and loading beside a plain write, the stall, memory of converting 1 B
     tools/bench.py gpu                 utilisation of one CUDA device by GPT-3 1.3B and 125M, and what bounds the step
@@ -78,6 +79,12 @@ def _memory(_: argparse.Namespace) -> Report:
     return memory.run()
 
 
+def _norm(options: argparse.Namespace) -> Report:
+    from benchmarks import norm
+
+    return norm.run(norm.Options(rounds=options.rounds or norm.Options.rounds))
+
+
 def _data(options: argparse.Namespace) -> Report:
     from benchmarks import data
 
@@ -100,6 +107,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "cpu": _cpu,
     "pipeline": _pipeline,
     "memory": _memory,
+    "norm": _norm,
     "data": _data,
     "checkpoint": _checkpoint,
     "gpu": _gpu,

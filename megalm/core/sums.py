@@ -7,9 +7,9 @@ fp32 adds up :data:`BLOCK` squares at a time, and fp64 the blocks.
 Error: a running sum in fp32 takes at most BLOCK/8 = 32 squares, each of which rounds by 2⁻²⁴ at most, so the norm is
 within 32·2⁻²⁴/2 = 1e-6 for any values, and within 1e-8 for random ones, however many there are.
 
-CUDA runs the same code. Its ``vector_norm`` is a tree, with an error that grows with the logarithm of the number of
-elements, which would do on its own; with blocks a gradient has the same norm on both devices to fp32's last digit, and the sum
-over blocks is fp64 there, too. Nothing here waits for the device.
+CUDA runs the same code. Its ``vector_norm`` is a tree, whose error grows with the logarithm of the number of elements,
+and a tree within a block is more exact than running sums; the sum over blocks is fp64 there, too. Nothing here waits
+for the device.
 """
 
 from __future__ import annotations

@@ -211,8 +211,8 @@ def _schedule(config: Config) -> str:
     """The order of work within a step.
 
     ZeRO-3 has no pipeline, so all schedules compute the same there, and its hooks know one order alone: the backward of
-    a micro-batch after its forward, as a whole. GPipe's comes after other forwards, for which the weights were gathered and
-    freed again, and a zero-bubble schedule computes weight gradients past the hooks.
+    a micro-batch after its forward, as a whole. GPipe's comes after other forwards, for which the weights were gathered
+    and freed again, and a zero-bubble schedule computes weight gradients past the hooks.
     """
     return "1f1b" if config.engine.zero_stage == 3 else config.parallel.schedule
 

@@ -77,7 +77,7 @@ class Zero3AdamW(ZeroOptimizer):
         return norm if 0.0 <= norm < float("inf") else float("nan")
 
     def _norms(self) -> list[Tensor]:
-        """The global norm, in place of DeepSpeed's norms of its groups of parameters, which it combines and clips to."""
+        """The global norm, in place of DeepSpeed's norms of its groups, which it combines and clips by."""
         parts = [sum_of_squares(part) for group in self._zero.averaged_gradients.values() for part in group]
         return [self._data.all_reduce(torch.stack(parts).sum()).sqrt()]
 

@@ -134,9 +134,7 @@ class Trainer:
         self.progress = self.progress.after(batch.global_size, tokens)
         return self._agree(result, rate, tokens, loss_tokens)
 
-    def _agree(
-        self, result: StepResult, rate: float, tokens: int, loss_tokens: int
-    ) -> tuple[StepMetrics, _StepEnd]:
+    def _agree(self, result: StepResult, rate: float, tokens: int, loss_tokens: int) -> tuple[StepMetrics, _StepEnd]:
         """Two small reductions over all ranks: sums (loss, bubble), and maxima (times, memory, what ends a step)."""
         step_seconds, data_seconds = self._timer.lap()
         ranks = self._context.world.size

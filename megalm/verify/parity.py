@@ -1,8 +1,9 @@
 """The proof of parity: training on a layout against one process that knows nothing of parallelism.
 
 The reference is plain PyTorch: the whole model in one process, ``cross_entropy`` and ``AdamW`` on fp32 masters; losses
-and the gradient norm are summed in fp64, which ``clip_grad_norm_`` on the CPU is not. A layout is trained by the engine, the pipeline and the split of batches that users train with. Both see
-the same synthetic batches, whose loss masks are uneven, as at the end of a corpus.
+and the gradient norm are summed in fp64, which ``clip_grad_norm_`` on the CPU does not do. A layout is trained by the
+engine, the pipeline and the split of batches that users train with. Both see the same synthetic batches, whose loss
+masks are uneven, as at the end of a corpus.
 
 Shapes: B global batch, S sequence.
 """

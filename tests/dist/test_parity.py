@@ -50,7 +50,6 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(recompute="full", recompute_every=2, model=DROPOUT, name="dropout"),
         Layout(zero_stage=3, schedule="gpipe"),
         Layout(model=MILLIONS, name="millions"),
-        Layout(zero_stage=3, model=MILLIONS, name="millions"),
     ],
     4: [
         # One axis at a time.
@@ -88,7 +87,6 @@ WORLDS: dict[int, list[Layout]] = {
         # So many parameters that the sums behind norm and loss show how they are computed.
         Layout(dp=4, zero_stage=0, model=MILLIONS, name="millions"),
         Layout(tp=2, sp=True, dp=2, zero_stage=2, model=MILLIONS, name="millions"),
-        Layout(pp=2, dp=2, schedule="zb_h1", model=MILLIONS, name="millions"),
         # Recomputation, the loss's extra term, dropout.
         Layout(tp=2, sp=True, pp=2, recompute="selective"),
         Layout(pp=4, schedule="zb_h1", recompute="full"),

@@ -50,7 +50,13 @@ def _state(step: int, val_loss: float | None = None) -> RunState:
     validation = None
     if val_loss is not None:
         validation = ValidationMetrics(
-            step=step, samples=0, tokens=0, val_loss=val_loss, val_perplexity=1.0, val_accuracy=0.0, val_commonest=0.0,
+            step=step,
+            samples=0,
+            tokens=0,
+            val_loss=val_loss,
+            val_perplexity=1.0,
+            val_accuracy=0.0,
+            val_commonest=0.0,
             val_tokens=1,
         )
     return RunState({"consumed_samples": step}, {"optimizer_steps": step}, Progress(step), validation)
