@@ -54,6 +54,7 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
         lines.append(
             f"| {split} | {index.documents:,} | {index.tokens:,} | {index.loss_tokens:,} | {index.num_shards:,} |"
         )
+    lines += _rows(summary)
     lines += ["", f"Tokenizer: {summary.vocab_size:,} tokens, sha256 `{summary.tokenizer_sha256}`.", ""]
     lines += [f"Each document {document_marks(summary)}.", ""]
     lines += _files_left_out(summary.files_left_out)
@@ -73,6 +74,22 @@ def document_marks(summary: Summary) -> str:
     if not start and recipe.add_bos is not None:
         begins += f" ({says})"
     return f"{begins} and ends with `{summary.document_end}`"
+
+
+def _rows(summary: Summary) -> list[str]:
+    """Rows with nothing to learn, which a run reads and takes nothing from."""
+    if not summary.rows:
+        return []
+    lines = [
+        "",
+        "Rows with nothing to learn: no token of theirs carries loss, as where a prompt is longer than a row.",
+        "",
+        "| split | sequence length | rows | nothing to learn |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for split, counts in summary.rows.items():
+        lines += [f"| {split} | {n:,} | {counts.rows[n]:,} | {counts.empty[n]:,} |" for n in counts.lengths]
+    return lines
 
 
 def plot_lengths(lengths: Lengths, path: Path, *, title: str) -> None:
@@ -118,9 +135,7 @@ def _files_left_out(files: FileTally) -> list[str]:
     return ["## Files left out", "", "| reason | files | bytes | such as |", "| --- | ---: | ---: | --- |", *rows, ""]
 
 
-def _counts(
-    title: str, what: str, counts: dict[str, int], examples: dict[str, list[str]] | None = None
-) -> list[str]:
+def _counts(title: str, what: str, counts: dict[str, int], examples: dict[str, list[str]] | None = None) -> list[str]:
     if not counts:
         return [f"## {title}", "", "None.", ""]
     if not examples:

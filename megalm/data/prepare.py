@@ -13,7 +13,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -256,7 +256,8 @@ class _Preparation:
                     f"{split}; a {other} fraction or more documents would fill it"
                 )
         indexes = {split: one.close() for split, one in splits.items()}
-        return totals.summary(self.corpus, recipe, tokenizer, indexes)
+        rows = {split: one.writer.rows for split, one in splits.items() if one.writer.rows is not None}
+        return replace(totals.summary(self.corpus, recipe, tokenizer, indexes), rows=rows)
 
 
 def _nothing_left(corpus: Corpus, totals: _Totals) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalm.data.index import BLOCK_BYTES, INDEX_FILE, MEMBER_HEADER_BYTES, Index, read_index
+from megalm.data.row_counts import RowCounts
 from megalm.errors import DataError
 
 _Array = NDArray[np.unsignedinteger[Any]]
@@ -92,6 +93,7 @@ class ShardWriter:
         }
         self._chunk_tokens = chunk_tokens
         self._chunks_per_shard = chunks_per_shard
+        self._rows = RowCounts.of(chunk_tokens, packed_length) if masked else None
         self._pending: list[tuple[_Array, _Array]] = []
         self._pending_tokens = 0
         self._documents = self._tokens = self._loss_tokens = self._chunks = 0
@@ -103,6 +105,11 @@ class ShardWriter:
     def tokens(self) -> int:
         """Tokens fed so far."""
         return self._tokens
+
+    @property
+    def rows(self) -> RowCounts | None:
+        """Rows written so far, and those with nothing to learn; None where every token carries loss."""
+        return self._rows
 
     @property
     def documents(self) -> int:
@@ -190,6 +197,9 @@ class ShardWriter:
         self._pending_tokens = tokens.size - start
 
     def _write_chunk(self, tokens: _Array, mask: _Array) -> None:
+        if self._rows is not None:
+            valid = min(self._chunk_tokens, self._tokens - 1 - self._chunks * self._chunk_tokens)
+            self._rows.add(mask[1 : 1 + valid])
         if self._open_shard is None:
             self._open_shard = _OpenShard(self._folder / f"shard-{len(self._checks):06d}.tar")
         arrays = {"tokens": tokens, "mask": mask} if self._masked else {"tokens": tokens}

@@ -12,6 +12,7 @@ from megalm.data.index import Index
 from megalm.data.left_out import SHARE, LeftOutTotals
 from megalm.data.names import shown
 from megalm.data.recipe import Recipe
+from megalm.data.row_counts import RowCounts
 from megalm.data.tally import FileTally
 
 _BINS_PER_DOUBLING = 4
@@ -73,6 +74,7 @@ class Summary:
         document_start: tokens that begin every document.
         document_end: the token that ends every document.
         splits: index of each split.
+        rows: rows of each split, and those with nothing to learn, where not every token carries loss.
     """
 
     source: str
@@ -95,6 +97,7 @@ class Summary:
     document_start: tuple[str, ...]
     document_end: str
     splits: dict[str, Index]
+    rows: dict[str, RowCounts] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Contents of ``recipe.json`` and ``data_card.json``."""
@@ -118,7 +121,7 @@ class Summary:
                 "document_end",
             )
         }
-        splits = {
+        splits: dict[str, dict[str, Any]] = {
             split: {
                 "documents": index.documents,
                 "tokens": index.tokens,
@@ -128,6 +131,11 @@ class Summary:
             }
             for split, index in self.splits.items()
         }
+        for split, rows in self.rows.items():
+            splits[split]["rows"] = {
+                str(length): {"rows": rows.rows[length], "nothing_to_learn": rows.empty[length]}
+                for length in rows.lengths
+            }
         if self.left_out.kinds:
             contents["left_out"] = self._left_out()
         files = self.files_left_out.to_dict()

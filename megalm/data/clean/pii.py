@@ -179,6 +179,11 @@ _KINDS = (
         r"(?<![\w+.-])(?:\([2-9]\d\d\) ?|[2-9]\d\d[-. ])[2-9]\d\d[-. ]\d{4}(?![\w-]|\.\d)",
         _is_phone,
     ),
-    _kind("phone", "<PHONE>", r"(?<![\w+.,-])(?<!\d )\(?0[1-9]\d{1,3}\)?[ /-]\d{3,4}[ -]?\d{2,5}(?![\w-]|[.,]\d)", _is_phone),
+    _kind(
+        "phone",
+        "<PHONE>",
+        r"(?<![\w+.,-])(?<!\d )\(?0[1-9]\d{1,3}\)?[ /-]\d{3,4}[ -]?\d{2,5}(?![\w-]|[.,]\d)",
+        _is_phone,
+    ),
 )
 """In this order: a card number would also pass for a phone number."""

@@ -64,7 +64,9 @@ class Cleaner:
         self._cleaning = cleaning
         self._quality = [Quality(name) for name in cleaning.quality]
         self._contamination = (
-            Contamination.of(cleaning.decontaminate, cleaning.ngram, cleaning.encoding) if cleaning.decontaminate else None
+            Contamination.of(cleaning.decontaminate, cleaning.ngram, cleaning.encoding)
+            if cleaning.decontaminate
+            else None
         )
 
     def clean(self, document: Document) -> Cleaned | Rejected:

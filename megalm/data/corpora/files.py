@@ -99,7 +99,9 @@ def text_corpus(options: CorpusOptions) -> Corpus:
     found = find_files(options.inputs)
     if options.split_on == "file":
         if options.undecodable != CorpusOptions.undecodable:
-            raise DataError(f"--undecodable {options.undecodable}: files that are one document each are always left out")
+            raise DataError(
+                f"--undecodable {options.undecodable}: files that are one document each are always left out"
+            )
         return FileCorpus(options.source, found, options.encoding)
     blank_lines = options.split_on == "blank-line"
     return RecordCorpus(options.source, found, PlainText(), options.reading, blank_lines)

@@ -101,7 +101,9 @@ class _Search:
 
     def _add_folder(self, name: str, folder: Path) -> None:
         below = [entry for entry in self._below(folder) if self._is_wanted(entry)]
-        for entry in sorted(below, key=lambda entry: (entry.linked, entry.path)):  # a file's own name before links to it
+        for entry in sorted(
+            below, key=lambda entry: (entry.linked, entry.path)
+        ):  # a file's own name before links to it
             self._names.setdefault(_identity(entry.status), entry.path)
         for entry in sorted(below, key=lambda entry: entry.path):
             self._take(entry.path, entry.status)
@@ -192,7 +194,12 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _kind(mode: int) -> str:
-    names = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+    names = (
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
     return next((name for test, name in names if test(mode)), "an object")
 
 

@@ -12,6 +12,7 @@ from megalm.data.corpora.records import RecordCorpus
 from megalm.data.corpora.streams import find_files
 from megalm.data.document import Corpus, Document, Rejected
 
+
 class _FieldTwice(Exception):  # noqa: N818 - caught below
     """Which of two values is meant, nobody can say."""
 

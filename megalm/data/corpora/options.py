@@ -65,7 +65,9 @@ class CorpusOptions:
         if "inputs" in taken and not self.inputs:
             raise DataError(f"--corpus {corpus} needs --input")
         if "encoding" in taken and self.encoding is not None and not is_text_encoding(self.encoding):
-            raise DataError(f"--encoding {self.encoding}: there is no such encoding; latin-1, cp1252, utf-16 and gb18030 are some")
+            raise DataError(
+                f"--encoding {self.encoding}: there is no such encoding; latin-1, cp1252, utf-16 and gb18030 are some"
+            )
         if self.undecodable not in UNDECODABLE:
             raise DataError(f"--undecodable {self.undecodable}: {' or '.join(UNDECODABLE)}")
         for field in fields(self):

@@ -62,7 +62,9 @@ def sft_corpus(options: CorpusOptions) -> Corpus:
         except ValueError as error:
             raise DataError(f"{option_name(field)} {getattr(options, field)!r}: {error}; {{field}} names one") from None
     reader = SupervisedRecord(options.prompt, options.completion)
-    return RecordCorpus(options.source, find_files(options.inputs, SUFFIXES), reader, options.reading, check=check_layout)
+    return RecordCorpus(
+        options.source, find_files(options.inputs, SUFFIXES), reader, options.reading, check=check_layout
+    )
 
 
 def _fill(template: str, record: dict[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from megalm.data.corpora import CorpusOptions
 from megalm.data.dataset import inspect_dataset
 from megalm.data.executors import local_workers
 from megalm.data.prepare import prepare
+from megalm.data.progress import summary_lines
 from megalm.data.recipe import Recipe
 from megalm.data.shards import TokenShards
 from megalm.data.tokenizer import Tokenizer
@@ -39,7 +40,12 @@ def corpus(tmp_path_factory) -> Path:
 
 def recipe(corpus: Path, **changes) -> Recipe:
     options = CorpusOptions((str(corpus),))
-    settings = {"corpus": changes.pop("corpus_name", "text"), "options": options, "tokenizer_vocab": 300, "val_fraction": 0.2}
+    settings = {
+        "corpus": changes.pop("corpus_name", "text"),
+        "options": options,
+        "tokenizer_vocab": 300,
+        "val_fraction": 0.2,
+    }
     return Recipe(**{**settings, "chunk_tokens": 64, "chunks_per_shard": 5, **changes})
 
 
@@ -296,6 +302,37 @@ def test_prompts_carry_no_loss_and_packing_keeps_examples_whole(tmp_path: Path) 
                 assert tokens[end] == tokenizer.eos_id
                 found.append(tokenizer.decode(tokens[start:end].tolist()))
     assert sorted(found) == sorted(line["completion"] for line in lines)
+
+
+@pytest.mark.parametrize("pack", [0, 64])
+def test_the_data_card_counts_rows_with_nothing_to_learn(tmp_path: Path, pack: int) -> None:
+    prompts = [" ".join(str(i * 7919 + word) for word in range(60 if i % 3 else 1)) for i in range(99)]
+    lines = [{"prompt": f"{prompt}? ", "completion": f"answer {i * 31}"} for i, prompt in enumerate(prompts)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = CorpusOptions((str(path),))
+    summary = run(tmp_path, tmp_path / "d", corpus_name="sft", options=options, pack=pack, chunk_tokens=256)
+    data = json.loads((tmp_path / "d" / "data_card.json").read_text())
+    card = (tmp_path / "d" / "data_card.md").read_text()
+    for split in ("train", "val"):
+        assert summary.rows[split].lengths == ((64,) if pack else (256, 128, 64))
+        for length in summary.rows[split].lengths:
+            shards = TokenShards(tmp_path / "d" / split, length)
+            rows = np.empty((len(shards), length + 1), dtype=np.int64)
+            mask = np.empty((len(shards), length + 1), dtype=np.uint8)
+            shards.read(np.arange(len(shards)), rows, mask)
+            real = np.arange(length) < shards.valid(np.arange(len(shards)))[:, None]
+            nothing = int((~(mask[:, 1:] * real).any(axis=1)).sum())
+            assert data["splits"][split]["rows"][str(length)] == {"rows": len(shards), "nothing_to_learn": nothing}
+            assert f"| {split} | {length:,} | {len(shards):,} | {nothing:,} |" in card
+    assert summary.rows["train"].empty[64] > 20
+    assert any("nothing to learn" in line for line in summary_lines("d", summary, 1.0))
+
+
+def test_where_every_token_carries_loss_no_row_is_counted(corpus: Path, tmp_path: Path) -> None:
+    summary = run(corpus, tmp_path / "d")
+    assert summary.rows == {}
+    assert "nothing to learn" not in (tmp_path / "d" / "data_card.md").read_text()
 
 
 def test_the_data_card_counts_and_shows(corpus: Path, tmp_path: Path) -> None:
