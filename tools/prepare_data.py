@@ -121,6 +121,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         exact_duplicates=bool(options.dedup),  # an exact duplicate is a near one too, and found for less
         tokenizer=options.tokenizer,
         eos=options.eos,
+        add_bos=options.add_bos,
         tokenizer_vocab=options.tokenizer_vocab,
         tokenizer_kind=options.tokenizer_kind,
         val_fraction=options.val_fraction,
@@ -148,6 +149,8 @@ def _problems(options: argparse.Namespace) -> list[str]:
         problems.append("--corpus and --out are needed (or --verify DIR)")
     if (options.tokenizer is None) == (options.tokenizer_vocab is None):
         problems.append("give either --tokenizer with a tokenizer.json, or --tokenizer-vocab to train one")
+    if options.add_bos and options.tokenizer is None:
+        problems.append("--add-bos: a tokenizer that is trained here has no bos; give --tokenizer with one that has")
     if options.tokenizer_vocab is not None and options.tokenizer_vocab < SMALLEST_VOCABULARY:
         problems.append(f"--tokenizer-vocab {options.tokenizer_vocab}: must be at least {SMALLEST_VOCABULARY}")
     if not 0.0 < options.val_fraction < 1.0:
@@ -217,8 +220,15 @@ def _parser() -> argparse.ArgumentParser:
 
     tokens = parser.add_argument_group("tokens")
     add = tokens.add_argument
-    add("--tokenizer", metavar="FILE", help="tokenizer.json to use")
-    add("--eos", metavar="TOKEN", help="its token that ends a document, where that has no usual name")
+    add(
+        "--tokenizer", metavar="PATH", help="tokenizer.json to use, or a folder that has one: a run, a dataset, a model"
+    )
+    add("--eos", metavar="TOKEN", help="its token that ends a document, where its own files name none, or another")
+    add(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin each document with its bos, or do not (default: as its own files say)",
+    )
     add("--tokenizer-vocab", type=int, metavar="N", help="train a tokenizer of N tokens instead")
     add("--tokenizer-kind", choices=_KINDS, default="bpe", help="which kind to train (default: byte-level bpe)")
     add("--val-fraction", type=float, default=Recipe.val_fraction, help="share of validation documents (default: 0.02)")

@@ -24,11 +24,12 @@ from megalm.console import run_on_console
 from megalm.data.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
 from megalm.data.document import Document
-from megalm.data.roles import Marks
+from megalm.data.roles import Marks, Roles
+from megalm.data.settings_files import KEPT_FILES
 from megalm.data.tally import FileTally, RejectedFile
-from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
-from megalm.errors import ExitCode, MegalmError
+from megalm.errors import DataError, ExitCode, MegalmError
 
 _BLOCK_BYTES = 2**22
 
@@ -49,8 +50,7 @@ def _main(arguments: list[str] | None) -> int:
             tokenizer, trained_on = Tokenizer.load(options.source, marks=Marks(eos=options.eos)), ""
         else:
             tokenizer, trained_on = _train(options)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(tokenizer.definition, encoding="utf-8")
+        _save(tokenizer, out)
     except MegalmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -81,6 +81,27 @@ def _train(options: argparse.Namespace) -> tuple[Tokenizer, str]:
         f", trained on {texts.documents:,} documents ({texts.megabytes:.1f} MB), {per_token:.2f} bytes a token"
         f"{texts.not_read()}",
     )
+
+
+def _save(tokenizer: Tokenizer, out: Path) -> None:
+    """Write the file, and beside it what says its tokens' roles, where it does not say them itself."""
+    kept = {name: text for name, text in tokenizer.texts().items() if name != TOKENIZER_FILE}
+    if _roles_without_files(tokenizer) == tokenizer.roles:
+        kept = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name in KEPT_FILES:
+        there = out.parent / name
+        if there.exists() and there.read_text(encoding="utf-8", errors="replace") != kept.get(name):
+            raise DataError(f"--out {out}: {there} is another tokenizer's; remove it, or give --out in another folder")
+    for name, text in {**kept, out.name: tokenizer.definition}.items():
+        (out.parent / name).write_text(text, encoding="utf-8")
+
+
+def _roles_without_files(tokenizer: Tokenizer) -> Roles | None:
+    try:
+        return Tokenizer(tokenizer.definition).roles
+    except DataError:
+        return None
 
 
 class _Texts:
@@ -168,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, metavar="N", help="tokens, special ones included")
     add("--special-token", nargs="+", default=[], metavar="TOKEN", help="besides the usual ones")
     add("--lowercase", action="store_true", help="wordpiece: fold case and strip accents")
-    add("--from", dest="source", metavar="FILE", help="take this tokenizer.json as it is, after a check")
+    add(
+        "--from", dest="source", metavar="PATH", help="take this tokenizer.json, or a folder's, as it is, after a check"
+    )
     add("--eos", metavar="TOKEN", help="with --from: its token that ends a document, where that has no usual name")
     add("--out", required=True, metavar="FILE", help="tokenizer.json to write")
     return parser

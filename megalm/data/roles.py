@@ -33,6 +33,8 @@ ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 START = "[CLS]"
 USUAL_START = (START,)
 """Begins every document, where a tokenizer has it and says nothing else."""
+START_KEY = "megalm_document_start"
+"""In ``tokenizer_config.json``: what begins a document, where ``add_bos_token`` alone cannot say it."""
 MASKS = ("[MASK]", "<mask>")
 """What published tokenizers call the token that stands for a masked one."""
 _USUAL: dict[str, tuple[str, ...]] = {
@@ -53,6 +55,8 @@ _OF_CLASSES: dict[str, dict[str, str]] = {
 """Roles that classes of Hugging Face's give where the files do not, and that are not those of the usual names."""
 _WITHOUT_USUAL_ROLES = ("pretrained", "tokenizersbackend")
 """Classes that give no role by themselves."""
+_ALONE_LEAVE_OPEN = {"eos_token", "add_bos_token", START_KEY}
+"""Settings of which a ``tokenizer_config.json`` that has no others leaves the other roles to usual names."""
 _MOST_PROBES = 100
 """Words that are tried until one is not dropped by the tokenizer."""
 
@@ -154,8 +158,9 @@ class RoleReader:
         if not before and not after and START in self._special:
             before = USUAL_START
         before = self._with_bos(before, roles["bos"], marks.add_bos)
-        if marks.before is not None:
-            before = tuple(token for token in marks.before if self._tokenizer.token_to_id(token) is not None)
+        exact = marks.before if marks.before is not None else self._settings.get(START_KEY)
+        if isinstance(exact, (tuple, list)) and (marks.before is not None or marks.add_bos is None):
+            before = tuple(token for token in exact if self._tokenizer.token_to_id(str(token)) is not None)
         if isinstance(flag := self._settings.get("add_eos_token"), bool):
             after = tuple(token for token in after if token != end) + ((end,) if flag else ())
         return Roles(**roles, before=before, after=after, end=end, chat_template=self._chat_template())
@@ -179,7 +184,7 @@ class RoleReader:
             if key in values:
                 return token_content(values[key])
         kind = self._class()
-        if kind.startswith(_WITHOUT_USUAL_ROLES) or (not kind and set(self._settings) - {"eos_token", "add_bos_token"}):
+        if kind.startswith(_WITHOUT_USUAL_ROLES) or (not kind and set(self._settings) - _ALONE_LEAVE_OPEN):
             return None
         if role in (usual := _OF_CLASSES.get(kind, {})):
             return usual[role]

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalm.data.document import Document
-from megalm.data.roles import ENDS, MASKS, USUAL_START, Marks, RoleReader
-from megalm.data.settings_files import ROLES, SETTINGS_FILE, SettingsFiles, mark_special, mark_tokens
+from megalm.data.roles import ENDS, MASKS, START_KEY, USUAL_START, Marks, RoleReader, Roles
+from megalm.data.settings_files import ROLES, SETTINGS_FILE, SettingsFiles, mark_special, mark_tokens, token_content
 from megalm.errors import DataError
 
 if TYPE_CHECKING:
@@ -87,27 +87,40 @@ class Tokenizer:
 
     def texts(self) -> dict[str, str]:
         """Names of files ▶ what :meth:`save` writes into them, ``tokenizer.json`` last."""
-        settings = self._settings()
         kept = dict(self.files.texts)
-        if settings != self.files.values(SETTINGS_FILE):
-            kept[SETTINGS_FILE] = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        if self._settings != self.files.values(SETTINGS_FILE):
+            kept[SETTINGS_FILE] = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
         return {**kept, TOKENIZER_FILE: self.definition}
 
+    @cached_property
     def _settings(self) -> dict[str, Any]:
         """``tokenizer_config.json`` as it was, with what was decided otherwise or said in a file that is not kept."""
         settings = self.files.values(SETTINGS_FILE)
         if not self.files.texts:
             settings["eos_token"] = self.roles.end
-        try:
-            said = Tokenizer(self.definition, files=self.files.kept_with(settings)).roles
-        except DataError:
-            said = None
-        for role in ROLES:
-            if said is None or said.token(role) != self.roles.token(role):
-                settings[f"{role}_token"] = self.roles.token(role)
+        said = self._said_by(settings)
+        if said == self.roles:
+            return settings
+        if said is None or any(said.token(role) != self.roles.token(role) for role in ROLES):
+            # All of them: what some roles leave open, others may decide.
+            stated = {role: settings.get(f"{role}_token") for role in ROLES}
+            new = {
+                role: self.roles.token(role) for role in ROLES if token_content(stated[role]) != self.roles.token(role)
+            }
+            settings |= {f"{role}_token": new.get(role, stated[role]) for role in ROLES}
         if said is None or said.before != self.roles.before:
             settings["add_bos_token"] = self.roles.add_bos
+            said = self._said_by(settings)
+        if said is None or said.before != self.roles.before:
+            settings[START_KEY] = list(self.roles.before)
         return settings
+
+    def _said_by(self, settings: dict[str, Any]) -> Roles | None:
+        """The roles by other contents of ``tokenizer_config.json``; None: it leaves too much open."""
+        try:
+            return Tokenizer(self.definition, files=self.files.kept_with(settings)).roles
+        except DataError:
+            return None
 
     @classmethod
     def parse(
