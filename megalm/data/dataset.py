@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from megalm.config.schema import Data
-from megalm.data.index import Index, check_files, read_index
+from megalm.data.index import Index, check_files, check_marks, read_index
 from megalm.data.roles import USUAL_START, Marks
 from megalm.data.store import Cache, MissingFile, Store, open_store
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -30,6 +30,7 @@ class DatasetInfo:
         train_tokens: valid tokens of the training split.
         val_tokens: valid tokens of the validation split.
         tokenizer_sha256: hash of the tokenizer that made them.
+        marks: how documents begin and end, in words.
     """
 
     location: str
@@ -39,6 +40,7 @@ class DatasetInfo:
     train_tokens: int
     val_tokens: int
     tokenizer_sha256: str
+    marks: str
 
 
 def partial_folder(path: Path) -> Path:
@@ -65,6 +67,7 @@ def inspect_datasets(data: Data) -> tuple[DatasetInfo, ...]:
                 f"data.path: {infos[0].location} and {info.location} were made by different tokenizers; "
                 f"prepare one of them again with --tokenizer and the {TOKENIZER_FILE} of the other"
             )
+        check_marks({info.location: info.marks for info in (infos[0], info)})
     return infos
 
 
@@ -97,6 +100,7 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
         train_tokens=train.tokens,
         val_tokens=val.tokens,
         tokenizer_sha256=train.tokenizer_sha256,
+        marks=train.marks,
     )
 
 

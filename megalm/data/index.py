@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class Index:
     @property
     def marks(self) -> str:
         """How documents begin and end, in words."""
-        start = "the usual start" if self.document_start is None else " ".join(self.document_start) or "no start"
+        start = "no start but [CLS]" if self.document_start is None else " ".join(self.document_start) or "no start"
         return f"{start}, end {self.eos_id}"
 
     @property
@@ -202,6 +203,23 @@ def check_files(index: Index, store: Store) -> None:
         raise DataError("\n".join(problems) + "\ncopy the files again, or prepare the dataset again")
 
 
+def check_marks(found: Mapping[str, str]) -> None:
+    """Refuse to blend data whose documents begin or end otherwise: a model would learn both.
+
+    Args:
+        found: locations of datasets ▶ their marks in words.
+
+    Raises:
+        DataError: they differ.
+    """
+    if len(set(found.values())) > 1:
+        spoken = " and ".join(f"{where} ({marks})" for where, marks in found.items())
+        raise DataError(
+            f"data.path: documents begin or end with different tokens: {spoken}; prepare one of them again as the "
+            "other, with --add-bos or --no-add-bos, and --eos"
+        )
+
+
 def _member_bytes(array_bytes: int) -> int:
     """What an array takes in a tar file."""
     return -(-(MEMBER_HEADER_BYTES + array_bytes) // BLOCK_BYTES) * BLOCK_BYTES
@@ -220,6 +238,8 @@ def _parse(contents: Any, where: str) -> Index:
     try:
         names = [each.name for each in fields(Index) if each.name not in ("checks", "document_start")]
         start = contents.get("document_start")
+        if start is not None and not isinstance(start, list):
+            raise TypeError(f"document_start is {start!r}, not a list")
         index = Index(
             checks=tuple(map(str, contents["checks"])),
             document_start=None if start is None else tuple(start),

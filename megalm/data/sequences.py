@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megalm.data.index import check_marks
 from megalm.data.shards import TokenShards
 from megalm.data.store import Store
 from megalm.errors import DataError
@@ -58,12 +59,7 @@ class Corpora:
                     f"data.path: {first.store.location} and {other.store.location} were made by different tokenizers; "
                     "prepare one of them again with the tokenizer.json of the other"
                 )
-            if (other.index.eos_id, other.index.document_start) != (first.index.eos_id, first.index.document_start):
-                raise DataError(
-                    f"data.path: documents of {first.store.location} and {other.store.location} begin or end with "
-                    f"different tokens ({first.index.marks} and {other.index.marks}); prepare one of them again with "
-                    "--add-bos or --no-add-bos, and --eos, as the other"
-                )
+            check_marks({each.store.location: each.index.marks for each in (first, other)})
         return cls(shards)
 
     @property

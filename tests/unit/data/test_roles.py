@@ -1,4 +1,4 @@
-"""What a tokenizer's own files say of its tokens holds: in data, after saving, and as Hugging Face's library reads it."""
+"""What a tokenizer's own files say of its tokens holds: in data, when saved, and as Hugging Face's library reads it."""
 
 from __future__ import annotations
 
@@ -316,9 +316,9 @@ def test_roles_go_with_a_tokenizer_wherever_it_is_saved(name: str, tmp_path: Pat
             assert again.definition == tokenizer.definition
             tokenizer = again
     kept = Tokenizer.load(folder).texts()
-    for name in ("special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
-        if (folder / name).exists():
-            assert kept[name] == (folder / name).read_text()
+    for file in ("special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
+        if (folder / file).exists():
+            assert kept[file] == (folder / file).read_text()
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.library])
