@@ -145,7 +145,7 @@ class RoleReader:
             DataError: no token is known to end a document, the one that is asked for could be in a text, or there is no
                 ``bos`` to add.
         """
-        before, after = _around(self._tokenizer)
+        before, after = around(self._tokenizer)
         roles = {role: self._role(role) for role in ROLES}
         given = self._named(marks.eos) if marks.eos is not None else self._numbered(marks.eos_id)
         roles["eos"], end = self._end(after, given)
@@ -302,7 +302,7 @@ class RoleReader:
         return template if isinstance(template, str) else None
 
 
-def _around(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def around(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What a tokenizer's post-processor puts before and after a text, whichever kind of processor it is."""
     for text in ("a", "0", *islice(tokenizer.get_vocab(with_added_tokens=False), _MOST_PROBES)):
         encoding = tokenizer.encode(text, add_special_tokens=True)

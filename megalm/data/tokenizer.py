@@ -165,8 +165,7 @@ class Tokenizer:
     def role_id(self, role: str) -> int | None:
         """Id of the token of one of ``ROLES``; None: there is no such token."""
         token = self.roles.token(role)
-        number = None if token is None else self._tokenizer.token_to_id(token)
-        return None if number is None else int(number)
+        return None if token is None else self.id_of(token)
 
     @cached_property
     def mask_id(self) -> int | None:
@@ -271,6 +270,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token by its name; None: there is none."""
+        number = self._tokenizer.token_to_id(token)
+        return None if number is None else int(number)
 
     def name_of(self, number: int) -> str:
         """How the vocabulary spells a token; ``no token`` for an id without one."""

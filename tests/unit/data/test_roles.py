@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megalm.data.document import Document, Segment
-from megalm.data.roles import END_OF_TEXT, Marks
+from megalm.data.postprocessor import with_marks
+from megalm.data.roles import END_OF_TEXT, Marks, around
 from megalm.data.settings_files import ROLES
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
@@ -449,3 +450,17 @@ def test_megalms_own_tokenizers_are_marked_as_ever() -> None:
     assert (bpe.roles.before, bpe.roles.end, bpe.document_start) == ((), END_OF_TEXT, None)
     assert (wordpiece.roles.before, wordpiece.roles.end, wordpiece.document_start) == (("[CLS]",), "[SEP]", None)
     assert (wordpiece.roles.pad, wordpiece.roles.unk, wordpiece.roles.mask) == ("[PAD]", "[UNK]", "[MASK]")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_definition_is_made_to_put_around_a_text_what_is_wanted(name: str) -> None:
+    tokenizer = FAMILIES[name].make()
+    definition, (before, after) = str(tokenizer.to_str()), around(tokenizer)
+    assert with_marks(definition, before, after) is definition, "nothing is written anew without need"
+    for marks in (((), ()), (before, ()), ((), after), (before * 2, after)):
+        written = with_marks(definition, *marks)
+        made = tokenizers.Tokenizer.from_str(written)
+        assert around(made) == marks
+        assert made.encode(PLAIN, add_special_tokens=False).ids == tokenizer.encode(PLAIN, add_special_tokens=False).ids
+        ours, theirs = json.loads(written), json.loads(definition)
+        assert {**ours, "post_processor": None} == {**theirs, "post_processor": None}
