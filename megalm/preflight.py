@@ -15,13 +15,13 @@ from megalm.checkpoint.start import StartMode, StartPoint, resolve_start, run_fo
 from megalm.checkpoint.vocabulary import match_vocabulary
 from megalm.compose import compose
 from megalm.config.parse import config_from_dict, config_to_dict
-from megalm.config.rules import data_violations, violations, world_size_of
+from megalm.config.rules import violations, world_size_of
 from megalm.config.schema import Config
 from megalm.data.batch_size import BatchSize
-from megalm.data.dataset import DatasetInfo, inspect_datasets, open_datasets
+from megalm.data.dataset import DatasetInfo, inspect_dataset, inspect_datasets, open_datasets
 from megalm.data.order import BlendedOrder
 from megalm.data.phases import DataState, too_many_epochs
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, DataError
 from megalm.hardware import device_violations
 
 
@@ -81,13 +81,8 @@ def make_plan(overrides: Sequence[str], world_size: int | None = None) -> Plan:
     ranks = world_size_of(config) if world_size is None else world_size
     check_config(config, ranks)
     datasets = inspect_datasets(config.data)
-    problems = _compiler_violations(config)
-    for dataset in datasets:
-        problems += data_violations(
-            config, dataset.location, dataset.vocab_size, dataset.chunk_tokens, dataset.packed_length
-        )
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
+    if problems := [*_compiler_violations(config), *violations(config, ranks, datasets)]:
+        raise ConfigError(problems)
     start = match_vocabulary(config, resolve_start(config, run_folder(config)), open_datasets(config.data))
     if problems := _epoch_violations(config, datasets, start):
         raise ConfigError(problems)
@@ -124,10 +119,24 @@ def _compiler_violations(config: Config) -> list[str]:
 
 
 def check_config(config: Config, world_size: int) -> None:
-    """Raise every violation that the config alone shows on ``world_size`` ranks."""
-    problems = [*violations(config, world_size), *device_violations(config)]
+    """Raise every violation that the config shows on ``world_size`` ranks; its data need not be there.
+
+    Where they are, what they ask for is checked too, and every remedy that is offered fits them.
+    """
+    problems = violations(config, world_size)
+    if datasets := _datasets_here(config):
+        problems = violations(config, world_size, datasets)
+    problems += device_violations(config)
     if problems:
         raise ConfigError(problems)
+
+
+def _datasets_here(config: Config) -> tuple[DatasetInfo, ...]:
+    """The datasets of a config where all are whole folders of this machine; nothing is fetched, nothing is raised."""
+    try:
+        return tuple(inspect_dataset(Path(path)) for path in config.data.path)
+    except (DataError, OSError, ValueError):
+        return ()
 
 
 def completion_lines(plan: Plan) -> list[str]:

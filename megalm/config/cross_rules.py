@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import wraps
 from math import gcd
 
-from megalm.config.field_rules import Job, is_in_bounds
+from megalm.config.field_rules import Job, divisors, is_in_bounds
 from megalm.config.support import CHOICES, PROVEN
 from megalm.config.violation import Fix, Violation, spoken_list
 
@@ -28,12 +28,6 @@ def needs(*paths: str) -> Callable[[Rule], Rule]:
         return guarded
 
     return decorate
-
-
-def divisors(number: int) -> tuple[int, ...]:
-    """All divisors of a positive integer, ascending."""
-    small = [candidate for candidate in range(1, int(number**0.5) + 1) if number % candidate == 0]
-    return tuple(sorted({*small, *(number // candidate for candidate in small)}))
 
 
 def world_field(job: Job) -> str:

@@ -4,8 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megalm.config.cross_rules import needs
 from megalm.config.field_rules import Job, value_of
-from megalm.config.violation import Fix, Violation
+from megalm.config.violation import Fix, Violation, spoken_list
+
+
+def vocabulary_holds_the_data(job: Job) -> Iterator[Violation]:
+    """The model has a row for every word of its datasets."""
+    vocab_size = job.config.model.vocab_size
+    largest = max(job.datasets, key=lambda dataset: dataset.vocab_size, default=None)
+    if largest is not None and vocab_size is not None and vocab_size < largest.vocab_size:
+        yield Violation(
+            "model.vocab_size",
+            vocab_size,
+            f"the dataset {largest.location} has {largest.vocab_size} words",
+            fixes=(Fix("model.vocab_size", (largest.vocab_size, None)),),
+        )
+
+
+@needs("model.sequence_length")
+def sequences_fit_the_data(job: Job) -> Iterator[Violation]:
+    """A sequence is a whole fraction of a chunk of every dataset, and as long as a packed one was packed for."""
+    length = job.config.model.sequence_length
+    wrong = []
+    for dataset in job.datasets:
+        if dataset.packed_length not in (0, length):
+            wrong.append(f"the dataset {dataset.location} was packed for sequences of {dataset.packed_length} tokens")
+        elif dataset.chunk_tokens % length:
+            wrong.append(
+                f"does not divide the chunks of {dataset.chunk_tokens} tokens of the dataset {dataset.location}"
+            )
+    if not wrong:
+        return
+    none = "" if job.data_lengths else "datasets of data.path that take one common length: prepare one of them again"
+    yield Violation(
+        "model.sequence_length",
+        length,
+        spoken_list(dict.fromkeys(wrong), "and"),
+        none,
+        fixes=(Fix("model.sequence_length", job.data_lengths),),
+    )
 
 
 def one_number_per_dataset(job: Job) -> Iterator[Violation]:

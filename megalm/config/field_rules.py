@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from math import gcd
+from typing import Any, Protocol
 
 from megalm.config.schema import Config
 from megalm.config.support import BOUNDS, CHOICES
@@ -14,12 +15,51 @@ from megalm.config.violation import Fix, Violation, spoken_list
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+class Dataset(Protocol):
+    """What the rules need to know of a prepared dataset.
+
+    Attributes:
+        location: where it is, as messages name it.
+        vocab_size: words of its tokenizer.
+        chunk_tokens: tokens per chunk, of which a sequence takes a whole fraction.
+        packed_length: the only sequence length of a dataset that was packed; 0: it was not.
+    """
+
+    @property
+    def location(self) -> str: ...  # noqa: D102
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def chunk_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def packed_length(self) -> int: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class Job:
-    """What is checked: a config, and the number of ranks it is to run on."""
+    """What is checked: a config, the number of ranks it is to run on, and its datasets where they can be read."""
 
     config: Config
     world_size: int
+    datasets: tuple[Dataset, ...] = ()
+
+    @property
+    def data_lengths(self) -> tuple[int, ...]:
+        """Sequence lengths that all of its datasets take, ascending; none where there are no datasets, or no such."""
+        if not self.datasets:
+            return ()
+        lengths = divisors(gcd(*(dataset.chunk_tokens for dataset in self.datasets)))
+        packed = {dataset.packed_length for dataset in self.datasets} - {0}
+        return tuple(length for length in lengths if packed <= {length})
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """All divisors of a positive integer, ascending."""
+    small = [candidate for candidate in range(1, int(number**0.5) + 1) if number % candidate == 0]
+    return tuple(sorted({*small, *(number // candidate for candidate in small)}))
 
 
 def value_of(config: Config, path: str) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import lcm
 
-from megalm.config.cross_rules import divisors, needs
-from megalm.config.field_rules import Job
+from megalm.config.cross_rules import needs
+from megalm.config.field_rules import Job, divisors
 from megalm.config.violation import Fix, Violation
 
 _INTERLEAVED = "interleaved_1f1b"
@@ -76,13 +76,16 @@ def sequence_splits_evenly(job: Job) -> Iterator[Violation]:
     parts = [f"parallel.cp={parallel.cp}"] if parallel.cp > 1 else []
     if parallel.sequence_parallel and parallel.tp > 1:
         parts.append(f"parallel.tp={parallel.tp} with sequence_parallel")
-    below, above = length // pieces * pieces, (length // pieces + 1) * pieces
+    near = (length // pieces * pieces, (length // pieces + 1) * pieces)
+    fitting = (
+        [size for size in job.data_lengths if size % pieces == 0] if job.datasets else [size for size in near if size]
+    )
     yield Violation(
         "model.sequence_length",
         length,
         f"does not split into {pieces} equal pieces ({' and '.join(parts)})",
         fixes=(
-            Fix("model.sequence_length", tuple(size for size in (below, above) if size)),
+            Fix("model.sequence_length", tuple(fitting)),
             Fix("parallel.sequence_parallel", (False,)) if parallel.sequence_parallel else Fix("parallel.cp", (1,)),
         ),
     )

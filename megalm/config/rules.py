@@ -6,13 +6,13 @@ everything wrong at once; and every value offered as a remedy has been tried aga
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 from megalm.config import cross_rules, data_rules, field_rules, layout_rules, model_rules, schedule_rules
-from megalm.config.cross_rules import Rule, divisors
-from megalm.config.field_rules import Job, value_of, with_value
+from megalm.config.cross_rules import Rule
+from megalm.config.field_rules import Dataset, Job, value_of, with_value
 from megalm.config.schema import Config
 from megalm.config.violation import Fix, Violation
 from megalm.topology import Topology
@@ -46,6 +46,8 @@ RULES: tuple[Rule, ...] = (
     schedule_rules.cooldown_fits,
     cross_rules.one_source_of_weights,
     cross_rules.retention_has_something_to_keep,
+    data_rules.vocabulary_holds_the_data,
+    data_rules.sequences_fit_the_data,
     data_rules.one_number_per_dataset,
     data_rules.pipes_name_their_file,
     data_rules.objective_fits_attention,
@@ -75,65 +77,25 @@ def topology_of(config: Config, world_size: int) -> Topology:
     )
 
 
-def violations(config: Config, world_size: int) -> list[str]:
+def violations(config: Config, world_size: int, datasets: Sequence[Dataset] = ()) -> list[str]:
     """Everything wrong with running ``config`` on ``world_size`` ranks.
+
+    Args:
+        config: the run.
+        world_size: its ranks.
+        datasets: what it reads, in the order of ``data.path``; none where they cannot be read yet.
 
     Returns:
         One line per violation, ``field=value: what is wrong; what would be right``; empty when the config is good.
     """
-    return [str(violation) for violation in find_violations(config, world_size)]
+    return [str(violation) for violation in find_violations(config, world_size, datasets)]
 
 
-def find_violations(config: Config, world_size: int) -> list[Violation]:
+def find_violations(config: Config, world_size: int, datasets: Sequence[Dataset] = ()) -> list[Violation]:
     """What :func:`violations` prints, with its remedies reduced to those that break no other rule."""
-    job = Job(config, world_size)
+    job = Job(config, world_size, tuple(datasets))
     found = _broken(job)
     return [_with_tried_fixes(job, broken, violation, found.keys()) for broken, violation in found.items()]
-
-
-def data_violations(
-    config: Config, location: str, vocab_size: int, chunk_tokens: int, packed_length: int = 0
-) -> list[str]:
-    """Everything in ``config`` that does not fit a dataset.
-
-    Args:
-        config: the run.
-        location: of the dataset, as a user names it.
-        vocab_size: words of the dataset's tokenizer.
-        chunk_tokens: tokens per chunk of the dataset, of which a sequence takes a whole fraction.
-        packed_length: the only sequence length of a dataset that was packed; 0: it was not.
-    """
-    found = []
-    model = config.model
-    if model.vocab_size is not None and model.vocab_size < vocab_size:
-        found.append(
-            Violation(
-                "model.vocab_size",
-                model.vocab_size,
-                f"the dataset {location} has {vocab_size} words",
-                fixes=(Fix("model.vocab_size", (vocab_size, None)),),
-            )
-        )
-    if packed_length not in (0, model.sequence_length):
-        found.append(
-            Violation(
-                "model.sequence_length",
-                model.sequence_length,
-                f"the dataset {location} was packed for sequences of {packed_length} tokens",
-                fixes=(Fix("model.sequence_length", (packed_length,)),),
-            )
-        )
-    elif chunk_tokens % model.sequence_length:
-        lengths = _nearest(divisors(chunk_tokens), model.sequence_length)
-        found.append(
-            Violation(
-                "model.sequence_length",
-                model.sequence_length,
-                f"does not divide the chunks of {chunk_tokens} tokens of the dataset {location}",
-                fixes=(Fix("model.sequence_length", lengths),),
-            )
-        )
-    return [str(violation) for violation in found]
 
 
 def _broken(job: Job) -> dict[tuple[str, str], Violation]:
@@ -165,10 +127,10 @@ def _after(job: Job, path: str, value: Any) -> Job:
         return replace(job, world_size=value)
     changed = with_value(job.config, path, value)
     if path in ("launch.ranks", "cluster.gpus"):
-        return Job(changed, value)
+        return replace(job, config=changed, world_size=value)
     config = job.config
     follows_layout = not config.launch.ranks and job.world_size == world_size_of(config) != config.cluster.gpus
-    return Job(changed, world_size_of(changed) if follows_layout else job.world_size)
+    return replace(job, config=changed, world_size=world_size_of(changed) if follows_layout else job.world_size)
 
 
 def _nearest(values: Iterable[Any], target: Any) -> tuple[Any, ...]:

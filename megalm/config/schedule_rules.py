@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megalm.config.cross_rules import divisors, needs
-from megalm.config.field_rules import Job
+from megalm.config.cross_rules import needs
+from megalm.config.field_rules import Job, divisors
 from megalm.config.violation import Fix, Violation
 
 _RAMP = (

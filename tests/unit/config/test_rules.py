@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megalm.config.field_rules import Job, with_value
 from megalm.config.parse import config_from_dict, field_paths
 from megalm.config.rules import (
     RULES,
     _after,
-    data_violations,
     find_violations,
     planned_world_size_of,
     topology_of,
@@ -56,19 +56,25 @@ def test_every_injected_fault_is_named(invalid: InvalidConfig) -> None:
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(random_invalid())
-def test_every_remedy_mends_its_violation_and_breaks_nothing(invalid: InvalidConfig) -> None:
+@given(random_invalid(), st.lists(st.sampled_from([(8192, 0), (96, 0), (128, 32), (256, 64)]), max_size=2))
+def test_every_remedy_is_legal(invalid: InvalidConfig, data: list[tuple[int, int]]) -> None:
+    """Whatever is offered, and whatever the datasets' chunks: what was wrong no longer is, and nothing new is."""
     parsed = config_from_dict(invalid.mapping)
     world_size = world_size_of(parsed)
     if world_size < 1:
         return
-    found = find_violations(parsed, world_size)
+    datasets = tuple(Dataset(f"data/{n}", 120, *chunk) for n, chunk in enumerate(data))
+    found = find_violations(parsed, world_size, datasets)
+    before = {(violation.field, violation.wrong) for violation in found}
     for violation in found:
         for fix in violation.fixes:
             for value in fix.values:
-                after = _after(Job(parsed, world_size), fix.field, value)
-                left = find_violations(after.config, after.world_size)
+                after = _after(Job(parsed, world_size, datasets), fix.field, value)
+                left = find_violations(after.config, after.world_size, datasets)
                 assert len(left) < len(found), (str(violation), fix.field, value, list(map(str, left)))
+                same = [other for other in left if other.field == fix.field]
+                assert len(same) <= len([field for field, _ in before if field == fix.field])
+                assert (violation.field, violation.wrong) not in {(other.field, other.wrong) for other in left}
 
 
 def test_every_number_has_bounds_and_every_rule_a_name_and_a_doc() -> None:
@@ -227,19 +233,46 @@ def test_world_sizes() -> None:
     assert topology_of(config(), 8) == Topology(tp=2, pp=2, dp=2)
 
 
-def test_data_violations() -> None:
+@dataclass(frozen=True)
+class Dataset:
+    """What the rules see of one."""
+
+    location: str = "data/none"
+    vocab_size: int = 100
+    chunk_tokens: int = 128
+    packed_length: int = 0
+
+
+def test_what_the_data_ask_for() -> None:
     good = config(model__vocab_size=100, model__sequence_length=32)
-    assert data_violations(good, "data/none", 100, 128) == []
-    assert data_violations(good, "data/none", 100, 128, packed_length=32) == []
-    assert data_violations(with_value(good, "model.vocab_size", None), "data/none", 5000, 128) == []
-    too_small, uneven = data_violations(with_value(good, "model.sequence_length", 48), "data/none", 101, 128)
+
+    def lines(changed: Config, *datasets: Dataset) -> list[str]:
+        return violations(changed, 8, datasets)
+
+    assert lines(good, Dataset()) == []
+    assert lines(good, Dataset(packed_length=32)) == []
+    assert lines(with_value(good, "model.vocab_size", None), Dataset(vocab_size=5000)) == []
+    too_small, uneven = lines(with_value(good, "model.sequence_length", 48), Dataset(vocab_size=101))
     assert too_small == "model.vocab_size=100: the dataset data/none has 101 words; model.vocab_size=101 or null"
     assert uneven.startswith("model.sequence_length=48: does not divide the chunks of 128 tokens")
     assert uneven.endswith("; model.sequence_length=2, 4, 8, 16, 32 or 64")
-    assert data_violations(good, "data/none", 100, 128, packed_length=64) == [
+    assert lines(good, Dataset(packed_length=64)) == [
         "model.sequence_length=32: the dataset data/none was packed for sequences of 64 tokens; "
         "model.sequence_length=64"
     ]
+    assert lines(good, Dataset(packed_length=64), Dataset("data/other", chunk_tokens=96)) == [
+        "model.sequence_length=32: the dataset data/none was packed for sequences of 64 tokens; "
+        "datasets of data.path that take one common length: prepare one of them again"
+    ]
+
+
+def test_a_length_that_is_offered_fits_the_layout_and_the_data_at_once() -> None:
+    """The nearest multiples of the pieces, 92 and 96, do not divide the data's chunks; 2 divides and is no multiple."""
+    bad = config(parallel__cp=2, parallel__pp=1, parallel__sequence_parallel=True, model__sequence_length=94)
+    assert any("model.sequence_length=92 or 96" in line for line in violations(bad, 8))
+    both = violations(bad, 8, [Dataset(chunk_tokens=8192)])
+    assert len(both) == 2
+    assert all("; model.sequence_length=4, 8, 16, 32, 64 or 128" in line for line in both), both
 
 
 def test_rules_do_not_change_the_config() -> None:
