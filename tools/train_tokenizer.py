@@ -5,6 +5,7 @@
     tools/train_tokenizer.py dump.xml.bz2 --corpus wikipedia --kind wordpiece --vocab-size 30522 --out bert.json
     tools/train_tokenizer.py chats/ --vocab-size 32768 --special-token '<|im_start|>' '<|im_end|>' --out chat.json
     tools/train_tokenizer.py --from downloaded/tokenizer.json --out tokenizer.json
+    tools/train_tokenizer.py --from tokenizer.json --special-token '<|im_start|>' '<|im_end|>' --out chat/tokenizer.json
 
 Exit codes: 0 done, 2 bad arguments, 3 bad data.
 """
@@ -28,7 +29,7 @@ from megalm.data.roles import Marks, Roles
 from megalm.data.settings_files import KEPT_FILES
 from megalm.data.tally import FileTally, RejectedFile
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
+from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece, with_special_tokens
 from megalm.errors import DataError, ExitCode, MegalmError
 
 _BLOCK_BYTES = 2**22
@@ -48,6 +49,8 @@ def _main(arguments: list[str] | None) -> int:
     try:
         if options.source is not None:
             tokenizer, trained_on = Tokenizer.load(options.source, marks=Marks(eos=options.eos)), ""
+            if options.special_token:
+                tokenizer = with_special_tokens(tokenizer, options.special_token, marks=Marks(eos=options.eos))
         else:
             tokenizer, trained_on = _train(options)
         _save(tokenizer, out)
@@ -158,8 +161,10 @@ def _corpus_options(options: argparse.Namespace) -> CorpusOptions:
 
 def _problems(options: argparse.Namespace) -> list[str]:
     if options.source is not None:
-        given = [name for name in ("vocab_size", "lowercase", "special_token") if getattr(options, name)]
-        problems = [f"--{name.replace('_', '-')} is for training; --from takes a tokenizer as it is" for name in given]
+        given = [name for name in ("vocab_size", "lowercase") if getattr(options, name)]
+        problems = [
+            f"--{name.replace('_', '-')} is for training; --from takes a tokenizer that is there" for name in given
+        ]
         return [*problems, *(["INPUT and --from: give one of them"] if options.input else [])]
     problems = []
     if not options.input and options.corpus != "stdlib":
@@ -187,11 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--kind", choices=("bpe", "wordpiece"), default="bpe", help="byte-level BPE (GPT-2) or WordPiece (BERT)")
     add("--vocab-size", type=int, metavar="N", help="tokens, special ones included")
-    add("--special-token", nargs="+", default=[], metavar="TOKEN", help="besides the usual ones")
+    add("--special-token", nargs="+", default=[], metavar="TOKEN", help="besides the usual ones; with --from: to add")
     add("--lowercase", action="store_true", help="wordpiece: fold case and strip accents")
-    add(
-        "--from", dest="source", metavar="PATH", help="take this tokenizer.json, or a folder's, as it is, after a check"
-    )
+    add("--from", dest="source", metavar="PATH", help="take this tokenizer.json, or a folder's, after a check")
     add("--eos", metavar="TOKEN", help="with --from: its token that ends a document, where that has no usual name")
     add("--out", required=True, metavar="FILE", help="tokenizer.json to write")
     return parser

@@ -25,6 +25,9 @@ from megalm.data.left_out import LeftOutTotals
 from megalm.data.tally import EXAMPLES, FileTally, RejectedFile
 from megalm.data.tokenizer import Tokenizer
 
+CONVERSATIONS = "turns of conversations, put together by the chat template"
+"""What the card counts documents by that a chat template was used for."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -140,8 +143,7 @@ def tokenise_block(work: Work, number: int, block: Block) -> tuple[int, int, int
     assert work.tokenizer is not None
     tokenizer = _tokenizer(work.tokenizer, work.tokenizer_hash)
     reading = _Reading()
-    documents = list(reading.cleaned(work, block))
-    texts = [document.text for document in documents]
+    documents, texts = reading.rendered(work, block, tokenizer)
     tokens, lengths, mask = tokenizer.encode_documents(documents)
     digests = [text_digest(text) for text in texts] if work.exact_duplicates else []
     near = [bands(text) for text in texts] if work.cleaning.near_duplicates else []
@@ -217,9 +219,22 @@ class _Reading:
                 self.notes.update(outcome.notes)
                 yield outcome.document
 
+    def rendered(self, work: Work, block: Block, tokenizer: Tokenizer) -> tuple[list[Document], list[str]]:
+        """The documents that stay, conversations as the chat template has them, and the text of each before that."""
+        documents, texts = [], []
+        for document in self.cleaned(work, block):
+            outcome = tokenizer.rendered(document)
+            if isinstance(outcome, Rejected):
+                self.removed[outcome.rule] += 1
+                continue
+            self.notes.update([CONVERSATIONS] if document.is_conversation else [])
+            documents.append(outcome)
+            texts.append(document.text)
+        return documents, texts
+
 
 def _size(document: Document) -> int:
-    texts: Sequence[str | bytes] = [segment.text for segment in document.segments if not segment.special]
+    texts: Sequence[str | bytes] = [segment.text for segment in document.segments]
     return sum(len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")) for text in texts)
 
 

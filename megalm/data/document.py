@@ -20,12 +20,12 @@ class Segment:
     Attributes:
         text: its text; bytes where a corpus has not decoded them.
         learnt: whether its tokens carry loss (a prompt's do not).
-        special: whether ``text`` names one special token, instead of being text that may happen to spell one.
+        role: who says it in a conversation, whose turns a chat template is to put together; None: it is no turn.
     """
 
     text: str | bytes
     learnt: bool = True
-    special: bool = False
+    role: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,15 @@ class Document:
 
     Attributes:
         name: where it is from, so that a person finds it again: a path, ``file.jsonl:17``, an article's title.
-        segments: its text, in order; one for plain text, several for prompts and completions.
+        segments: its text, in order; one for plain text, several for prompts and completions, or turns.
         left_out: what its reader left out; None: nothing, or it does not count.
+        marked: whether a chat template wrote the text, so that its marks in it are tokens.
     """
 
     name: str
     segments: tuple[Segment, ...]
     left_out: LeftOut | None = None
+    marked: bool = False
 
     @classmethod
     def plain(cls, name: str, text: str | bytes) -> Document:
@@ -68,15 +70,19 @@ class Document:
         return cls(name, (Segment(text),))
 
     @property
+    def is_conversation(self) -> bool:
+        """Whether the segments are turns that no template has put together yet."""
+        return any(segment.role is not None for segment in self.segments)
+
+    @property
     def text(self) -> str:
-        """The text of all segments that are text; they are decoded already."""
-        return "".join(str(segment.text) for segment in self.segments if not segment.special)
+        """The text of all segments, which are decoded already; of turns, with who says what."""
+        return "".join(str(s.text) if s.role is None else f"{s.role}\n{s.text!s}\n" for s in self.segments)
 
     def with_texts(self, texts: list[str]) -> Document:
-        """The same document with other texts in its text segments, in order."""
-        replacing = iter(texts)
+        """The same document with other texts in its segments, in order."""
         return replace(
-            self, segments=tuple(s if s.special else replace(s, text=next(replacing)) for s in self.segments)
+            self, segments=tuple(replace(s, text=text) for s, text in zip(self.segments, texts, strict=True))
         )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalm.data.blocks import BlockResult, Work, texts_of_block, tokenise_block
+from megalm.data.blocks import CONVERSATIONS, BlockResult, Work, texts_of_block, tokenise_block
 from megalm.data.card import write_card
 from megalm.data.dataset import SPLITS, TOKENIZER_FILE, partial_folder
 from megalm.data.document import Block, Corpus
@@ -29,6 +29,7 @@ from megalm.data.index import Index
 from megalm.data.left_out import LeftOutTotals
 from megalm.data.packing import BestFitPacker, Row
 from megalm.data.recipe import Recipe
+from megalm.data.settings_files import TEMPLATE_FILE
 from megalm.data.shard_writer import ShardWriter, write_durably
 from megalm.data.summary import Lengths, Summary
 from megalm.data.tally import EXAMPLES, FileTally
@@ -256,6 +257,8 @@ class _Preparation:
                     f"{split}; a {other} fraction or more documents would fill it"
                 )
         indexes = {split: one.close() for split, one in splits.items()}
+        if totals.notes[CONVERSATIONS] and tokenizer.chat is None:
+            write_durably(self.folder / TEMPLATE_FILE, tokenizer.conversations.template.source.encode())
         rows = {split: one.writer.rows for split, one in splits.items() if one.writer.rows is not None}
         return replace(totals.summary(self.corpus, recipe, tokenizer, indexes), rows=rows)
 

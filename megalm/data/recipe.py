@@ -87,6 +87,8 @@ class Recipe:
         }
         if given is not None and not given.is_marked_as_usual:
             parts["marks"] = [given.roles.before, given.roles.end]
+        if given is not None and self.corpus == "sft" and given.roles.chat_template is not None:
+            parts["chat_template"] = given.roles.chat_template
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

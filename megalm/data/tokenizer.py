@@ -5,18 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalm.data.document import Document
+from megalm.data.chat_tokens import ChatTokens, chat_of, chatml_of, learnt_tokens
+from megalm.data.document import Document, Rejected
+from megalm.data.document_tokens import encode_documents
 from megalm.data.roles import ENDS, MASKS, START_KEY, USUAL_START, Marks, RoleReader, Roles
-from megalm.data.settings_files import ROLES, SETTINGS_FILE, SettingsFiles, mark_special, mark_tokens, token_content
+from megalm.data.settings_files import (
+    GENERATION_FILE,
+    ROLES,
+    SETTINGS_FILE,
+    SettingsFiles,
+    mark_special,
+    mark_tokens,
+    token_content,
+)
 from megalm.errors import DataError
 
 if TYPE_CHECKING:
@@ -54,7 +65,8 @@ class Tokenizer:
         self.eos_id = self._id(self.roles.end)
         self.before_ids = tuple(map(self._id, self.roles.before))
         """What every document begins with, such as ``bos``; empty: with its text."""
-        self._after_ids = tuple(map(self._id, takewhile(lambda token: token != self.roles.end, self.roles.after)))
+        self.end_ids = (*map(self._id, takewhile(lambda token: token != self.roles.end, self.roles.after)), self.eos_id)
+        """What every document ends with; the last one is ``eos_id``."""
 
     @classmethod
     def load(cls, path: str | Path, *, marks: Marks | None = None) -> Tokenizer:
@@ -225,51 +237,65 @@ class Tokenizer:
         return list(self._as_text(self._tokenizer.encode(text, add_special_tokens=False).ids))
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text that a model is to continue: as a document begins, without its end."""
-        return [*self.before_ids, *self.encode(text)] or [self.eos_id]
+        """Token ids of a text that a model is to continue: as a document begins, without its end.
+
+        Where the tokenizer has a chat template, the marks that this writes are tokens in the text too. Any other
+        special token that the text spells stays text.
+        """
+        ids = self.encode(text) if self.chat is None else self._as_text(self._marking(text).ids, self.chat.mark_ids)
+        begun = self.chat is not None and tuple(ids[: len(self.before_ids)]) == self.before_ids
+        return (ids if begun else [*self.before_ids, *ids]) or [self.eos_id]
+
+    @cached_property
+    def chat(self) -> ChatTokens | None:
+        """The marks of a conversation's turns; None: the tokenizer has no chat template."""
+        return chat_of(self._tokenizer, self.roles)
+
+    @cached_property
+    def conversations(self) -> ChatTokens:
+        """What puts conversations together: the tokenizer's chat template; ChatML where it has that one's marks alone.
+
+        Raises:
+            DataError: it has neither.
+        """
+        return self.chat or chatml_of(self._tokenizer, self.roles)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """What ends a generated text: the end of a document, of an assistant's turn, or what the model's files say."""
+        named = self.files.values(GENERATION_FILE).get("eos_token_id")
+        ids = {number for number in (named if isinstance(named, list) else [named]) if type(number) is int}
+        turn_end = None if self.chat is None else self.chat.turn_end_id
+        return frozenset(ids | {self.eos_id} | ({turn_end} if turn_end is not None else set()))
+
+    def rendered(self, document: Document) -> Document | Rejected:
+        """A document as it is tokenised: turns are put together by :attr:`conversations`, which may raise."""
+        return self.conversations.render(document) if document.is_conversation else document
+
+    def encode_many(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """What :meth:`encode` gives for each of many texts, faster."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return (self._as_text(encoding.ids) for encoding in encodings)
+
+    def encode_runs(self, document: Document) -> list[tuple[list[int], bool]]:
+        """Tokens of a document of several segments, tokenised as one text, in runs that carry loss or do not."""
+        text = "".join(str(segment.text) for segment in document.segments)
+        encoding = self._marking(text) if document.marked else self._tokenizer.encode(text, add_special_tokens=False)
+        marks = self.conversations.mark_ids if document.marked else frozenset[int]()
+        flagged = zip(learnt_tokens(document.segments, encoding.offsets), encoding.ids, strict=True)
+        runs = [([n for _, n in run], flag) for flag, run in groupby(flagged, key=itemgetter(0))]
+        return [(self._as_text(ids, marks), flag) for ids, flag in runs]
 
     def encode_documents(
         self, documents: Sequence[Document]
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint8] | None]:
-        """Tokens of many documents, end to end, each with what goes before it, if anything does, and its end token.
-
-        A document that already begins with those tokens, as a chat template may have it, gets them once.
-
-        Returns:
-            The tokens, [T]; the length of each document, [D]; and [T], 1 where a token carries loss: those of segments
-            that are learnt, and the end after one; None where all are.
-
-        Raises:
-            DataError: a segment names a special token that the tokenizer has not.
-        """
-        texts = [str(s.text) for document in documents for s in document.segments if not s.special]
-        encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        parts: list[Sequence[int]] = []
-        learnt: list[bool] = []
-        lengths = np.zeros(len(documents), dtype=np.int64)
-        for number, document in enumerate(documents):
-            first = len(parts)
-            for segment in document.segments:
-                special = segment.special
-                parts.append((self._special_id(str(segment.text)),) if special else self._as_text(next(encoded).ids))
-                learnt.append(segment.learnt)
-            if self.before_ids and not self._begins(document, parts[first:]):
-                parts.insert(first, self.before_ids)
-                learnt.insert(first, document.segments[0].learnt)
-            parts.append((*self._after_ids, self.eos_id))
-            learnt.append(document.segments[-1].learnt)
-            lengths[number] = sum(map(len, parts[first:]))
-        flat = np.empty(int(lengths.sum()), dtype=np.uint32)
-        start = 0
-        for part in parts:
-            flat[start : start + len(part)] = part
-            start += len(part)
-        mask = None if all(learnt) else np.repeat(np.array(learnt, dtype=np.uint8), [len(part) for part in parts])
-        return flat, lengths, mask
+        """Tokens of many documents, end to end: see :func:`megalm.data.document_tokens.encode_documents`."""
+        return encode_documents(self, documents)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; special tokens are left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Text of token ids; special tokens are left out, and the marks of the chat template."""
+        marks = frozenset[int]() if self.chat is None else self.chat.mark_ids
+        return str(self._tokenizer.decode([n for n in ids if n not in marks], skip_special_tokens=True))
 
     def id_of(self, token: str) -> int | None:
         """Id of a token by its name; None: there is none."""
@@ -280,17 +306,19 @@ class Tokenizer:
         """How the vocabulary spells a token; ``no token`` for an id without one."""
         return str(self._tokenizer.id_to_token(number) or "no token")
 
-    def _begins(self, document: Document, parts: Sequence[Sequence[int]]) -> bool:
-        """Whether a document's own special tokens are those that go before a document."""
-        marks = takewhile(lambda pair: pair[0].special, zip(document.segments, parts, strict=True))
-        ids = tuple(number for _, part in marks for number in part)
-        return ids[: len(self.before_ids)] == self.before_ids
+    def _marking(self, text: str) -> tokenizers.Encoding:
+        """A text with the marks of the chat template as tokens."""
+        return self.conversations.tokenizer.encode(text, add_special_tokens=False)
 
-    def _as_text(self, ids: list[int]) -> list[int]:
-        """Tokens of a text; where one is a special token, whose name the text spells, those of its characters."""
-        if self._reserved.isdisjoint(ids):
+    def _as_text(self, ids: list[int], marks: frozenset[int] = frozenset()) -> list[int]:
+        """Tokens of a text; where one is a special token, whose name the text spells, those of its characters.
+
+        ``marks`` are special tokens that are meant as such.
+        """
+        reserved = self._reserved - marks
+        if reserved.isdisjoint(ids):
             return ids
-        return [part for number in ids for part in (self._spelt(number) if number in self._reserved else (number,))]
+        return [part for number in ids for part in (self._spelt(number) if number in reserved else (number,))]
 
     @cached_property
     def _reserved(self) -> frozenset[int]:
@@ -307,15 +335,6 @@ class Tokenizer:
     def _id(self, token: str) -> int:
         number = self._tokenizer.token_to_id(token)
         assert number is not None, token
-        return int(number)
-
-    def _special_id(self, name: str) -> int:
-        number = self._tokenizer.token_to_id(name)
-        if number is None:
-            raise DataError(
-                f"the tokenizer has no token {name}, which marks turns of a conversation; train one with "
-                "tools/train_tokenizer.py --special-token '<|im_start|>' '<|im_end|>'"
-            )
         return int(number)
 
 

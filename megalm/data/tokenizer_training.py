@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from megalm.data.roles import END_OF_TEXT
+from megalm.data.roles import END_OF_TEXT, Marks
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
 
@@ -81,3 +81,26 @@ def train_wordpiece(
     )
     tokenizer.train_from_iterator(texts, trainer)
     return Tokenizer(tokenizer.to_str())
+
+
+def with_special_tokens(tokenizer: Tokenizer, names: Sequence[str], *, marks: Marks | None = None) -> Tokenizer:
+    """A tokenizer with special tokens added after all others: what it gave before has the same ids.
+
+    Args:
+        tokenizer: the one that a model knows.
+        names: of the tokens.
+        marks: what is decided of a document's marks otherwise than the tokenizer's files say.
+
+    Raises:
+        DataError: a token is there already as an ordinary word, whose texts would be cut otherwise.
+    """
+    import tokenizers
+
+    known = tokenizer.special_tokens
+    library = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    for name in names:
+        number = library.token_to_id(name)
+        if number is not None and name not in known:
+            raise DataError(f"--special-token {name}: is an ordinary word of this tokenizer, token {number}")
+    library.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+    return Tokenizer(str(library.to_str()), files=tokenizer.files, marks=marks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ def generate_tokens(
     sequence_length: int,
     max_new_tokens: int,
     sampling: Sampling,
-    eos_id: int | None = None,
+    stop_ids: Container[int] = (),
     device: torch.device | str = "cpu",
 ) -> list[int]:
-    """The tokens that follow a prompt, up to ``max_new_tokens`` or the end-of-text token, which is not among them.
+    """The tokens that follow a prompt, up to ``max_new_tokens`` or one that ends the text, which is not among them.
 
     The model sees the last ``sequence_length`` tokens, at positions that start from zero, as in training. Every token
     recomputes that window: there is no key-value cache, since a window that slides would invalidate it at each step.
@@ -33,7 +33,7 @@ def generate_tokens(
         sequence_length: longest input of the model.
         max_new_tokens: most tokens to generate.
         sampling: how a token is chosen.
-        eos_id: end-of-text token; None: generation never ends early.
+        stop_ids: tokens that end the text, such as the end of a document or of a turn; empty: it never ends early.
         device: where the model computes.
 
     Raises:
@@ -48,7 +48,7 @@ def generate_tokens(
     for _ in range(max_new_tokens):
         window = torch.tensor([tokens[-sequence_length:]], dtype=torch.int64, device=device)  # [1, S]
         token = next_token(model(window)[0, -1], sampling, generator)
-        if token == eos_id:
+        if token in stop_ids:
             break
         tokens.append(token)
     return tokens[len(prompt) :]

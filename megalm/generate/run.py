@@ -25,7 +25,7 @@ def run_generate(
 
     Args:
         run_dir: folder of the run.
-        prompt: any text; an empty one begins a new document.
+        prompt: any text; an empty one begins a new document. Marks of the run's chat template are marks in it.
         max_new_tokens: most tokens to add; fewer when the model ends the text.
         temperature: 0 always takes the likeliest token.
         top_k: draw from this many of the likeliest tokens; 0: from all.
@@ -54,7 +54,7 @@ def continue_text(trained: TrainedModel, prompt: str, *, max_new_tokens: int, sa
         sequence_length=trained.config.model.sequence_length,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        eos_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
         device=trained.device,
     )
     # Bytes of one character may lie on both sides of the cut, so the new tokens are not decoded alone.

@@ -73,7 +73,7 @@ class Cleaner:
         """The document as it will be tokenised, or why it does not stay."""
         cleaning, notes = self._cleaning, Counter[str]()
         document = self._decoded(document, notes)
-        if not any(str(s.text).strip() for s in document.segments if s.learnt and not s.special):
+        if not any(str(s.text).strip() for s in document.segments if s.learnt):
             return Rejected(document.name, "empty")
         limit = cleaning.max_document_bytes
         if limit is not None and len(document.text.encode("utf-8", "surrogatepass")) > limit:
@@ -87,7 +87,7 @@ class Cleaner:
             if source is not None:
                 return Rejected(document.name, f"contaminated: {source}")
         if cleaning.scrub_pii:
-            document = document.with_texts([scrub(str(s.text), notes) for s in document.segments if not s.special])
+            document = document.with_texts([scrub(str(s.text), notes) for s in document.segments])
         return Cleaned(document, dict(notes))
 
     def _decoded(self, document: Document, notes: Counter[str]) -> Document:
@@ -107,7 +107,7 @@ class Cleaner:
                 notes["lone surrogates, replaced"] += 1
             text = whole
         form = self._cleaning.normalise
-        if form is not None and not segment.special and not unicodedata.is_normalized(form, text):  # type: ignore[arg-type]
+        if form is not None and not unicodedata.is_normalized(form, text):  # type: ignore[arg-type]
             text = unicodedata.normalize(form, text)  # type: ignore[arg-type]
             notes[f"not {form}, normalised"] += 1
         return replace(segment, text=text)

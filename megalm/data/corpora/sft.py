@@ -1,4 +1,7 @@
-"""Supervised data: JSON Lines of prompts with completions, or of conversations; only answers are learnt."""
+"""Supervised data: JSON Lines of prompts with completions, or of conversations; only answers are learnt.
+
+A conversation leaves here as turns: the chat template that puts them together comes with the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
+from megalm.data.chat import ASSISTANT
 from megalm.data.corpora.jsonl import SUFFIXES, check_layout, lookup, read_record
 from megalm.data.corpora.options import CorpusOptions, option_name
 from megalm.data.corpora.records import RecordCorpus
@@ -13,10 +17,7 @@ from megalm.data.corpora.streams import find_files
 from megalm.data.document import Corpus, Document, Rejected, Segment
 from megalm.errors import DataError
 
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-"""Special tokens around a turn of a conversation."""
-_ROLES = frozenset({"system", "user", "assistant", "tool"})
-_LEARNT_ROLE = "assistant"
+_ROLES = frozenset({"system", "developer", "user", ASSISTANT, "tool"})
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,7 @@ def _conversation(name: str, messages: Any) -> Document | Rejected:
         content = message.get("content") if isinstance(message, dict) else None
         if role not in _ROLES or not isinstance(content, str):
             return Rejected(name, "a message without role or content")
-        learnt = role == _LEARNT_ROLE
-        segments += [
-            Segment(TURN_START, learnt=False, special=True),
-            Segment(f"{role}\n", learnt=False),
-            Segment(content, learnt=learnt),
-            Segment(TURN_END, learnt=learnt, special=True),
-            Segment("\n", learnt=False),
-        ]
+        segments.append(Segment(content, learnt=role == ASSISTANT, role=role))
     if not any(segment.learnt for segment in segments):
         return Rejected(name, "no answer to learn")
     return Document(name, tuple(segments))

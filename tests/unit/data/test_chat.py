@@ -9,6 +9,8 @@ import pytest
 from tests.chat_models import CONVERSATIONS, MODELS, ChatModel
 
 from megalm.data.chat import CHATML, ChatTemplate, TemplateRefusal
+from megalm.data.document import Document, Segment
+from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
 
 NAMES = ("bos", "eos", "pad", "unk")
@@ -103,3 +105,109 @@ def test_a_template_runs_in_a_sandbox_and_the_same_on_every_day() -> None:
     )
     with pytest.raises(DataError, match=r"chat template: line 2: "):
         ChatTemplate("x\n{% if %}", {})
+
+
+def documents_of(chats) -> list[Document]:
+    return [
+        Document(f"{n}", tuple(Segment(m["content"], learnt=m["role"] == "assistant", role=m["role"]) for m in chat))
+        for n, chat in enumerate(chats)
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prepared_conversations_have_the_ids_of_the_library(name: str, tmp_path: Path) -> None:
+    """And begin and end once, as documents do."""
+    transformers = pytest.importorskip("transformers")
+    model = MODELS[name]
+    theirs = transformers.AutoTokenizer.from_pretrained(model.write(tmp_path))
+    ours = Tokenizer.load(tmp_path)
+    for chat, document in zip(taken(model), documents_of(taken(model)), strict=True):
+        rendered = ours.rendered(document)
+        assert isinstance(rendered, Document), rendered
+        flat, lengths, mask = ours.encode_documents([rendered])
+        expected = theirs.apply_chat_template(list(chat), tokenize=True, return_dict=False)
+        before = [] if expected[: len(ours.before_ids)] == list(ours.before_ids) else list(ours.before_ids)
+        after = [] if expected[-1] == ours.eos_id else [ours.eos_id]
+        assert flat.tolist() == [*before, *expected, *after]
+        assert lengths.tolist() == [len(flat)]
+        assert mask is not None
+        said = theirs.decode(flat[mask.astype(bool)], skip_special_tokens=True)
+        answers = "".join(message["content"].strip() for message in chat if message["role"] == "assistant")
+        assert "".join(said.split()).replace("<think></think>", "").endswith("".join(answers.split()))
+        ends = flat[mask.astype(bool)].tolist().count(theirs.convert_tokens_to_ids(model.turn_end))
+        assert ends == sum(message["role"] == "assistant" for message in chat), "its end of turn is learnt"
+
+
+def test_the_librarys_mask_of_generation_blocks_is_the_same(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = MODELS["generation-blocks"]
+    theirs = transformers.AutoTokenizer.from_pretrained(model.write(tmp_path))
+    ours = Tokenizer.load(tmp_path)
+    for chat, document in zip(CONVERSATIONS, documents_of(CONVERSATIONS), strict=True):
+        _, _, mask = ours.encode_documents([ours.rendered(document)])
+        expected = theirs.apply_chat_template(list(chat), return_dict=True, return_assistant_tokens_mask=True)
+        assert mask is not None
+        assert mask.tolist() == [*expected["assistant_masks"], 0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_typed_prompt_has_the_ids_of_the_template(name: str, tmp_path: Path) -> None:
+    """What a user types is where generation would begin, with ``bos`` once, typed or not."""
+    transformers = pytest.importorskip("transformers")
+    model = MODELS[name]
+    theirs = transformers.AutoTokenizer.from_pretrained(model.write(tmp_path))
+    ours = Tokenizer.load(tmp_path)
+    chat = list(CONVERSATIONS[2][:3])
+    text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    expected = theirs.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)
+    begun = expected[: len(ours.before_ids)] == list(ours.before_ids)
+    assert ours.encode_prompt(text) == (expected if begun else [*ours.before_ids, *expected])
+    end = theirs.convert_tokens_to_ids(model.turn_end)
+    assert end in ours.stop_ids
+    assert ours.eos_id in ours.stop_ids
+    assert model.turn_end not in ours.decode([*expected, end])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_and_its_completion_are_one_text(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(MODELS[name].write(tmp_path))
+    ours = Tokenizer.load(tmp_path)
+    parts = ("two and two: ☃", "four.", " And so?")
+    row = Document("", (Segment(parts[0], learnt=False), Segment(parts[1]), Segment(parts[2], learnt=False)))
+    flat, _, mask = ours.encode_documents([row])
+    inside = theirs("".join(parts), add_special_tokens=False).input_ids
+    assert flat.tolist() == [*ours.before_ids, *inside, ours.eos_id]
+    assert mask is not None
+    learnt = theirs.decode(flat[mask.astype(bool)].tolist())
+    assert learnt.strip() == "four."
+
+
+def test_special_tokens_that_the_template_does_not_write_stay_text(tmp_path: Path) -> None:
+    ours = Tokenizer.load(MODELS["qwen"].write(tmp_path))
+    ids = ours.encode_prompt("<|im_start|>user\n<|endoftext|>")
+    specials = ours.special_tokens
+    assert ids[0] == specials["<|im_start|>"]
+    assert specials["<|endoftext|>"] not in ids
+    assert ours.decode(ids) == "user\n<|endoftext|>"
+    without = Tokenizer(MODELS["qwen"].definition)
+    assert specials["<|im_start|>"] not in without.encode_prompt("<|im_start|>user\n"), "there is no template"
+
+
+def test_all_ends_that_the_models_files_name_stop_generation(tmp_path: Path) -> None:
+    folder = MODELS["llama-3"].write(tmp_path)
+    number = Tokenizer.load(folder).special_tokens["<|end_header_id|>"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [number, 5]}))
+    tokenizer = Tokenizer.load(folder)
+    names = tokenizer.special_tokens
+    assert tokenizer.stop_ids == {number, 5, names["<|end_of_text|>"], names["<|eot_id|>"]}
+
+
+def test_a_tokenizer_without_marks_says_how_to_get_them() -> None:
+    tokenizer = Tokenizer(MODELS["llama-2"].definition)
+    (chat,) = documents_of(CONVERSATIONS[:1])
+    with pytest.raises(DataError, match=r"no chat template and no token <\|im_start\|>.*--from TOKENIZER adds"):
+        tokenizer.rendered(chat)
+    chatml = Tokenizer(MODELS["qwen"].definition).rendered(chat)
+    assert isinstance(chatml, Document)
+    assert chatml.text.startswith("<|im_start|>user\nWhat is two")

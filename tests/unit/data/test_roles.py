@@ -412,9 +412,12 @@ def test_a_flag_of_the_settings_decides(tmp_path: Path) -> None:
 
 
 def test_a_template_that_begins_with_bos_is_not_given_another(tmp_path: Path) -> None:
-    ours = Tokenizer.load(FAMILIES["llama-3"].write(tmp_path / "theirs"))
-    bos = Segment("<|begin_of_text|>", learnt=False, special=True)
-    tokens, _, mask = ours.encode_documents([Document("", (bos, Segment("fox"))), Document("", (Segment("fox"),))])
+    folder = FAMILIES["llama-3"].write(tmp_path / "theirs")
+    source = "{{ bos_token }}{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
+    (folder / "chat_template.jinja").write_text(source)
+    ours = Tokenizer.load(folder)
+    turn = ours.rendered(Document("", (Segment("fox", role="assistant"),)))
+    tokens, _, mask = ours.encode_documents([turn, Document("", (Segment("fox"),))])
     fox = ours.encode("fox")
     assert tokens.tolist() == [*ours.before_ids, *fox, ours.eos_id] * 2
     assert mask.tolist() == [0, *[1] * len(fox), 1, *[1] * (len(fox) + 2)]

@@ -122,18 +122,26 @@ def test_case_is_kept_unless_asked_for() -> None:
 
 
 def test_segments_and_their_masks() -> None:
-    tokenizer = train_byte_level_bpe(TEXTS, 300, ["<|im_start|>"])
     plain = Document.plain("", "for x")
-    chat = Document("", (Segment("<|im_start|>", False, special=True), Segment("ask", False), Segment("return 0")))
+    row = Document("", (Segment("ask (", learnt=False), Segment("return 0")))
     cut = Document("", (Segment("a"), Segment("b", learnt=False)))
-    tokens, lengths, mask = tokenizer.encode_documents([plain, chat, cut])
-    ask, answer = tokenizer.encode("ask"), tokenizer.encode("return 0")
+    tokens, lengths, mask = TOKENIZER.encode_documents([plain, row, cut])
+    ids = TOKENIZER.encode("ask (return 0")
     second = tokens[lengths[0] : lengths[0] + lengths[1]].tolist()
-    assert second == [tokenizer.special_tokens["<|im_start|>"], *ask, *answer, 0]
-    assert mask.tolist() == [1] * lengths[0] + [0] * (1 + len(ask)) + [1] * (len(answer) + 1) + [1, 0, 0]
-    assert tokenizer.encode_documents([plain])[2] is None
-    with pytest.raises(DataError, match=r"has no token <\|im_start\|>, .*--special-token"):
-        TOKENIZER.encode_documents([chat])
+    assert second == [*ids, TOKENIZER.eos_id]
+    prompt = len(TOKENIZER.encode("ask ("))
+    assert mask.tolist() == [1] * lengths[0] + [0] * prompt + [1] * (len(ids) + 1 - prompt) + [1, 0, 0]
+    assert TOKENIZER.encode_documents([plain])[2] is None
+
+
+def test_a_token_that_a_learnt_character_is_in_is_learnt() -> None:
+    """Where a word goes on from a prompt into its completion, the text is cut as it is without the border."""
+    tokenizer = train_byte_level_bpe(["return x"] * 9, 290)
+    assert len(tokenizer.encode("return")) == 1
+    row = Document("", (Segment("re", learnt=False), Segment("turn"), Segment(" x", learnt=False)))
+    tokens, _, mask = tokenizer.encode_documents([row])
+    assert tokens.tolist() == [*tokenizer.encode("return x"), tokenizer.eos_id]
+    assert mask.tolist() == [1, *[0] * (len(tokens) - 1)]
 
 
 def test_which_tokens_go_on_with_a_word() -> None:

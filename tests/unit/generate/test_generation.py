@@ -35,7 +35,7 @@ def test_the_window_slides_once_it_is_full():
 
 
 def test_generation_ends_at_the_end_of_text():
-    tokens = generate_tokens(Counting(20), [3], sequence_length=8, max_new_tokens=9, sampling=GREEDY, eos_id=6)
+    tokens = generate_tokens(Counting(20), [3], sequence_length=8, max_new_tokens=9, sampling=GREEDY, stop_ids={6})
     assert tokens == [4, 5]
 
 

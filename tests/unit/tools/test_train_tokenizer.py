@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megalm.data.tokenizer import Tokenizer
+from megalm.data.vocabulary import Relation, Vocabulary, relation
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "train_tokenizer.py"
 
@@ -42,6 +43,21 @@ def test_train_and_take_again_as_it_is(tool, text: Path, tmp_path: Path, capsys,
     assert copy.read_bytes() == out.read_bytes()
 
 
+def test_marks_are_added_to_a_tokenizer_that_a_model_knows(tool, text: Path, tmp_path: Path, capsys) -> None:
+    """After all others, so that its ids stay, and with what its other tokens are for."""
+    old, new = tmp_path / "old" / "tokenizer.json", tmp_path / "new" / "tokenizer.json"
+    assert tool.main([str(text), "--vocab-size", "280", "--out", str(old)]) == 0
+    (old.parent / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}')
+    marks = ["<|im_start|>", "<|im_end|>"]
+    assert tool.main(["--from", str(old), "--special-token", *marks, "--out", str(new)]) == 0
+    before, after = Vocabulary.of(Tokenizer.load(old), old), Vocabulary.of(Tokenizer.load(new), new)
+    assert relation(before, after) is Relation.GROWN
+    assert [Tokenizer.load(new).special_tokens[mark] for mark in marks] == [before.size, before.size + 1]
+    assert Tokenizer.load(new).roles.pad == "<|endoftext|>"
+    assert tool.main(["--from", str(old), "--special-token", "a", "--out", str(new)]) == 3
+    assert "--special-token a: is an ordinary word of this tokenizer" in capsys.readouterr().err
+
+
 def test_lines_of_a_corpus_are_documents(tool, text: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "a.json"
     assert tool.main([str(text), "--split-on", "line", "--vocab-size", "270", "--out", str(out)]) == 0
@@ -61,7 +77,7 @@ def test_all_mistakes_at_once(tool, tmp_path: Path, capsys) -> None:
         tool.main(["x", "--from", "y", "--vocab-size", "300", "--out", str(tmp_path / "a.json")])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
-        "--vocab-size is for training; --from takes a tokenizer as it is",
+        "--vocab-size is for training; --from takes a tokenizer that is there",
         "INPUT and --from: give one of them",
     ]
 

@@ -57,12 +57,11 @@ def test_normal_form_and_length() -> None:
 
 
 def test_segments_are_cleaned_one_by_one_and_keep_what_is_learnt() -> None:
-    document = Document(
-        "a", (Segment("<|im_start|>", special=True), Segment("mail x@y.org", learnt=False), Segment(b"e\xcc\x81"))
-    )
+    document = Document("a", (Segment("mail x@y.org", learnt=False, role="user"), Segment(b"e\xcc\x81")))
     cleaned = Cleaner(Cleaning(normalise="NFC", scrub_pii=True)).clean(document)
-    assert [s.text for s in cleaned.document.segments] == ["<|im_start|>", "mail <EMAIL>", "é"]
-    assert [s.learnt for s in cleaned.document.segments] == [True, False, True]
+    assert [s.text for s in cleaned.document.segments] == ["mail <EMAIL>", "é"]
+    assert [s.learnt for s in cleaned.document.segments] == [False, True]
+    assert [s.role for s in cleaned.document.segments] == ["user", None]
     prompt_only = Document("a", (Segment("question", learnt=False), Segment(" ")))
     assert Cleaner(Cleaning()).clean(prompt_only) == Rejected("a", "empty")
 

@@ -175,7 +175,9 @@ def test_of_a_conversation_only_answers_are_learnt(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read("sft", tmp_path)
-    assert [s.text for s in found[0].segments if s.learnt] == ["hello", "<|im_end|>"]
+    assert [s.text for s in found[0].segments if s.learnt] == ["hello"]
+    assert [s.role for s in found[0].segments] == ["user", "assistant"]
+    assert found[0].is_conversation
     assert found[0].text == "user\nhi\nassistant\nhello\n"
     assert [d.rule for d in found[1:]] == [
         "messages are no list",

@@ -1,0 +1,80 @@
+"""Conversations are prepared by the tokenizer's own chat template, which goes with the dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megalm.data.blocks import CONVERSATIONS
+from megalm.data.corpora import CorpusOptions
+from megalm.data.dataset import tokenizer_of
+from megalm.data.executors import local_workers
+from megalm.data.prepare import prepare
+from megalm.data.recipe import Recipe
+from megalm.data.store import open_store
+from megalm.data.tokenizer import Tokenizer
+from megalm.errors import DataError
+from tests.chat_models import MODELS
+
+
+def rows(*, system: bool = False) -> list[dict]:
+    chats = []
+    for number in range(40):
+        chat = [{"role": "user", "content": f"two and {number}"}, {"role": "assistant", "content": f"are {number + 2}"}]
+        chats.append({"messages": [{"role": "system", "content": "Add."}, *chat] if system and not number % 4 else chat})
+    return chats
+
+
+def run(folder: Path, tokenizer: Path, chats: list[dict]):
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    options = CorpusOptions((str(folder / "chats.jsonl"),), prompt="prompt", completion="completion")
+    recipe = Recipe(
+        "sft", options, tokenizer=str(tokenizer), val_fraction=0.3, chunk_tokens=64, chunks_per_shard=5, pack=64
+    )
+    with local_workers(1) as pool:
+        return prepare(recipe, folder / "out", workers=pool, overwrite=False, progress=lambda *_: None, command="test")
+
+
+def test_the_template_of_the_tokenizer_is_used_and_kept(tmp_path: Path) -> None:
+    model = MODELS["llama-3"].write(tmp_path / "model")
+    summary = run(tmp_path, model, rows(system=True))
+    assert summary.notes == {CONVERSATIONS: 40}
+    assert summary.removed == {}
+    kept = tokenizer_of([open_store(str(tmp_path / "out"))])
+    assert kept.roles.chat_template == MODELS["llama-3"].template
+    assert kept.chat is not None
+
+
+def test_conversations_that_the_template_refuses_are_counted_by_its_reason(tmp_path: Path) -> None:
+    summary = run(tmp_path, MODELS["gemma"].write(tmp_path / "model"), rows(system=True))
+    assert summary.removed == {"the chat template refuses it: System role not supported": 10}
+    assert (summary.read, summary.documents) == (40, 30)
+
+
+def test_without_a_template_chatml_is_used_and_stored_for_generation_and_export(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(MODELS["qwen"].definition, encoding="utf-8")
+    assert Tokenizer.load(tmp_path / "tokenizer.json").chat is None
+    summary = run(tmp_path, tmp_path / "tokenizer.json", rows())
+    assert summary.documents == 40
+    kept = tokenizer_of([open_store(str(tmp_path / "out"))])
+    assert kept.chat is not None
+    assert kept.chat.template.text([{"role": "user", "content": "x"}], add_generation_prompt=True) == (
+        "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    )
+    kept.save(tmp_path)
+    assert Tokenizer.load(tmp_path / "tokenizer.json").stop_ids == {kept.eos_id, kept.special_tokens["<|im_end|>"]}
+    assert kept.roles.end == "<|endoftext|>"
+
+
+def test_prompts_and_completions_need_no_template_and_leave_none(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(MODELS["qwen"].definition, encoding="utf-8")
+    run(tmp_path, tmp_path / "tokenizer.json", [{"prompt": f"{n} and one ", "completion": f"{n + 1}"} for n in range(40)])
+    assert tokenizer_of([open_store(str(tmp_path / "out"))]).chat is None
+
+
+def test_conversations_need_marks(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(MODELS["llama-2"].definition, encoding="utf-8")
+    with pytest.raises(DataError, match=r"no chat template and no token <\|im_start\|>"):
+        run(tmp_path, tmp_path / "tokenizer.json", rows())
