@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from megalm.data.document import LeftOut
 
 REFERENCE = "reference"
+_ATTRIBUTE = (
+    r"(?:style|class|width|align|colspan|rowspan|bgcolor|scope|valign|border|cellpadding|cellspacing)"
+    r"\s*=\s*(?:\"[^\"\n]*\"|[\w#%-]+)"
+)
 _NOISE = re.compile(
-    r"\x02\d+\x03|<!--.*?-->|<[^<>]*>|\{\{[^{}|]*|\[\[[^\[\]|]*\||(?:https?:)?//[^\s|\]}]+"
-    r"|\b[\w-]+\s*=\s*\"[^\"\n]*\"|\b(?:style|class|width|align|colspan|rowspan|bgcolor|scope|valign)\s*=\s*[\w#%-]+"
-    r"|^\s*\|[^|={}\[\]\n]{1,40}=",
-    re.MULTILINE | re.DOTALL,
+    r"\x02\d+\x03|<!--.*?-->|<[^<>]*>|\{\|[^\n]*|\|-[^\n]*|\{\{[^{}|]*|\[\[[^\[\]|]*\||(?:https?:)?//[^\s|\]}]+"
+    rf"|\|?\s*\b{_ATTRIBUTE}|\|[^|={{}}\[\]\n]{{1,40}}=",
+    re.DOTALL,
 )
 _WORD = re.compile(r"[^\W_]+(?:['’.,-][^\W_]+)*")
 

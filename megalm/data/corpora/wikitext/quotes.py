@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 
-from megalm.data.corpora.wikitext.marks import QUOTE
+from megalm.data.corpora.wikitext.marks import QUOTE, QUOTE_END
 
-_RUN = re.compile(f"({QUOTE}{{2,}})")
+_RUN = re.compile(f"({QUOTE}{{2,}}){QUOTE_END}")
 _ITALIC, _BOLD, _BOTH = 2, 3, 5
 _BEFORE_STRING, _AFTER_STRING = " =(,", " ,.;:)"
 _STYLED = re.compile(r"(?<!')('{5}|'{3}|'{2})(?![\s'])([^\n]+?)(?<![\s'])\1(?!')")

@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 from megalm.data.corpora.wikitext.links import Kind, kind_of
 from megalm.data.corpora.wikitext.losses import REFERENCE, Losses
-from megalm.data.corpora.wikitext.marks import BAR_LINE, BREAK, GAP, OPEN_PICTURE, OPEN_TEMPLATE, QUOTE, STRIPPED
+from megalm.data.corpora.wikitext.marks import (
+    BAR_LINE,
+    BREAK,
+    GAP,
+    OPEN_PICTURE,
+    OPEN_TEMPLATE,
+    QUOTE,
+    QUOTE_END,
+    STRIPPED,
+)
 from megalm.data.corpora.wikitext.names import SWITCHES, words
 from megalm.data.corpora.wikitext.quotes import without_quotes_in_code
 from megalm.data.corpora.wikitext.site import Site
@@ -66,7 +75,7 @@ class TextNodes:
         found = match[0]
         first = found[0]
         if first == "'":
-            return QUOTE * len(found)
+            return QUOTE * len(found) + QUOTE_END
         if first == "\x02":
             return self._stripped_tag(int(found[1:-1]))
         if first == "\n":

@@ -24,6 +24,7 @@ _EMPTY_BRACKETS = re.compile(rf" ?\((?=[^()]*{GAP})[ ,;:–—-]*(?:{GAP}[ ,;:�
 _BRACKET_START = re.compile(rf"([(\[])(?: *{GAP}[ ,;:]*)+")
 _BRACKET_END = re.compile(rf"(?:[ ,;:]*{GAP} *)+([)\]])")
 _GAP_BETWEEN_MARKS = re.compile(rf"[,;] *(?:{GAP} *)+([,;.])")
+_TEMPLATE_NAME = re.compile(rf"{OPEN_TEMPLATE}[^\n|{OPEN_TEMPLATE}]{{0,60}}\||{OPEN_TEMPLATE}")
 _PICTURE_OPTIONS = re.compile(rf"{OPEN_PICTURE}[^\n{OPEN_PICTURE}]*\||{OPEN_PICTURE}")
 _GAP_BEFORE_MARK = re.compile(rf" *{GAP}+(?: +{GAP}+)* ?([.,)\]])")
 _GAP_AT_START = re.compile(rf"^ *{GAP}[ {GAP}]*(?:[,;:](?=[ {GAP}])[ {GAP}]*)*", re.MULTILINE)
@@ -85,7 +86,7 @@ def _without_fragments(text: str, fragment: Callable[[str], None]) -> str:
                 kept += block
             block = []
         kept.append(line)
-    return "\n".join(kept[:-1]).replace(OPEN_TEMPLATE, "")
+    return _TEMPLATE_NAME.sub("", "\n".join(kept[:-1]))
 
 
 def _without_empty_sections(lines: list[str]) -> list[str]:

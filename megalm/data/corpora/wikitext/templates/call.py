@@ -80,6 +80,13 @@ class Call:
         """The same as one line of plain text: a number, a name, a choice."""
         return plain(self.text(*keys)) or otherwise
 
+    def only_argument(self) -> str | None:
+        """Rendered text of the one argument, which has a name because it holds an equals sign: ``{{nowrap|a = b}}``."""
+        if len(self._node.params) != 1 or not self._node.params[0].showkey:
+            return None
+        name, value = self._node.params[0].name, self._node.params[0].value
+        return f"{self._renderer.nodes(name.nodes)}={self._renderer.nodes(value.nodes)}".strip(" \n")
+
     def positional(self) -> list[str]:
         """Rendered text of the arguments 1, 2, 3 …, up to the first that is not given."""
         found: list[str] = []

@@ -133,6 +133,7 @@ _NAMES: tuple[tuple[str, Shown], ...] = (
     ("chem | chem2 | fchim | chem/link", values.formula),
     ("music | accidental", values.accidental),
     ("sup | exp | smallsup | superscript | exposant", values.superscript),
+    ("sub | smallsub | subscript | ind | indice", text.argument("1")),
     ("pow | power | su", values.power),
     ("br | break | crlf | paragraph break | pb | par | newline", text.literal(BREAK)),
     (

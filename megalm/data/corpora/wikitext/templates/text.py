@@ -12,8 +12,8 @@ Shown = Callable[[Call], str | None]
 
 
 def argument(*keys: str) -> Shown:
-    """The first of these arguments that is given."""
-    return lambda call: call.text(*keys) if call.has(*keys) else None
+    """The first of these arguments that is given; or all there is, where an equals sign made it look like a name."""
+    return lambda call: call.text(*keys) if call.has(*keys) else call.only_argument()
 
 
 def last_argument(call: Call) -> str | None:
