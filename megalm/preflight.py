@@ -81,13 +81,17 @@ def make_plan(overrides: Sequence[str], world_size: int | None = None) -> Plan:
     ranks = world_size_of(config) if world_size is None else world_size
     check_config(config, ranks)
     datasets = inspect_datasets(config.data)
-    if problems := [*_compiler_violations(config), *violations(config, ranks, datasets)]:
+    if problems := [
+        *_compiler_violations(config),
+        *violations(config, ranks, datasets),
+        *_validation_violations(config, datasets),
+    ]:
         raise ConfigError(problems)
     start = match_vocabulary(config, resolve_start(config, run_folder(config)), open_datasets(config.data))
     if problems := _epoch_violations(config, datasets, start):
         raise ConfigError(problems)
     complete = start.mode is StartMode.RESUME and not start.is_named and start.step >= config.train.steps
-    return Plan(config, ranks, start.notes, complete, start)
+    return Plan(config, ranks, (*start.notes, *_validation_notes(datasets)), complete, start)
 
 
 def _epoch_violations(config: Config, datasets: Sequence[DatasetInfo], start: StartPoint) -> list[str]:
@@ -105,6 +109,28 @@ def _epoch_violations(config: Config, datasets: Sequence[DatasetInfo], start: St
     samples = BatchSize.of(config.train, length).samples_after(config.train.steps) - before
     paths = [dataset.location for dataset in datasets]
     return too_many_epochs(order, paths, config.data.max_epochs, samples)
+
+
+def _validation_violations(config: Config, datasets: Sequence[DatasetInfo]) -> list[str]:
+    """A validation that is asked for, of datasets that have nothing to validate on."""
+    if any(dataset.val_tokens for dataset in datasets):
+        return []
+    where = " ".join(dataset.location for dataset in datasets)
+    every, keep_best = config.train.validate_every, config.checkpoint.keep_best
+    return [
+        f"{name}={value}: {where} was prepared without validation documents; {name}=0, or data.path=DIR with some "
+        "(tools/prepare_data.py --val-fraction or --val-input)"
+        for name, value in (("train.validate_every", every), ("checkpoint.keep_best", keep_best))
+        if value
+    ]
+
+
+def _validation_notes(datasets: Sequence[DatasetInfo]) -> tuple[str, ...]:
+    without = [dataset.location for dataset in datasets if not dataset.val_tokens]
+    if not without:
+        return ()
+    what = "this run is not validated" if len(without) == len(datasets) else "validation is on the others"
+    return (f"{' '.join(without)}: prepared without validation documents, so {what}",)
 
 
 def _compiler_violations(config: Config) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megalm.arguments import LineParser
+from megalm.arguments import LineParser, path
 from megalm.console import run_on_console
 from megalm.data.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
@@ -179,7 +179,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("input", nargs="*", metavar="INPUT", help="files or folders")
+    add("input", nargs="*", type=path, metavar="INPUT", help="files or folders")
     add("--corpus", choices=sorted(CORPORA), default="text", help="kind of corpus (default: text)")
     add("--split-on", choices=SPLITS_ON, default="file", help="text: what ends a document")
     add("--text-field", default="text", metavar="NAME", help="jsonl, hf: where a record's text is")
@@ -194,9 +194,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, metavar="N", help="tokens, special ones included")
     add("--special-token", nargs="+", default=[], metavar="TOKEN", help="besides the usual ones; with --from: to add")
     add("--lowercase", action="store_true", help="wordpiece: fold case and strip accents")
-    add("--from", dest="source", metavar="PATH", help="take this tokenizer.json, or a folder's, after a check")
+    add(
+        "--from",
+        dest="source",
+        type=path,
+        metavar="PATH",
+        help="tokenizer.json, or a folder of one, to take",
+    )
     add("--eos", metavar="TOKEN", help="with --from: its token that ends a document, where that has no usual name")
-    add("--out", required=True, metavar="FILE", help="tokenizer.json to write")
+    add("--out", required=True, type=path, metavar="FILE", help="tokenizer.json to write")
     return parser
 
 

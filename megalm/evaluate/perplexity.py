@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from megalm.data.dataset import open_datasets
+from megalm.data.dataset import open_datasets, with_validation
 from megalm.data.index import Index
 from megalm.data.loader import Batch, label_counts, validation_batches
 from megalm.data.objectives import make_objective
@@ -46,7 +46,12 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     """
     trained = load_full_model(run_dir, overrides)
     config = trained.config
-    datasets = open_datasets(config.data)
+    datasets = with_validation(open_datasets(config.data))
+    if not datasets:
+        raise DataError(
+            f"data.path={' '.join(config.data.path)}: was prepared without validation documents; "
+            "data.path=DIR evaluates on another dataset"
+        )
     corpora = Corpora.open([dataset.below("val") for dataset in datasets], config.model.sequence_length)
     where = ", ".join(dataset.location for dataset in datasets)
     for dataset in datasets:

@@ -15,7 +15,7 @@ from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
 from megalm.core.groups import ParallelContext
 from megalm.data.batch_size import BatchSize
-from megalm.data.dataset import SPLITS, open_datasets, tokenizer_of
+from megalm.data.dataset import open_datasets, tokenizer_of, with_validation
 from megalm.data.loader import TrainLoader
 from megalm.data.objectives import make_objective
 from megalm.data.sequences import Corpora
@@ -51,9 +51,10 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest, start: Star
     await_visible(start)
     context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
     datasets = open_datasets(config.data)
-    train_data, val_data = (
-        Corpora.open([dataset.below(split) for dataset in datasets], config.model.sequence_length) for split in SPLITS
-    )
+    length = config.model.sequence_length
+    train_data = Corpora.open([dataset.below("train") for dataset in datasets], length)
+    validating = [dataset.below("val") for dataset in with_validation(datasets)]
+    val_data = Corpora.open(validating, length) if validating else None
     tokenizer = tokenizer_of(datasets)
     objective = make_objective(config.objective, config.run.seed, tokenizer)
     eos_id = train_data.eos_id if config.data.reset_at_documents else None
@@ -99,7 +100,7 @@ def build_trainer(config: Config, rank: RankInfo, stop: StopRequest, start: Star
         context=context,
         engine=engine,
         loader=loader,
-        validator=Validator(config, context, val_data, objective, eos_id=eos_id),
+        validator=None if val_data is None else Validator(config, context, val_data, objective, eos_id=eos_id),
         saver=Saver(config, context, run_dir, lineage=lineage, start=start),
         callbacks=callbacks,
         learning_rate=LearningRate(config.optim, batch_size.tokens_after(config.train.steps)),

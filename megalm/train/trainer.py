@@ -68,7 +68,7 @@ class Trainer:
         context: ParallelContext,
         engine: DeepSpeedEngine,
         loader: TrainLoader,
-        validator: Validator,
+        validator: Validator | None,
         saver: Saver,
         callbacks: CallbackList,
         learning_rate: LearningRate,
@@ -184,6 +184,8 @@ class Trainer:
         return _STOPS.index(Outcome.INTERRUPTED if signal == "INT" else Outcome.REQUEUE)
 
     def _validate(self, samples: int | None) -> None:
+        if self._validator is None:
+            return
         scores = self._validator.scores(self._engine, samples)
         self._validated_whole_split = samples is None
         self._validation = ValidationMetrics(
