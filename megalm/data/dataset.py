@@ -19,6 +19,8 @@ from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.errors import DataError
 
 SPLITS = ("train", "val")
+AS_THE_MODELS = "prepare_data.py --add-bos, --no-add-bos and --eos make them as the model's"
+"""What helps where documents begin or end otherwise than a model's."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,19 @@ def tokenizer_of(stores: Sequence[Store]) -> Tokenizer:
 def marks_of(index: Index) -> Marks:
     """How the documents of a split begin and end."""
     return Marks(eos_id=index.eos_id, before=USUAL_START if index.document_start is None else index.document_start)
+
+
+def other_marks(tokenizer: Tokenizer, index: Index) -> str | None:
+    """That documents begin or end otherwise than those that a model was trained with; None: they do not."""
+    if (index.document_start, index.eos_id) == (tokenizer.document_start, tokenizer.eos_id):
+        return None
+    start = marks_of(index).before or ()
+    theirs = " ".join(token for token in start if tokenizer.id_of(token) is not None) or "nothing"
+    ours = " ".join(tokenizer.roles.before) or "nothing"
+    return (
+        f"these documents begin with {theirs} and end with {tokenizer.name_of(index.eos_id)}, the model's with {ours} "
+        f"and {tokenizer.roles.end}"
+    )
 
 
 def _text_of(store: Store, name: str) -> str | None:

@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalm.data.card import CARD_FILE
+from megalm.data.card import CARD_FILE, document_marks
 from megalm.data.left_out import SHARE
 from megalm.data.prepare import Done
 from megalm.data.summary import Summary
@@ -88,6 +88,8 @@ def summary_lines(out: str, summary: Summary, seconds: float) -> list[str]:
         own = summary.validation
         lines.append(f"validation: {own.documents:,} documents of {own.source}, {own.bytes / _MEGA:.1f} MB")
         lines += _change_lines(own, "validation: ")
+    if summary.document_start:
+        lines.append(f"each document {document_marks(summary)}")
     if summary.left_out.kinds:
         lines.append(
             f"left out: {summary.left_out.words:,} words in what is not rendered as text (tables, captions, …), and "
