@@ -36,6 +36,7 @@ class DatasetInfo:
         val_tokens: valid tokens of the validation split; 0: it has none.
         tokenizer_sha256: hash of the tokenizer that made them.
         marks: how documents begin and end, in words.
+        train_fingerprint: of the training split's contents, wherever they are.
     """
 
     location: str
@@ -46,6 +47,11 @@ class DatasetInfo:
     val_tokens: int
     tokenizer_sha256: str
     marks: str
+    train_fingerprint: str = ""
+
+    def sequences(self, sequence_length: int) -> int:
+        """Sequences of the training split."""
+        return -(-(self.train_tokens - 1) // sequence_length)
 
 
 def open_datasets(data: Data) -> tuple[Store, ...]:
@@ -101,6 +107,7 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
         val_tokens=0 if val is None else val.tokens,
         tokenizer_sha256=train.tokenizer_sha256,
         marks=train.marks,
+        train_fingerprint=train.fingerprint,
     )
 
 

@@ -239,6 +239,7 @@ class Trainer:
             self.progress,
             self._validation if validated else None,
             whole_split=self._validated_whole_split,
+            schedule=self._learning_rate,
         )
         self._saver.start(self._engine.state_pieces(), state, stall_began=began, waited_seconds=waited_seconds)
 
