@@ -191,7 +191,7 @@ def test_what_was_read_counts_by_corpus_over_phases_lengths_and_blends() -> None
 
 
 def dataset(name: str, tokens: int) -> DatasetInfo:
-    return DatasetInfo(name, 100, 64, 0, tokens, 100, "t", name)
+    return DatasetInfo(name, 100, 64, 0, tokens, 100, "t", "no marks", train_fingerprint=name)
 
 
 def test_a_limit_of_epochs_counts_what_the_run_has_read_with_any_batch() -> None:
