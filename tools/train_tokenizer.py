@@ -33,6 +33,8 @@ from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError, ExitCode, MegalmError
 
 _BLOCK_BYTES = 2**22
+_LISTED = 12
+"""Special tokens that are printed; some tokenizers have thousands."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +68,9 @@ def _main(arguments: list[str] | None) -> int:
     print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{trained_on}")
     start = " ".join(tokenizer.roles.before)
     begin = f"begin with {start} and " if start else ""
-    print(f"special tokens: {', '.join(tokenizer.special_tokens)}; documents {begin}end with {tokenizer.roles.end}")
+    names = [*tokenizer.special_tokens]
+    more = f", … ({len(names):,} in all)" if len(names) > _LISTED else ""
+    print(f"special tokens: {', '.join(names[:_LISTED])}{more}; documents {begin}end with {tokenizer.roles.end}")
     return ExitCode.DONE
 
 
