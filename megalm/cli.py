@@ -108,32 +108,36 @@ def _train(options: argparse.Namespace) -> int:
 def _train_here(overrides: list[str]) -> int:
     """No launcher has started ranks, so this process does."""
     from megalm.launch.local import LocalJob, run_local
-    from megalm.preflight import completion_lines, make_plan
+    from megalm.preflight import completion_lines, owned_plan
 
-    plan = make_plan(overrides)
-    if plan.complete:
-        print(*completion_lines(plan), sep="\n")
-        return ExitCode.DONE
-    job = LocalJob(
-        world_size=plan.world_size,
-        threads_per_rank=plan.config.launch.threads_per_rank,
-        run_dir=plan.run_dir,
-        plan=plan.to_json(),
-        module=_WORKER_MODULE,
-    )
-    return run_local(job, lambda line: print(line, file=sys.stderr, flush=True))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    with owned_plan(overrides, say=say) as (plan, ownership):
+        if plan.complete:
+            print(*completion_lines(plan), sep="\n")
+            return ExitCode.DONE
+        job = LocalJob(
+            world_size=plan.world_size,
+            threads_per_rank=plan.config.launch.threads_per_rank,
+            run_dir=plan.run_dir,
+            plan=plan.to_json(),
+            module=_WORKER_MODULE,
+            inherited=(ownership.descriptor,),
+        )
+        return run_local(job, say)
 
 
 def _check(options: argparse.Namespace) -> int:
     from megalm.compose import compose
     from megalm.config.rules import planned_world_size_of
     from megalm.preflight import check_config
-    from megalm.summary import note_lines, summary_lines
+    from megalm.summary import summary_lines
 
     config = compose(options.overrides)
     world_size = planned_world_size_of(config)
     check_config(config, world_size)
-    print(*summary_lines(config, world_size), *note_lines(config, world_size), "ok", sep="\n")
+    print(*summary_lines(config, world_size), "ok", sep="\n")
     return ExitCode.DONE
 
 

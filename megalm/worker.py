@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import NoReturn
 
@@ -22,7 +23,7 @@ from megalm.console import run_on_console
 from megalm.errors import ExitCode, MegalmError
 from megalm.launch.discovery import LOCAL, MPIRUN, RankInfo
 from megalm.launch.rendezvous import LOOPBACK, Meeting, init_process_group, meet_over_mpi, open_store
-from megalm.preflight import Plan, completion_lines, make_plan
+from megalm.preflight import Plan, completion_lines, owned_plan
 from megalm.signals import StopRequest
 
 _PR_SET_PDEATHSIG = 1
@@ -51,35 +52,53 @@ def main(arguments: list[str]) -> NoReturn:
         master_port=port,
     )
     listener = socket.socket(fileno=int(arguments[4])) if rank == 0 else None
-    run_rank(info, stop, lambda: Plan.from_json(sys.stdin.read()), listener)
+    run_rank(info, stop, _plan_of_launcher, listener)
 
 
 def run_launched(rank: RankInfo, overrides: list[str]) -> NoReturn:
     """One rank that an external launcher has started; rank 0 alone composes and checks the config."""
     stop = StopRequest.install()
-    run_rank(rank, stop, lambda: make_plan(overrides, rank.world_size))
+
+    def prepare(held: ExitStack) -> Plan:
+        def say(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        owned = owned_plan(overrides, rank.world_size, say=say, cancelled=lambda: stop.pending() is not None)
+        return held.enter_context(owned)[0]
+
+    run_rank(rank, stop, prepare)
+
+
+def _plan_of_launcher(held: ExitStack) -> Plan:
+    """The launcher owns the run's folder; it may be stopped alone, by Ctrl-Z, so rank 0 upholds that, too."""
+    plan = Plan.from_json(sys.stdin.read())
+    if plan.claim is not None:
+        held.enter_context(plan.claim.kept_alive())
+    return plan
 
 
 def run_rank(
-    rank: RankInfo, stop: StopRequest, prepare: Callable[[], Plan], listener: socket.socket | None = None
+    rank: RankInfo, stop: StopRequest, prepare: Callable[[ExitStack], Plan], listener: socket.socket | None = None
 ) -> NoReturn:
     """Run one rank to its end, and leave the process with the run's exit code.
 
     Args:
         rank: this rank.
         stop: whether it has been asked to stop.
-        prepare: makes the plan; called on rank 0 alone, before torch is imported.
+        prepare: makes the plan, and may leave what is to be closed when the run has ended; called on rank 0 alone,
+            before torch is imported.
         listener: a socket for rank 0's store that listens already.
     """
     # Ranks above 0 will write to their log alone; what ends a run must be seen on the terminal too.
     console = os.dup(2)
     reporter = _Reporter(console)
+    held = ExitStack()
     try:
         plan: Plan | None = None
         failure: Exception | None = None
         if rank.rank == 0:
             try:
-                plan = prepare()
+                plan = prepare(held)
             except Exception as error:  # the other ranks wait to hear of it
                 failure = error
         if rank.launcher == MPIRUN:
@@ -89,6 +108,7 @@ def run_rank(
         code = _call_off(meeting, reporter, failure) if failure is not None else _follow(meeting, plan, stop)
     except Exception as error:
         code = reporter.report(error)
+    held.close()
     _leave(code)
 
 
@@ -140,7 +160,7 @@ def _train(meeting: Meeting, plan: Plan, stop: StopRequest) -> ExitCode:
 
     from megalm.train.trainer import run_training
 
-    return run_training(config, rank, stop, plan.start)
+    return run_training(config, rank, stop, plan.start, plan.claim)
 
 
 def _tell_libraries(rank: RankInfo) -> None:

@@ -45,7 +45,8 @@ class Save:
         pieces: what this rank is to write; their values must not change until the save is finished.
         rank: this rank.
         world_size: number of ranks.
-        attempt: number of this save in this life of the run, the same on every rank.
+        attempt: tells this save from all others of the run; the same on every rank.
+        forbidden: asked before the checkpoint comes into being; a reason ends the save.
         on_complete: called in the thread of rank 0 after the checkpoint is complete, such as to delete older ones; what
             it raises is told as a warning.
 
@@ -65,7 +66,8 @@ class Save:
         *,
         rank: int,
         world_size: int,
-        attempt: int = 0,
+        attempt: int | str = 0,
+        forbidden: Callable[[], str | None] = lambda: None,
         on_complete: Callable[[], None] = lambda: None,
     ) -> None:
         self.step = header.step
@@ -75,6 +77,7 @@ class Save:
         self.warnings: list[str] = []
         self._temporary = temporary_folder(folder, header.step, attempt)
         self._rank = rank
+        self._forbidden = forbidden
         self._error: str | None = None
         self._called_off = Event()
         self._deadline: float | None = None
@@ -158,7 +161,13 @@ class Save:
 
     def _complete(self, header: Header, world_size: int) -> None:
         self.nbytes = complete_checkpoint(
-            self._temporary, self.path, header, world_size, given_up=self._given_up, warn=self.warnings.append
+            self._temporary,
+            self.path,
+            header,
+            world_size,
+            given_up=self._given_up,
+            forbidden=self._forbidden,
+            warn=self.warnings.append,
         )
 
     def _given_up(self) -> str | None:

@@ -83,10 +83,11 @@ class PieceToWrite:
         return f"{self.kind}/{self.name}"
 
 
-def temporary_folder(folder: Path, step: int, attempt: int) -> Path:
+def temporary_folder(folder: Path, step: int, attempt: int | str) -> Path:
     """Where ranks write until a checkpoint is complete.
 
-    ``attempt`` counts the saves of this life of the run, so that what an earlier one left is not taken for this one's.
+    ``attempt`` tells the saves of all lives of the run apart: what an earlier one left, or a rank that outlived it
+    still writes, is not taken for this one's.
     """
     return folder / f"{TEMPORARY_PREFIX}{step_folder(step)}-{attempt}"
 
@@ -136,6 +137,7 @@ def complete_checkpoint(
     world_size: int,
     *,
     given_up: Callable[[], str | None] = lambda: None,
+    forbidden: Callable[[], str | None] = lambda: None,
     warn: Callable[[str], object] = lambda _: None,
 ) -> int:
     """Make a checkpoint of what all ranks have written, once they have; rank 0 alone.
@@ -146,13 +148,14 @@ def complete_checkpoint(
         header: what the manifest says besides the tensors.
         world_size: ranks whose indexes are waited for.
         given_up: asked while waiting; a reason ends it.
+        forbidden: asked before the checkpoint comes into being; a reason ends it.
         warn: told of what goes wrong after the checkpoint is complete, and costs nothing.
 
     Returns:
         Bytes of all pieces.
 
     Raises:
-        CheckpointError: a tensor is not covered, ranks disagree, or waiting was given up.
+        CheckpointError: a tensor is not covered, ranks disagree, waiting was given up, or it is forbidden.
         OSError: the disk is full or broken.
     """
     tensors = _collect(_await_indexes(temporary, world_size, given_up))
@@ -164,6 +167,8 @@ def complete_checkpoint(
     flush(temporary)
     _write_text(temporary / COMPLETE_FILE, hashlib.sha256(text.encode()).hexdigest() + "\n")
     flush(temporary)
+    if reason := forbidden():
+        raise CheckpointError(reason)
     _move_into_place(temporary, final, warn)
     return 4 * sum(piece.length for tensor in tensors.values() for piece in tensor.pieces)
 

@@ -52,6 +52,7 @@ class LocalJob:
         run_dir: where their logs are.
         plan: what rank 0 reads from its standard input and tells the others.
         module: what each rank runs, as ``python -m``.
+        inherited: open files that ranks keep open: the lock of the run's folder is free when all of them have ended.
     """
 
     world_size: int
@@ -59,6 +60,7 @@ class LocalJob:
     run_dir: Path
     plan: str
     module: str
+    inherited: tuple[int, ...] = ()
 
 
 def run_local(job: LocalJob, say: Callable[[str], None]) -> int:
@@ -100,7 +102,7 @@ class _Ranks:
                 [*command, str(listener.fileno())] if is_first else command,
                 stdin=subprocess.PIPE if is_first else subprocess.DEVNULL,
                 env=environment,
-                pass_fds=(listener.fileno(),) if is_first else (),
+                pass_fds=(*job.inherited, *((listener.fileno(),) if is_first else ())),
                 start_new_session=True,
                 text=True,
             )

@@ -22,8 +22,7 @@ from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
 from megalm.core.sharding import StatePiece
-from megalm.engine.lr_schedule import LearningRate
-from megalm.history import SCHEDULE, schedule_to_dict
+from megalm.ownership import Claim
 from megalm.train.callbacks.base import CheckpointMetrics, ValidationMetrics, warn
 from megalm.train.progress import Progress
 
@@ -38,7 +37,6 @@ class RunState:
         progress: of the run.
         validation: the validation at this step, if there was one.
         whole_split: whether that was of the whole split, and not of the samples of every validation.
-        schedule: the learning rate that the run follows, which it goes on with when it is resumed.
     """
 
     data: dict[str, Any]
@@ -46,7 +44,6 @@ class RunState:
     progress: Progress
     validation: ValidationMetrics | None = None
     whole_split: bool = False
-    schedule: LearningRate | None = None
 
 
 class Saver:
@@ -61,6 +58,7 @@ class Saver:
         run_dir: the run's folder.
         lineage: where the run's weights are from, as manifests say it.
         start: what the run started from; checkpoints of its own after that step are set aside.
+        claim: asked before something is written whether the run's folder is this run's still; None: it is.
     """
 
     def __init__(
@@ -71,7 +69,9 @@ class Saver:
         *,
         lineage: Mapping[str, Any] = MappingProxyType({}),
         start: StartPoint = StartPoint(StartMode.FRESH),  # noqa: B008 - frozen
+        claim: Claim | None = None,
     ) -> None:
+        self._claim = claim
         self._config = config
         self._context = context
         self._folder = run_dir / CHECKPOINTS_FOLDER
@@ -85,6 +85,7 @@ class Saver:
         settings = config.checkpoint
         self._retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best)
         if context.rank == 0:
+            self._check()
             for problem in remove_leftovers(self._folder):
                 warn(problem)
             if start.is_named:
@@ -103,6 +104,7 @@ class Saver:
             waited_seconds: how long it has waited since then for the save before.
         """
         assert self._pending is None, "finish() comes before the next save"
+        self._check()
         self.close()
         asynchronous = self._config.checkpoint.asynchronous
         self._attempts += 1
@@ -112,7 +114,8 @@ class Saver:
             self._copy.take(pieces) if asynchronous else [PieceToWrite.of(piece) for piece in pieces],
             rank=self._context.rank,
             world_size=self._context.world.size,
-            attempt=self._attempts,
+            attempt=self._attempts if self._claim is None else f"{self._claim.token}-{self._attempts}",
+            forbidden=self._lost,
             on_complete=self._prune,
         )
         self._reported = False
@@ -163,9 +166,13 @@ class Saver:
             self._last = None
 
     def linger(self) -> None:
-        """Give the pending save its chance before this process ends."""
-        if self._pending is not None:
-            self._pending.linger(_LINGER_SECONDS)
+        """Give the pending save its chance before this process ends, unless the run's folder is another's by now."""
+        if self._pending is None:
+            return
+        if self._lost() is not None:
+            self._pending.call_off()
+            return
+        self._pending.linger(_LINGER_SECONDS)
 
     def finish(self, *, training_waits: bool = False) -> CheckpointMetrics | None:
         """Wait for the pending save, if there is one; collective over all ranks.
@@ -190,11 +197,17 @@ class Saver:
         finally:
             self._pending, self._last = None, self._pending
 
+    def _check(self) -> None:
+        if self._claim is not None:
+            self._claim.check()
+
+    def _lost(self) -> str | None:
+        """Why the run's folder is not this run's any more; None: it is."""
+        return None if self._claim is None else self._claim.problem()
+
     def _header(self, state: RunState) -> Header:
         topology, parallel = self._context.topology, self._config.parallel
         training: dict[str, Any] = {"progress": asdict(state.progress), "engine": state.scalars, **self._lineage}
-        if state.schedule is not None:
-            training[SCHEDULE] = schedule_to_dict(state.schedule)
         if state.validation is not None:
             training["validation"] = {
                 "val_loss": state.validation.val_loss,

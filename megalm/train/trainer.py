@@ -22,6 +22,7 @@ from megalm.engine.lr_schedule import LearningRate
 from megalm.engine.micro_batches import training_micro_batches
 from megalm.errors import CheckpointError, DivergedError, ExitCode
 from megalm.launch import RankInfo
+from megalm.ownership import Claim
 from megalm.signals import StopRequest
 from megalm.train.callbacks.base import CallbackList, CheckpointMetrics, Outcome, StepMetrics, ValidationMetrics
 from megalm.train.metrics import StepTimer, mfu, peak_memory_gib, perplexity, tokens_per_second
@@ -68,7 +69,7 @@ class Trainer:
         context: ParallelContext,
         engine: DeepSpeedEngine,
         loader: TrainLoader,
-        validator: Validator | None,
+        validator: Validator,
         saver: Saver,
         callbacks: CallbackList,
         learning_rate: LearningRate,
@@ -184,8 +185,6 @@ class Trainer:
         return _STOPS.index(Outcome.INTERRUPTED if signal == "INT" else Outcome.REQUEUE)
 
     def _validate(self, samples: int | None) -> None:
-        if self._validator is None:
-            return
         scores = self._validator.scores(self._engine, samples)
         self._validated_whole_split = samples is None
         self._validation = ValidationMetrics(
@@ -239,7 +238,6 @@ class Trainer:
             self.progress,
             self._validation if validated else None,
             whole_split=self._validated_whole_split,
-            schedule=self._learning_rate,
         )
         self._saver.start(self._engine.state_pieces(), state, stall_began=began, waited_seconds=waited_seconds)
 
@@ -276,11 +274,13 @@ class Trainer:
             self._callbacks.on_checkpoint(metrics)
 
 
-def run_training(config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint) -> ExitCode:
+def run_training(
+    config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint, claim: Claim | None = None
+) -> ExitCode:
     """What every rank runs, in an initialised process group: set up, train, and say how it ended."""
     from megalm.train.setup import build_trainer
 
-    trainer, callbacks = build_trainer(config, rank, stop, start)
+    trainer, callbacks = build_trainer(config, rank, stop, start, claim)
     outcome = Outcome.FAILED
     try:
         outcome = trainer.fit()

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megalm.errors import DataError
+from megalm.ownership import Claim
 from megalm.train.callbacks.base import (
-    Attempt,
     Callback,
     CheckpointMetrics,
     Outcome,
@@ -35,28 +35,31 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsJsonl(Callback):
-    """Appends a row for every start of the run, step, validation and checkpoint.
+    """Appends a row for every step, validation and checkpoint.
 
     A resumed run first drops the rows beyond the restored step: those steps are about to be taken again. A row is
     handed to the operating system at once, and forced to disk before each checkpoint is reported and at the end. Rows
     that a full disk does not take wait in memory for the next one: training is worth more than its record in time.
+
+    Args:
+        claim: asked before each write whether the run's folder is this run's still; the answer no ends the run.
     """
 
     essential: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, claim: Claim | None = None) -> None:
+        self._claim = claim
         self._file: FileIO | None = None
         self._waiting = b""
         self._has_warned = False
 
     def on_start(self, context: RunContext) -> None:
         """Cut the file back to ``start_step`` and open it for appending."""
+        self._check()
         path = context.run_dir / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_back(path, context.start_step)
         self._file = path.open("ab", buffering=0)
-        if context.attempt is not None:
-            self._append(_attempt_row(context.attempt))
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Append a row."""
@@ -92,6 +95,7 @@ class MetricsJsonl(Callback):
 
     def _append(self, row: dict[str, Any]) -> None:
         assert self._file is not None, "on_start comes before the first row"
+        self._check()
         self._waiting += encode_row(row).encode() + b"\n"
         try:
             self._write()
@@ -107,9 +111,15 @@ class MetricsJsonl(Callback):
         while self._waiting:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
+    def _check(self) -> None:
+        if self._claim is not None:
+            self._claim.check()
+
     def _sync(self) -> None:
         if self._file is not None:
-            self._write()
+            if self._waiting:
+                self._check()
+                self._write()
             os.fsync(self._file.fileno())
 
 
@@ -147,23 +157,6 @@ def step_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of validations."""
     return [row for row in rows if "val_loss" in row]
-
-
-def attempt_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the starts of a run."""
-    return [row for row in rows if "attempt" in row]
-
-
-def _attempt_row(attempt: Attempt) -> dict[str, Any]:
-    return {
-        "step": attempt.step,
-        "samples": attempt.samples,
-        "tokens": attempt.tokens,
-        "attempt": attempt.number,
-        "config": attempt.config,
-        "began_with": attempt.began_with,
-        "changes": {name: list(values) for name, values in attempt.changes.items()},
-    }
 
 
 def cut_back(path: Path, step: int) -> None:
