@@ -132,12 +132,12 @@ def _check(options: argparse.Namespace) -> int:
     from megalm.compose import compose
     from megalm.config.rules import planned_world_size_of
     from megalm.preflight import check_config
-    from megalm.summary import summary_lines
+    from megalm.summary import note_lines, summary_lines
 
     config = compose(options.overrides)
     world_size = planned_world_size_of(config)
     check_config(config, world_size)
-    print(*summary_lines(config, world_size), "ok", sep="\n")
+    print(*summary_lines(config, world_size), *note_lines(config, world_size), "ok", sep="\n")
     return ExitCode.DONE
 
 

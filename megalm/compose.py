@@ -23,7 +23,7 @@ from megalm.config.parse import (
     unknown_key,
 )
 from megalm.config.schema import Config
-from megalm.config.violation import Violation, close_matches, spoken_list
+from megalm.config.violation import Violation, close_matches, format_value, spoken_list
 from megalm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             of the wrong type.
     """
     checked = _checked_overrides(overrides, groups=True)
-    mapping = _hydra_compose([override.input_line or "" for override in checked])
+    mapping = _hydra_compose(checked)
     if all(mapping["model"][name] == MISSING_VALUE for name in ("num_layers", "hidden_size", "num_heads")):
         raise ConfigError(str(_nothing_chosen()))
     return config_from_dict(mapping)
@@ -182,8 +182,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _hydra_compose(overrides: list[str]) -> dict[str, Any]:
-    """Nested plain dictionaries of the composed config, interpolations resolved."""
+def _hydra_compose(overrides: Sequence[Override]) -> dict[str, Any]:
+    """Nested plain dictionaries of the composed config, interpolations resolved.
+
+    Raises:
+        ConfigError: the files do not go together, or what was typed does not.
+    """
     import hydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -192,13 +196,67 @@ def _hydra_compose(overrides: list[str]) -> dict[str, Any]:
     folder = conf_dir()
     try:
         with _clean_hydra(), hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            composed = hydra.compose(config_name="config", overrides=overrides)
+            lines = [override.input_line or "" for override in overrides]
+            composed = hydra.compose(config_name="config", overrides=lines)
+            _let_typed_options_win(composed, overrides)
         container = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         line = f"conf={folder}: {_one_line(error)}; the files in {folder} and the overrides must name what exists"
         raise ConfigError(line) from None
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _let_typed_options_win(composed: Any, overrides: Sequence[Override]) -> None:
+    """Give the fields of each option that was typed the values that its file has, whatever an experiment sets.
+
+    Hydra merges an experiment after all groups, so that a value in its file beats an option of the command line. What
+    was typed last wins here: a field's own override first, then a group's option typed after the experiment.
+
+    Raises:
+        ConfigError: an experiment that was typed after an option sets one of its fields otherwise; both were asked for.
+    """
+    import hydra
+    from omegaconf import OmegaConf
+
+    groups = group_options()
+    typed = {override.key_or_group: number for number, override in enumerate(overrides)}
+    experiment = overrides[typed["experiment"]].value() if "experiment" in typed else None
+    if experiment is None:
+        return
+    problems = []
+    for group, number in typed.items():
+        option = overrides[number].value()
+        if group not in groups or group == "experiment" or option is None:
+            continue
+        alone = OmegaConf.to_container(hydra.compose(config_name=f"{group}/{option}"), resolve=False)
+        for path, value in _leaves(alone):
+            now = OmegaConf.select(composed, path)
+            if path in typed or now == value:
+                continue
+            if number < typed["experiment"]:
+                problems.append(_both_asked_for(group, option, experiment, path, value, now))
+            OmegaConf.update(composed, path, value)
+    if problems:
+        raise ConfigError([str(problem) for problem in problems])
+
+
+def _leaves(mapping: Any) -> list[tuple[str, Any]]:
+    """(dotted name of a field, value) of everything that an option sets."""
+    return [
+        (f"{section}.{name}", value)
+        for section, fields in mapping.items()
+        if isinstance(fields, dict)
+        for name, value in fields.items()
+    ]
+
+
+def _both_asked_for(group: str, option: Any, experiment: Any, path: str, value: Any, other: Any) -> Violation:
+    wrong = (
+        f"sets {path}={format_value(value)}, and experiment={experiment}, typed after it, sets {format_value(other)}"
+    )
+    right = f"type {group}={option} after experiment={experiment}, where it wins, or say which with {path}=VALUE"
+    return Violation(group, option, wrong, right)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from megalm.data.sequences import Corpora
 from megalm.data.tokenizer import TOKENIZER_FILE
 from megalm.data.vocabulary import Vocabulary, check_same
 from megalm.errors import ConfigError, DataError
-from megalm.train.callbacks.metrics_jsonl import FILE_NAME, read_metrics, step_rows
+from megalm.train.callbacks.metrics_jsonl import FILE_NAME, attempt_rows, read_metrics, step_rows
 
 
 def show_lines(
@@ -43,7 +43,7 @@ def show_lines(
     if step is not None and step < 1:
         raise ConfigError(f"--step {step}: steps count from 1")
     config = load_run_config(run_dir, overrides)
-    steps = Steps(_recorded_samples(Path(run_dir)), BatchSize.of(config.train, config.model.sequence_length))
+    steps = _steps(config, Path(run_dir))
     datasets = open_datasets(config.data)
     corpora = Corpora.open([dataset.below("train") for dataset in datasets], config.model.sequence_length)
     own = Path(run_dir) / TOKENIZER_FILE
@@ -58,20 +58,38 @@ def show_lines(
         if as_json:
             yield from (json.dumps(asdict(source), ensure_ascii=False) for source in sources)
         else:
-            yield from _step_lines(step, samples, corpora, sources, planned=step > len(steps.recorded))
+            yield from _step_lines(step, samples, corpora, sources, planned=step > steps.last)
         return
     assert document is not None
-    last = steps.recorded[-1] - 1 if steps.recorded else 0
-    readings = _ledger(config, corpora, Path(run_dir), steps, last).readings_of_document(document)
+    readings = _ledger(config, corpora, Path(run_dir), steps, max(steps.samples - 1, 0)).readings_of_document(document)
     if as_json:
         yield from (json.dumps(asdict(reading), ensure_ascii=False) for reading in readings)
     else:
-        yield from _document_lines(document, readings, len(steps.recorded))
+        yield from _document_lines(document, readings, steps.last)
 
 
-def _recorded_samples(run_dir: Path) -> list[int]:
+def _steps(config: Config, run_dir: Path) -> Steps:
+    """The record of the steps so far, and the plan of those to come.
+
+    Raises:
+        DataError: the record does not say how many samples came before it.
+    """
     path = run_dir / FILE_NAME
-    return [row["samples"] for row in step_rows(read_metrics(path))] if path.exists() else []
+    rows = read_metrics(path) if path.exists() else []
+    taken = step_rows(rows)
+    begins = taken[0]["step"] - 1 if taken else max((row["step"] for row in attempt_rows(rows)), default=0)
+    latest = find_latest(run_dir / CHECKPOINTS_FOLDER)
+    if not rows and latest is not None:
+        raise DataError(
+            f"{path}: missing, and the run is at step {latest.step}; only this record says which samples a step took"
+        )
+    earlier = next((row["samples"] for row in attempt_rows(rows) if row["step"] == begins), 0)
+    tokens = max((row["tokens"] for row in rows if "tokens" in row), default=0)
+    samples = taken[-1]["samples"] if taken else earlier
+    planned = BatchSize.of(config.train, config.model.sequence_length).resumed(samples, tokens)
+    if begins and not earlier:
+        raise DataError(f"{path}: begins with step {begins + 1}, and nothing says how many samples came before it")
+    return Steps([row["samples"] for row in taken], planned, begins, earlier)
 
 
 def _ledger(config: Config, corpora: Corpora, run_dir: Path, steps: Steps, sample: int) -> Ledger:
@@ -92,8 +110,7 @@ def _ledger(config: Config, corpora: Corpora, run_dir: Path, steps: Steps, sampl
             f"data.phase={phase.number} data.path=…"
         )
     DataState(0, (phase,)).continued(phase.number, fingerprint)  # raises where something differs
-    now = steps.recorded[-1] if steps.recorded else 0
-    end = state.phases[number + 1].start if number + 1 < len(state.phases) else max(now, phase.start)
+    end = state.phases[number + 1].start if number + 1 < len(state.phases) else max(steps.samples, phase.start)
     return Ledger(corpora, order, start=phase.start, end=end, steps=steps)
 
 

@@ -7,23 +7,35 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.manifest import read_manifest
+from megalm.changes import changes_since
+from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.checkpoint.start import StartMode, StartPoint, resolve_start, run_folder
 from megalm.checkpoint.vocabulary import match_vocabulary
 from megalm.compose import compose
+from megalm.config.field_rules import Job
 from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.rules import violations, world_size_of
 from megalm.config.schema import Config
-from megalm.data.batch_size import BatchSize
+from megalm.config.unused import unused_settings
 from megalm.data.dataset import DatasetInfo, inspect_dataset, inspect_datasets, open_datasets
 from megalm.data.order import BlendedOrder
 from megalm.data.phases import DataState, too_many_epochs
 from megalm.errors import ConfigError, DataError
 from megalm.hardware import device_violations
+from megalm.history import (
+    History,
+    extension_hint,
+    history_of,
+    length_notes,
+    samples_at_end,
+    schedule_lines,
+    schedule_violations,
+)
 from megalm.ownership import Claim, Ownership, owned
 
 OWNER_LOCK = "owner.lock"
@@ -132,31 +144,85 @@ def make_plan(
     ranks = world_size_of(config) if world_size is None else world_size
     check_config(config, ranks)
     datasets = inspect_datasets(config.data)
-    if problems := [*_compiler_violations(config), *violations(config, ranks, datasets)]:
+    if problems := [
+        *_compiler_violations(config),
+        *violations(config, ranks, datasets),
+        *_validation_violations(config, datasets),
+    ]:
         raise ConfigError(problems)
     claim = own(config)
     start = match_vocabulary(config, resolve_start(config, run_folder(config)), open_datasets(config.data))
-    if problems := _epoch_violations(config, datasets, start):
-        raise ConfigError(problems)
     complete = start.mode is StartMode.RESUME and not start.is_named and start.step >= config.train.steps
-    return Plan(config, ranks, start.notes, complete, start, claim)
+    if complete:
+        return Plan(config, ranks, start.notes, complete, start, claim)
+    manifest = read_manifest(start.path) if start.path is not None and start.mode is StartMode.RESUME else None
+    history = None if manifest is None else history_of(manifest)
+    problems = [] if history is None else schedule_violations(config, history)
+    problems += _epoch_violations(config, datasets, manifest, history)
+    if problems:
+        raise ConfigError(problems)
+    notes = [
+        *_validation_notes(datasets),
+        *_what_is_new(config, ranks, manifest, history),
+        *length_notes(config, history),
+    ]
+    notes += unused_settings(Job(config, ranks), is_launched=world_size is not None)
+    return Plan(config, ranks, (*start.notes, *notes), complete, start, claim)
 
 
-def _epoch_violations(config: Config, datasets: Sequence[DatasetInfo], start: StartPoint) -> list[str]:
-    """Weights that are too small to be drawn, and datasets that the run would read more often than it may."""
-    length = config.model.sequence_length
-    sizes = [-(-(dataset.train_tokens - 1) // length) for dataset in datasets]
+def _what_is_new(config: Config, world_size: int, manifest: Manifest | None, history: History | None) -> list[str]:
+    """What of a resumed run is not as it was, one line each."""
+    if manifest is None or history is None:
+        rewarm = config.optim.rewarm_tokens
+        return [] if rewarm is None else [f"optim.rewarm_tokens={rewarm}: not used, as the run begins here"]
+    lines = [f"changed  {change}" for change in changes_since(manifest, config, world_size)]
+    return [*lines, *schedule_lines(config, history)]
+
+
+def _epoch_violations(
+    config: Config, datasets: Sequence[DatasetInfo], manifest: Manifest | None, history: History | None
+) -> list[str]:
+    """Weights that are too small to be drawn, and datasets that the run would read more often than it may.
+
+    What was read counts as it was: the batch, the length and the blend may have been others.
+    """
+    sizes = [dataset.sequences(config.model.sequence_length) for dataset in datasets]
     try:
-        order = BlendedOrder.of(sizes, config.data.weights, seed=config.run.seed)
+        order = BlendedOrder.of(sizes, config.data.weights, seed=config.run.seed, lanes=config.data.lanes)
     except ValueError as error:
         return [f"data.weights={list(config.data.weights)}: {error}"]
-    before = 0
-    if start.path is not None and start.mode is StartMode.RESUME:
-        state = DataState.from_dict(read_manifest(start.path).data)
-        before = state.consumed_samples if config.data.phase > state.current.number else state.current.start
-    samples = BatchSize.of(config.train, length).samples_after(config.train.steps) - before
+    phase_start, earlier = 0, [Fraction()] * len(datasets)
+    if manifest is not None:
+        state = DataState.from_dict(manifest.data)
+        begins_phase = config.data.phase > state.current.number
+        phase_start = state.consumed_samples if begins_phase else state.current.start
+        past = state if begins_phase else replace(state, consumed_samples=phase_start, phases=state.phases[:-1])
+        earlier = [past.epochs_of(dataset.train_fingerprint, dataset.sequences) for dataset in datasets]
+    samples = samples_at_end(config, history) - phase_start
     paths = [dataset.location for dataset in datasets]
-    return too_many_epochs(order, paths, config.data.max_epochs, samples)
+    return too_many_epochs(order, paths, config.data.max_epochs, samples, earlier)
+
+
+def _validation_violations(config: Config, datasets: Sequence[DatasetInfo]) -> list[str]:
+    """A validation that is asked for, of datasets that have nothing to validate on."""
+    if any(dataset.val_tokens for dataset in datasets):
+        return []
+    where = " ".join(dataset.location for dataset in datasets)
+    every, keep_best = config.train.validate_every, config.checkpoint.keep_best
+    return [
+        f"{name}={value}: {where} was prepared without validation documents; {name}=0, or data.path=DIR with some "
+        "(tools/prepare_data.py --val-fraction or --val-input)"
+        for name, value in (("train.validate_every", every), ("checkpoint.keep_best", keep_best))
+        if value
+    ]
+
+
+def _validation_notes(datasets: Sequence[DatasetInfo]) -> tuple[str, ...]:
+    without = [dataset.location for dataset in datasets if not dataset.val_tokens]
+    if not without:
+        return ()
+    what = "this run is not validated" if len(without) == len(datasets) else "validation is on the others"
+    return (f"{' '.join(without)}: prepared without validation documents, so {what}",)
 
 
 def _compiler_violations(config: Config) -> list[str]:
@@ -193,9 +259,10 @@ def _datasets_here(config: Config) -> tuple[DatasetInfo, ...]:
 
 def completion_lines(plan: Plan) -> list[str]:
     """What to say of a run that has nothing left to do."""
-    config = plan.config
+    config, step = plan.config, plan.start.step
+    beyond = f", and more: it is at step {step:,}" if step > config.train.steps else ""
     return [
-        f"run {config.run.name} is complete: all {config.train.steps:,} steps are done ({plan.run_dir})",
-        f"to continue it, ask for more: the same command with train.steps={2 * config.train.steps}; "
-        "to train anew, choose another run.name",
+        f"run {config.run.name} is complete: all {config.train.steps:,} steps are done{beyond} ({plan.run_dir})",
+        f"to continue it, ask for more: the same command with train.steps={2 * max(step, config.train.steps)}"
+        f"{extension_hint(config)}; to train anew, choose another run.name",
     ]

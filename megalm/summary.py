@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from megalm.config.field_rules import Job
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
+from megalm.config.unused import unused_settings
 from megalm.core.pipeline.schedule import SCHEDULES, Shape, bubble_fraction
 from megalm.data.batch_size import BatchSize
 from megalm.engine.lr_schedule import LearningRate
+from megalm.history import length_notes
 from megalm.models.balance import split_layers
 from megalm.models.counts import parameter_count
 from megalm.topology import Topology
@@ -28,6 +31,12 @@ def summary_lines(config: Config, world_size: int) -> list[str]:
         "engine": _engine(config, topology),
     }
     return [f"{name:15}{text}" for name, text in rows.items()]
+
+
+def note_lines(config: Config, world_size: int) -> list[str]:
+    """What of a valid config has no effect, or does not fit the length of the run, from its beginning."""
+    notes = [*length_notes(config, None), *unused_settings(Job(config, world_size), is_launched=False)]
+    return [f"{'note':15}{note}" for note in notes]
 
 
 def _model(config: Config) -> str:
@@ -99,8 +108,9 @@ def _learning_rate(config: Config) -> str:
         return f"{optim.lr:g}{warmup}, constant"
     if optim.schedule == "wsd":
         total = BatchSize.of(config.train, config.model.sequence_length).tokens_after(config.train.steps)
-        start, end = LearningRate(optim, total).decay
-        fall = f"{optim.cooldown} to {optim.min_lr_ratio:g} of it over the last {rounded(max(end - start, 0))} tokens"
+        course = LearningRate(optim, total).course
+        cooldown = max(course.decay_end - course.decay_start, 0)
+        fall = f"{optim.cooldown} to {optim.min_lr_ratio:g} of it over the last {rounded(cooldown)} tokens"
         return f"{optim.lr:g}{warmup}, constant, then {fall}"
     decay = "" if optim.decay_tokens is None else f" over {rounded(optim.decay_tokens)} tokens"
     return f"{optim.lr:g}{warmup}, {optim.schedule} to {optim.min_lr_ratio:g} of it{decay}"

@@ -35,7 +35,7 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "megalm" / "core").rglob("*.py")))
     for number, part in enumerate(text.split("\n\n")):
         (folder / f"{number:04d}.py").write_text(part, encoding="utf-8")
-    out = folder / ".prepared" / "tiny"
+    out = tmp_path_factory.mktemp("prepared") / "tiny"
     recipe = Recipe(
         corpus="text",
         options=CorpusOptions((str(folder),)),

@@ -23,12 +23,12 @@ import sys
 import time
 from pathlib import Path
 
-from megalm.arguments import LineParser
+from megalm.arguments import LineParser, path
 from megalm.console import run_on_console
 from megalm.data.clean import QUALITY, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
 from megalm.data.corruption import find_corruption
-from megalm.data.dataset import SPLITS, check_folder, inspect_dataset
+from megalm.data.dataset import check_folder, inspect_dataset, splits_of
 from megalm.data.executors import Workers, local_workers, mpi_workers
 from megalm.data.names import shown
 from megalm.data.prepare import prepare
@@ -88,9 +88,9 @@ def _prepare(options: argparse.Namespace, workers: Workers, command: str) -> int
     info = inspect_dataset(out)
     if summary is None:
         sizes = f"{info.train_tokens:,} training and {info.val_tokens:,} validation tokens"
-        print(f"{out}: up to date ({sizes}, vocabulary {info.vocab_size:,})")
+        print(f"{shown(out)}: up to date ({sizes}, vocabulary {info.vocab_size:,})")
     else:
-        print(*summary_lines(str(out), summary, time.perf_counter() - started), sep="\n")
+        print(*summary_lines(shown(out), summary, time.perf_counter() - started), sep="\n")
     return ExitCode.DONE
 
 
@@ -124,7 +124,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         add_bos=options.add_bos,
         tokenizer_vocab=options.tokenizer_vocab,
         tokenizer_kind=options.tokenizer_kind,
-        val_fraction=options.val_fraction,
+        val_fraction=_val_fraction(options),
+        val_inputs=tuple(options.val_input),
         chunk_tokens=options.chunk_tokens,
         pack=options.pack,
     )
@@ -133,10 +134,11 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _verify(location: str) -> int:
     store = open_store(location)
     check_folder(store)
-    faults = [fault for split in SPLITS for fault in find_corruption(store.below(split))]
+    splits = splits_of(store)
+    faults = [fault for split in splits for fault in find_corruption(store.below(split))]
     if not faults:
         inspect_dataset(store)  # the tokenizer, and that all belongs together
-        print(f"{location}: every chunk of {' and '.join(SPLITS)} is as it was written")
+        print(f"{location}: every chunk of {' and '.join(splits)} is as it was written")
         return ExitCode.DONE
     print(*faults, sep="\n", file=sys.stderr)
     print(f"{location}: {len(faults)} fault{'s' if len(faults) > 1 else ''}", file=sys.stderr)
@@ -153,8 +155,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
         problems.append("--add-bos: a tokenizer that is trained here has no bos; give --tokenizer with one that has")
     if options.tokenizer_vocab is not None and options.tokenizer_vocab < SMALLEST_VOCABULARY:
         problems.append(f"--tokenizer-vocab {options.tokenizer_vocab}: must be at least {SMALLEST_VOCABULARY}")
-    if not 0.0 < options.val_fraction < 1.0:
-        problems.append(f"--val-fraction {options.val_fraction}: must lie between 0 and 1")
+    problems += _validation_problems(options)
     for name in ("chunk_tokens", "workers", "ngram"):
         value = getattr(options, name)
         if value < 1:
@@ -168,6 +169,23 @@ def _problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
+def _validation_problems(options: argparse.Namespace) -> list[str]:
+    share = _val_fraction(options)
+    if not 0.0 <= share < 1.0:
+        return [f"--val-fraction {share}: must be 0 (no validation), or lie between 0 and 1"]
+    if share and options.val_input:
+        return [f"--val-fraction {share} and --val-input: give one of them"]
+    if options.val_input and options.corpus == "stdlib":
+        return ["--val-input: the stdlib corpus has no inputs; --corpus text reads files"]
+    return []
+
+
+def _val_fraction(options: argparse.Namespace) -> float:
+    if options.val_fraction is not None:
+        return float(options.val_fraction)
+    return 0.0 if options.val_input else Recipe.val_fraction
+
+
 def _unescaped(text: str) -> str:
     r"""A template in which ``\n`` and ``\t`` may be written as in most languages."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
@@ -178,9 +196,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--corpus", choices=sorted(CORPORA), help="kind of corpus")
     add(
-        "--input", nargs="+", default=[], metavar="PATH", help="files or folders; hf: parquet files or a dataset's name"
+        "--input",
+        nargs="+",
+        default=[],
+        type=path,
+        metavar="PATH",
+        help="files or folders; hf: parquet files or a dataset's name",
     )
-    add("--out", metavar="DIR", help="dataset to write")
+    add("--out", type=path, metavar="DIR", help="dataset to write")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; the output stays the same")
     add(
         "--executor",
@@ -189,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         help="processes of this machine, or ranks of an MPI job",
     )
     add("--overwrite", action="store_true", help="replace DIR if it was prepared differently")
-    add("--verify", metavar="DIR", help="read all of a dataset and name each corrupt chunk")
+    add("--verify", type=path, metavar="DIR", help="read all of a dataset and name each corrupt chunk")
 
     corpus = parser.add_argument_group("what a document is")
     defaults = CorpusOptions()
@@ -214,14 +237,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--dedup", nargs="+", choices=_DUPLICATES, default=[], help="remove exact, or also near duplicates (MinHash)")
     add("--quality", nargs="+", choices=QUALITY, default=[], help="rules that documents must pass")
     add("--scrub-pii", action="store_true", help="replace e-mail, phone, IP, card and id numbers by placeholders")
-    add("--decontaminate", nargs="+", default=[], metavar="FILE", help="remove documents that overlap with these")
+    add(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        type=path,
+        metavar="FILE",
+        help="remove documents that overlap with these",
+    )
     add("--ngram", type=int, default=Cleaning.ngram, metavar="N", help="words that make an overlap (default: 13)")
     add("--max-document-bytes", type=int, metavar="N", help="remove longer documents")
 
     tokens = parser.add_argument_group("tokens")
     add = tokens.add_argument
     add(
-        "--tokenizer", metavar="PATH", help="tokenizer.json to use, or a folder that has one: a run, a dataset, a model"
+        "--tokenizer",
+        type=path,
+        metavar="PATH",
+        help="tokenizer.json to use, or a folder that has one: a run, a dataset, a model",
     )
     add("--eos", metavar="TOKEN", help="its token that ends a document, where its own files name none, or another")
     add(
@@ -231,7 +264,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer-vocab", type=int, metavar="N", help="train a tokenizer of N tokens instead")
     add("--tokenizer-kind", choices=_KINDS, default="bpe", help="which kind to train (default: byte-level bpe)")
-    add("--val-fraction", type=float, default=Recipe.val_fraction, help="share of validation documents (default: 0.02)")
+    add("--val-fraction", type=float, help="share of validation documents (default: 0.02); 0: none")
+    add("--val-input", nargs="+", default=[], type=path, metavar="PATH", help="a validation corpus instead, as --input")
     add("--chunk-tokens", type=int, default=Recipe.chunk_tokens, help="tokens per chunk; sequence lengths divide it")
     add("--pack", type=int, default=0, metavar="LENGTH", help="fit whole documents into sequences of this length")
     return parser

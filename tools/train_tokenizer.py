@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megalm.arguments import LineParser
+from megalm.arguments import LineParser, path
 from megalm.console import run_on_console
 from megalm.data.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
@@ -33,6 +33,8 @@ from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError, ExitCode, MegalmError
 
 _BLOCK_BYTES = 2**22
+_LISTED = 12
+"""Special tokens that are printed; some tokenizers have thousands."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +68,9 @@ def _main(arguments: list[str] | None) -> int:
     print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{trained_on}")
     start = " ".join(tokenizer.roles.before)
     begin = f"begin with {start} and " if start else ""
-    print(f"special tokens: {', '.join(tokenizer.special_tokens)}; documents {begin}end with {tokenizer.roles.end}")
+    names = [*tokenizer.special_tokens]
+    more = f", … ({len(names):,} in all)" if len(names) > _LISTED else ""
+    print(f"special tokens: {', '.join(names[:_LISTED])}{more}; documents {begin}end with {tokenizer.roles.end}")
     return ExitCode.DONE
 
 
@@ -179,7 +183,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("input", nargs="*", metavar="INPUT", help="files or folders")
+    add("input", nargs="*", type=path, metavar="INPUT", help="files or folders")
     add("--corpus", choices=sorted(CORPORA), default="text", help="kind of corpus (default: text)")
     add("--split-on", choices=SPLITS_ON, default="file", help="text: what ends a document")
     add("--text-field", default="text", metavar="NAME", help="jsonl, hf: where a record's text is")
@@ -194,9 +198,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, metavar="N", help="tokens, special ones included")
     add("--special-token", nargs="+", default=[], metavar="TOKEN", help="besides the usual ones; with --from: to add")
     add("--lowercase", action="store_true", help="wordpiece: fold case and strip accents")
-    add("--from", dest="source", metavar="PATH", help="take this tokenizer.json, or a folder's, after a check")
+    add(
+        "--from",
+        dest="source",
+        type=path,
+        metavar="PATH",
+        help="tokenizer.json, or a folder of one, to take",
+    )
     add("--eos", metavar="TOKEN", help="with --from: its token that ends a document, where that has no usual name")
-    add("--out", required=True, metavar="FILE", help="tokenizer.json to write")
+    add("--out", required=True, type=path, metavar="FILE", help="tokenizer.json to write")
     return parser
 
 

@@ -121,14 +121,16 @@ def resolve_start(config: Config, run_dir: Path) -> StartPoint:
     resume = config.checkpoint.resume
     latest = find_latest(own)
     if resume not in ("auto", "never"):
-        return _resume_named(config, own, locate(resume), latest)
+        start = _resume_named(config, own, locate(resume), latest)
+        return replace(start, notes=(*start.notes, *_steps_again(run_dir, start.step)))
     if latest is not None:
         if resume == "never":
             raise CheckpointError(
                 f"checkpoint.resume=never: run {config.run.name} has a checkpoint of step {latest.step}; resume it "
                 "with checkpoint.resume=auto, or choose another run.name"
             )
-        return _resume(config, latest, (*_ignored(own), *_unused_sources(config, latest)))
+        notes = (*_ignored(own), *_unused_sources(config, latest), *_steps_again(run_dir, latest.step))
+        return _resume(config, latest, notes)
     torn = [path for path in torn_checkpoints(own) if not path.name.startswith(TEMPORARY_PREFIX)]
     if torn:
         raise CheckpointError(
@@ -185,25 +187,31 @@ def _resume(config: Config, info: CheckpointInfo, notes: tuple[str, ...]) -> Sta
             f"{info.path}: converted weights, without optimizer and position in the data: no run can be resumed from "
             f"them; begin one with another run.name and checkpoint.init_from={info.path}"
         )
-    _check_model(config, manifest, info.path)
+    _check_model(config, manifest, info.path, except_for=_changeable(config) - {"init_std"})
     return StartPoint(StartMode.RESUME, info.path, manifest.step, notes)
 
 
 def _begin_with(config: Config, mode: StartMode, info: CheckpointInfo, notes: tuple[str, ...]) -> StartPoint:
     """A new run with a checkpoint's weights; what of the model may differ from it is said, the rest is refused."""
     manifest = read_manifest(info.path)
-    adaptable = _ADAPTABLE | (_ADAPTABLE_ROTARY if config.model.position == "rotary" else frozenset())
+    adaptable = _changeable(config)
     _check_model(config, manifest, info.path, except_for=adaptable)
     if mode is StartMode.FINETUNE:
         _check_phase(config, manifest, info.path)
     saved = manifest.config.get("model", {})
     mine = config_to_dict(config)["model"]
     changed = [
-        f"model.{name}={mine[name]}: {info.path} was trained with {saved.get(name)}"
+        f"model.{name}={mine[name]}: {info.path} was trained with {saved.get(name)}; this run trains with its own "
+        f"{mine[name]} (model.{name}={saved.get(name)} keeps the other)"
         for name in sorted(adaptable)
         if saved.get(name) != mine[name]
     ]
     return StartPoint(mode, info.path, 0, (*notes, *changed))
+
+
+def _changeable(config: Config) -> frozenset[str]:
+    """Fields of a model that may differ from those of the weights that are loaded."""
+    return _ADAPTABLE | (_ADAPTABLE_ROTARY if config.model.position == "rotary" else frozenset())
 
 
 _ADAPTABLE = frozenset({"dropout", "attention_dropout", "init_std"})
@@ -253,15 +261,30 @@ def _check_model(config: Config, manifest: Manifest, path: Path, *, except_for: 
 
 def _lost_steps(config: Config, run_dir: Path) -> tuple[str, ...]:
     """A note if the run has trained before but saved nothing."""
+    last = _last_recorded_step(run_dir)
+    if last == 0:
+        return ()
+    return (f"run {config.run.name} was cut off at step {last}, before its first checkpoint: it starts over at step 0",)
+
+
+def _steps_again(run_dir: Path, step: int) -> tuple[str, ...]:
+    """A note if the run had trained beyond the checkpoint that it resumes from."""
+    lost = _last_recorded_step(run_dir) - step
+    if lost <= 0:
+        return ()
+    again = f"{lost} steps after it are computed again" if lost > 1 else "1 step after it is computed again"
+    return (f"resumed at step {step}, {again}",)
+
+
+def _last_recorded_step(run_dir: Path) -> int:
+    """The last step in the run's record; 0: none."""
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
-        return ()
+        return 0
     last = 0
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             last = max(last, int(json.loads(line).get("step", 0)))
         except (ValueError, AttributeError):
             continue  # a torn last line
-    if last == 0:
-        return ()
-    return (f"run {config.run.name} was cut off at step {last}, before its first checkpoint: it starts over at step 0",)
+    return last

@@ -13,10 +13,12 @@ from typing import Any
 from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.checkpoint.start import StartMode, StartPoint
 from megalm.config.schema import Config
+from megalm.data.dataset import AS_THE_MODELS, other_marks
+from megalm.data.index import read_index
 from megalm.data.store import Store
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.data.vocabulary import Relation, Vocabulary, added_tokens, relation, spoken
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, DataError
 
 TOKENIZER = "tokenizer"
 """Where a manifest's ``training`` says which tokenizer the model was trained with."""
@@ -104,6 +106,8 @@ def match_vocabulary(config: Config, start: StartPoint, stores: Sequence[Store])
                 f"rows in its embeddings, or prepare the data again with --tokenizer {model.where}"
             )
         notes.append(words)
+    if model is not None and not _resumes(start):
+        notes += _notes_on_marks(start.path, stores[0])
     rows = rows_of(manifest)
     if rows is None:
         return start
@@ -115,6 +119,18 @@ def match_vocabulary(config: Config, start: StartPoint, stores: Sequence[Store])
             "in a fresh model of this run.seed"
         )
     return replace(start, notes=tuple(notes), extends_vocab=added > 0)
+
+
+def _notes_on_marks(checkpoint: Path, store: Store) -> list[str]:
+    """That the data's documents begin or end otherwise than those that a model knows: it learns the new way."""
+    folder = tokenizer_folder(checkpoint)
+    if folder is None:
+        return []
+    try:
+        marks = other_marks(Tokenizer.load(folder), read_index(store.below("train")))
+    except DataError:  # a tokenizer that no longer says how a document ends
+        return []
+    return [] if marks is None else [f"data.path={store.location}: {marks}; {AS_THE_MODELS}"]
 
 
 def _resumes(start: StartPoint) -> bool:

@@ -224,6 +224,9 @@ class Optim:
     """``wsd``: shape of the decay, ``linear`` or ``sqrt`` (1 − √progress, Hägele et al. 2024)."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end of the decay, relative to the peak."""
+    rewarm_tokens: int | None = None
+    """Of a run that is resumed: tokens over which the rate rises from where it stands to ``lr`` again; a decay is then
+    planned to the end of the run. It is done once: a checkpoint whose config has the same number has begun it."""
 
 
 @dataclass(frozen=True, kw_only=True)

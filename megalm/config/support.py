@@ -89,6 +89,7 @@ BOUNDS: dict[str, Bounds] = {
     "optim.decay_tokens": _TOKENS,
     "optim.cooldown_tokens": _TOKENS,
     "optim.min_lr_ratio": _UNIT,
+    "optim.rewarm_tokens": _TOKENS,
     "objective.mask_probability": Bounds(0, 1, low_open=True),
     "objective.z_loss": Bounds(0),
     "engine.zero_stage": Bounds(0, 3),

@@ -37,16 +37,7 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
         command,
         "```",
         "",
-        "| | |",
-        "| --- | ---: |",
-        *_files_read(summary),
-        f"| documents read | {summary.read:,} |",
-        f"| documents kept | {summary.documents:,} |",
-        f"| text read | {summary.bytes:,} bytes |",
-        f"| text kept | {summary.text_bytes:,} bytes |",
-        f"| tokens, ends of documents included | {summary.tokens:,} |",
-        f"| bytes per token | {summary.text_bytes / max(summary.tokens, 1):.2f} |",
-        "",
+        *_amounts(summary),
         "| split | documents | tokens | with loss | shards |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
@@ -57,10 +48,10 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
     lines += _rows(summary)
     lines += ["", f"Tokenizer: {summary.vocab_size:,} tokens, sha256 `{summary.tokenizer_sha256}`.", ""]
     lines += [f"Each document {document_marks(summary)}.", ""]
-    lines += _files_left_out(summary.files_left_out)
-    lines += _counts("Removed documents", "rule", summary.removed, summary.examples)
-    lines += _counts("Changes inside documents", "change", summary.notes)
-    lines += _left_out(summary.left_out, summary.read)
+    lines += _what_changed(summary)
+    if summary.validation is not None:
+        lines += ["# Validation corpus", "", f"Of its own: {summary.validation.source}.", ""]
+        lines += [*_amounts(summary.validation), *_what_changed(summary.validation)]
     quantiles = ", ".join(f"{share} {tokens:,}" for share, tokens in _quantiles(summary.lengths).items())
     lines += ["## Tokens per document", "", f"{quantiles} (to within a fifth).", "", f"![lengths]({LENGTHS_FILE})"]
     return "\n".join(lines) + "\n"
@@ -113,6 +104,32 @@ def plot_lengths(lengths: Lengths, path: Path, *, title: str) -> None:
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     figure.savefig(temporary, metadata={"Software": None})  # the same picture from the same data
     temporary.replace(path)
+
+
+def _amounts(summary: Summary) -> list[str]:
+    """How much was read of a corpus, and how much stayed."""
+    return [
+        "| | |",
+        "| --- | ---: |",
+        *_files_read(summary),
+        f"| documents read | {summary.read:,} |",
+        f"| documents kept | {summary.documents:,} |",
+        f"| text read | {summary.bytes:,} bytes |",
+        f"| text kept | {summary.text_bytes:,} bytes |",
+        f"| tokens, ends of documents included | {summary.tokens:,} |",
+        f"| bytes per token | {summary.text_bytes / max(summary.tokens, 1):.2f} |",
+        "",
+    ]
+
+
+def _what_changed(summary: Summary) -> list[str]:
+    """What was left out of a corpus, and changed in it."""
+    return [
+        *_files_left_out(summary.files_left_out),
+        *_counts("Removed documents", "rule", summary.removed, summary.examples),
+        *_counts("Changes inside documents", "change", summary.notes),
+        *_left_out(summary.left_out, summary.read),
+    ]
 
 
 def _files_read(summary: Summary) -> list[str]:

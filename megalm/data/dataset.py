@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from megalm.config.schema import Data
-from megalm.data.index import Index, check_files, check_marks, read_index
+from megalm.data.index import INDEX_FILE, Index, check_files, check_marks, read_index
 from megalm.data.roles import USUAL_START, Marks
+from megalm.data.place import RECIPE_FILE, partial_folder
 from megalm.data.store import Cache, MissingFile, Store, open_store
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.errors import DataError
 
 SPLITS = ("train", "val")
+AS_THE_MODELS = "prepare_data.py --add-bos, --no-add-bos and --eos make them as the model's"
+"""What helps where documents begin or end otherwise than a model's."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,10 @@ class DatasetInfo:
         chunk_tokens: sequence lengths divide this.
         packed_length: the only sequence length, where documents were packed for one; 0: any.
         train_tokens: valid tokens of the training split.
-        val_tokens: valid tokens of the validation split.
+        val_tokens: valid tokens of the validation split; 0: it has none.
         tokenizer_sha256: hash of the tokenizer that made them.
         marks: how documents begin and end, in words.
+        train_fingerprint: of the training split's contents, wherever they are.
     """
 
     location: str
@@ -41,11 +47,11 @@ class DatasetInfo:
     val_tokens: int
     tokenizer_sha256: str
     marks: str
+    train_fingerprint: str = ""
 
-
-def partial_folder(path: Path) -> Path:
-    """Where a dataset is put together before it is renamed to ``path``."""
-    return path.with_name(f".{path.name}.partial")
+    def sequences(self, sequence_length: int) -> int:
+        """Sequences of the training split."""
+        return -(-(self.train_tokens - 1) // sequence_length)
 
 
 def open_datasets(data: Data) -> tuple[Store, ...]:
@@ -80,12 +86,12 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
     store = open_store(store) if isinstance(store, Path) else store
     check_folder(store)
     indexes = {}
-    for split in SPLITS:
+    for split in splits_of(store):
         indexes[split] = read_index(store.below(split))
         check_files(indexes[split], store.below(split))
-    train, val = indexes["train"], indexes["val"]
+    train, val = indexes["train"], indexes.get("val")
     same = ("tokenizer_sha256", "chunk_tokens", "packed_length", "eos_id", "vocab_size", "document_start")
-    if any(getattr(train, name) != getattr(val, name) for name in same):
+    if val is not None and any(getattr(train, name) != getattr(val, name) for name in same):
         raise DataError(f"data.path={store.location}: train/ and val/ were prepared differently; prepare it again")
     definition = _read_tokenizer(store)
     if hashlib.sha256(definition).hexdigest() != train.tokenizer_sha256:
@@ -98,10 +104,30 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
         chunk_tokens=train.chunk_tokens,
         packed_length=train.packed_length,
         train_tokens=train.tokens,
-        val_tokens=val.tokens,
+        val_tokens=0 if val is None else val.tokens,
         tokenizer_sha256=train.tokenizer_sha256,
         marks=train.marks,
+        train_fingerprint=train.fingerprint,
     )
+
+
+def splits_of(store: Store) -> tuple[str, ...]:
+    """The splits of a dataset: without ``val`` where its recipe says that it was prepared so.
+
+    A folder that has lost its ``val/`` is not taken for one: whoever reads that split says that it is missing.
+    """
+    try:
+        store.below("val").read(INDEX_FILE)
+    except MissingFile:
+        with suppress(MissingFile, ValueError):
+            if "val" not in json.loads(store.read(RECIPE_FILE)).get("splits", SPLITS):
+                return ("train",)
+    return SPLITS
+
+
+def with_validation(stores: Sequence[Store]) -> tuple[Store, ...]:
+    """Those of some datasets that have validation documents."""
+    return tuple(store for store in stores if "val" in splits_of(store))
 
 
 def tokenizer_of(stores: Sequence[Store]) -> Tokenizer:
@@ -123,6 +149,19 @@ def tokenizer_of(stores: Sequence[Store]) -> Tokenizer:
 def marks_of(index: Index) -> Marks:
     """How the documents of a split begin and end."""
     return Marks(eos_id=index.eos_id, before=USUAL_START if index.document_start is None else index.document_start)
+
+
+def other_marks(tokenizer: Tokenizer, index: Index) -> str | None:
+    """That documents begin or end otherwise than those that a model was trained with; None: they do not."""
+    if (index.document_start, index.eos_id) == (tokenizer.document_start, tokenizer.eos_id):
+        return None
+    start = marks_of(index).before or ()
+    theirs = " ".join(token for token in start if tokenizer.id_of(token) is not None) or "nothing"
+    ours = " ".join(tokenizer.roles.before) or "nothing"
+    return (
+        f"these documents begin with {theirs} and end with {tokenizer.name_of(index.eos_id)}, the model's with {ours} "
+        f"and {tokenizer.roles.end}"
+    )
 
 
 def _text_of(store: Store, name: str) -> str | None:

@@ -93,25 +93,49 @@ class Steps:
     """Which samples a step took: as recorded, and from there on as the config plans.
 
     Attributes:
-        recorded: samples taken by the end of step 1, 2, 3 … so far.
+        recorded: samples taken by the end of the steps on record, one after the other.
         planned: the batch size of the steps after that.
+        earlier_steps: steps that came before the first on record, of a run that went on from another's checkpoint.
+        earlier_samples: samples that those steps took.
     """
 
     recorded: Sequence[int]
     planned: BatchSize
+    earlier_steps: int = 0
+    earlier_samples: int = 0
+
+    @property
+    def last(self) -> int:
+        """The last step on record; 0: none has been taken."""
+        return self.earlier_steps + len(self.recorded)
+
+    @property
+    def samples(self) -> int:
+        """Samples taken by the end of it."""
+        return self.recorded[-1] if self.recorded else self.earlier_samples
 
     def samples_of(self, step: int) -> range:
-        """The samples of a step, which counts from 1."""
-        if step <= len(self.recorded):
-            return range(self.recorded[step - 2] if step > 1 else 0, self.recorded[step - 1])
-        start = self.recorded[-1] if self.recorded else 0
-        for _ in range(step - len(self.recorded) - 1):
+        """The samples of a step, which counts from 1.
+
+        Raises:
+            DataError: the step came before those on record, and its batch size may have been another.
+        """
+        if step <= self.earlier_steps:
+            raise DataError(
+                f"--step {step}: the record of this run begins with step {self.earlier_steps + 1}; ask in the folder of "
+                "the run that it went on from"
+            )
+        if step <= self.last:
+            number = step - self.earlier_steps - 1
+            return range(self.recorded[number - 1] if number else self.earlier_samples, self.recorded[number])
+        start = self.samples
+        for _ in range(step - self.last - 1):
             start += self.planned.at(start)
         return range(start, start + self.planned.at(start))
 
     def step_of(self, sample: int) -> int:
-        """The step that took a sample that has been taken."""
-        return bisect.bisect_right(self.recorded, sample) + 1
+        """The step that took a sample that a step on record took."""
+        return self.earlier_steps + bisect.bisect_right(self.recorded, sample) + 1
 
 
 class Ledger:
@@ -175,7 +199,7 @@ class Ledger:
         for sequence in range(first, min(last, len(shards) - 1) + 1):
             for epoch in range(epochs):
                 sample = int(self._order.sample_of(corpus, epoch, sequence)[0]) + self._start
-                if sample >= self._end:
+                if not self._steps.earlier_samples <= sample < self._end:
                     continue
                 yield Reading(
                     step=self._steps.step_of(sample),

@@ -71,10 +71,9 @@ class LeftOutTotals:
         return cls(kinds, int(contents["over"]), [(n, k, lost, most) for n, k, lost, most in contents["documents"]])
 
     def _add_kinds(self, kinds: Mapping[str, tuple[int, int]]) -> None:
-        for name, (times, words) in kinds.items():
-            name = name[:LONGEST_NAME]
-            if name not in self.kinds and len(self.kinds) >= NAMES:
-                name = OTHERS
+        for kind, (times, words) in kinds.items():
+            known = kind[:LONGEST_NAME]
+            name = known if known in self.kinds or len(self.kinds) < NAMES else OTHERS
             before = self.kinds.get(name, (0, 0))
             self.kinds[name] = (before[0] + times, before[1] + words)
 

@@ -85,6 +85,7 @@ class TrainLoader:
         self._order = order_of(corpora, settings, seed)
         self._fingerprint = fingerprint_of(corpora, self._order, settings, seed)
         self._state = new_state(settings.phase, self._fingerprint)
+        self._earlier: list[dict[str, Any]] = []
         self._worker: Prefetcher[Batch] | None = None
 
     @property
@@ -105,8 +106,12 @@ class TrainLoader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """:attr:`state` as a checkpoint stores it."""
-        return self._state.to_dict()
+        """:attr:`state` as a checkpoint stores it, and in plain numbers what was read of each corpus in each phase."""
+        return {
+            **self._state.to_dict(),
+            "consumed_tokens": self._state.consumed_tokens,
+            "corpora": [*self._earlier, *self._read_in_phase()],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the samples that a checkpoint counts, in its phase or in a new one.
@@ -118,6 +123,25 @@ class TrainLoader:
         continued = DataState.from_dict(state).continued(self._phase, self._fingerprint)
         self.close()
         self._state = continued
+        self._batch_size = self._batch_size.resumed(continued.consumed_samples, continued.consumed_tokens)
+        self._earlier = [entry for entry in state.get("corpora", ()) if entry["phase"] != self._phase]
+
+    def _read_in_phase(self) -> list[dict[str, Any]]:
+        phase = self._state.current
+        samples = self._state.consumed_samples - phase.start
+        return [
+            {
+                "phase": phase.number,
+                "path": shards.store.location,
+                "contents": contents,
+                "samples": count,
+                "tokens": count * phase.sequence_length,
+                "epochs": count / size,
+            }
+            for shards, (contents, count), size in zip(
+                self._corpora.shards, phase.samples_by_contents(samples), self._corpora.sizes, strict=True
+            )
+        ]
 
     def close(self) -> None:
         """End the background thread."""

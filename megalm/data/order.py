@@ -184,13 +184,9 @@ class BlendedOrder:
         return (period * PERIOD + slot - start) * lanes + lane
 
     def epochs_after(self, samples: int) -> list[Fraction]:
-        """How often each corpus has been read after so many samples (in the mean over lanes, to within a sample)."""
-        if len(self.orders) == 1:
-            return [Fraction(samples, self.orders[0].num_sequences)]
-        return [
-            Fraction(samples * quota, PERIOD * order.num_sequences)
-            for order, quota in zip(self.orders, self.quotas, strict=True)
-        ]
+        """How often each corpus has been read after so many samples."""
+        counts = samples_of_each(self.quotas, self.orders[0].lanes, samples)
+        return [Fraction(count, order.num_sequences) for count, order in zip(counts, self.orders, strict=True)]
 
     def _split(self, samples: _Int) -> tuple[_Int, _Int]:
         """Sample numbers ▶ (corpus, number among that corpus's samples)."""
@@ -237,6 +233,24 @@ class _Template:
         before = np.cumsum(chosen, axis=1, dtype=np.int64) - chosen
         rank = before[corpus, np.arange(PERIOD)]
         return cls(corpus, rank, before, tuple(np.flatnonzero(row) for row in chosen))
+
+
+def samples_of_each(quotas: Sequence[int], lanes: int, samples: int) -> list[int]:
+    """How many of the first ``samples`` samples of a blend are of each corpus; they add up to ``samples``.
+
+    Args:
+        quotas: samples of each corpus per period of a lane.
+        lanes: of the order.
+        samples: 0 or more.
+    """
+    if len(quotas) == 1:
+        return [samples]
+    before = _Template.of(quotas).before
+    lane = np.arange(lanes, dtype=np.int64)
+    start = lane * PERIOD // lanes
+    period, slot = np.divmod((samples - lane + lanes - 1) // lanes + start, PERIOD)
+    own = period * np.array(quotas, dtype=np.int64)[:, None] + before[:, slot] - before[:, start]
+    return [int(count) for count in own.sum(axis=1)]
 
 
 def quotas_of(weights: Sequence[float]) -> tuple[int, ...]:

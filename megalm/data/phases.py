@@ -6,12 +6,13 @@ a *phase*. Within a phase nothing that decides the order may change, and a check
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from megalm.config.schema import Data
-from megalm.data.order import BlendedOrder, derive_key
+from megalm.data.order import BlendedOrder, derive_key, samples_of_each
 from megalm.data.sequences import Corpora
 from megalm.errors import DataError
 
@@ -31,6 +32,17 @@ class Phase:
     number: int
     start: int
     fingerprint: dict[str, Any]
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of each of its samples."""
+        return int(self.fingerprint["model.sequence_length"])
+
+    def samples_by_contents(self, samples: int) -> Iterator[tuple[str, int]]:
+        """(fingerprint of a dataset's contents, how many of the first ``samples`` samples are of it)."""
+        quotas, lanes = self.fingerprint["data.weights"], self.fingerprint["data.lanes"]
+        for number, count in enumerate(samples_of_each(quotas, lanes, samples)):
+            yield self.fingerprint[f"data.path[{number}]"], count
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,34 @@ class DataState:
     def current(self) -> Phase:
         """The phase that goes on."""
         return self.phases[-1]
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens of the samples consumed, each counted at the length that it had."""
+        return sum(samples * phase.sequence_length for phase, samples in self.samples_of_phases())
+
+    def samples_of_phases(self) -> Iterator[tuple[Phase, int]]:
+        """Each phase and the samples that were taken in it."""
+        ends = [*(phase.start for phase in self.phases[1:]), self.consumed_samples]
+        for phase, end in zip(self.phases, ends, strict=False):  # of no phase there are none
+            yield phase, end - phase.start
+
+    def epochs_of(self, contents: str, sequences: Callable[[int], int]) -> Fraction:
+        """How often a dataset has been read in all phases so far, found by its contents: paths may have changed.
+
+        Args:
+            contents: fingerprint of the dataset's training split.
+            sequences: sequence length ▶ sequences of that length in the dataset.
+        """
+        return sum(
+            (
+                Fraction(count, sequences(phase.sequence_length))
+                for phase, samples in self.samples_of_phases()
+                for found, count in phase.samples_by_contents(samples)
+                if contents and found == contents
+            ),
+            Fraction(),
+        )
 
     def continued(self, number: int, fingerprint: dict[str, Any]) -> DataState:
         """The state of a run that goes on with these data: in the same phase, or in a new one from here on.
@@ -130,14 +170,26 @@ def fingerprint_of(corpora: Corpora, order: BlendedOrder, settings: Data, seed: 
     }
 
 
-def too_many_epochs(order: BlendedOrder, paths: Sequence[str], limits: Sequence[float], samples: int) -> list[str]:
-    """For each corpus that so many samples read more often than its limit (0: none), what is wrong."""
+def too_many_epochs(
+    order: BlendedOrder, paths: Sequence[str], limits: Sequence[float], samples: int, before: Sequence[Fraction] = ()
+) -> list[str]:
+    """For each corpus that a run reads more often than its limit (0: none), what is wrong.
+
+    Args:
+        order: of the phase that is to be read.
+        paths: of the corpora, for messages.
+        limits: how often each may be read.
+        samples: samples that the phase has had when the run ends.
+        before: how often each corpus was read in earlier phases; empty: never.
+    """
     problems = []
-    for path, limit, epochs in zip(paths, limits, order.epochs_after(samples), strict=False):
-        if limit and epochs > limit:
+    earlier = before or [Fraction()] * len(paths)
+    for path, limit, epochs, past in zip(paths, limits, order.epochs_after(samples), earlier, strict=False):
+        if limit and past + epochs > limit:
+            again = f" ({float(past):.2f} of them in earlier phases)" if past else ""
             problems.append(
-                f"data.max_epochs: the run reads {path} {float(epochs):.2f} times, the limit is {limit:g}; train for "
-                "fewer steps, give it a smaller weight, or raise the limit"
+                f"data.max_epochs: the run reads {path} {float(past + epochs):.2f} times{again}, the limit is "
+                f"{limit:g}; train for fewer steps, give it a smaller weight, or raise the limit"
             )
     return problems
 

@@ -11,33 +11,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
+from megalm.data.assemble import SplitWriter, Totals, ValidationTexts, empty_split, nothing_left
 from megalm.data.blocks import CONVERSATIONS, BlockResult, Work, texts_of_block, tokenise_block
 from megalm.data.card import write_card
-from megalm.data.dataset import SPLITS, TOKENIZER_FILE, partial_folder
+from megalm.data.corpora.streams import Files
+from megalm.data.dataset import SPLITS, TOKENIZER_FILE
 from megalm.data.document import Block, Corpus
 from megalm.data.duplicates import Duplicates
 from megalm.data.executors import Workers
-from megalm.data.index import Index
-from megalm.data.left_out import LeftOutTotals
-from megalm.data.packing import BestFitPacker, Row
+from megalm.data.names import shown
+from megalm.data.packing import BestFitPacker
+from megalm.data.place import RECIPE_FILE, check_apart, check_place, is_vacant, partial_folder, put_in_place
 from megalm.data.recipe import Recipe
 from megalm.data.settings_files import TEMPLATE_FILE
 from megalm.data.shard_writer import ShardWriter, write_durably
-from megalm.data.summary import Lengths, Summary
-from megalm.data.tally import EXAMPLES, FileTally
+from megalm.data.summary import Summary
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
 
-RECIPE_FILE = "recipe.json"
 TOKENIZER_TRAINING_BYTES = 64 * 2**20
 """A tokenizer hardly changes with more text than this, but its training takes memory in proportion."""
 _SIGNATURE_FILE = "signature"
@@ -87,26 +84,35 @@ def prepare(
     Raises:
         DataError: the corpus or the tokenizer cannot be read, a split would be empty, or ``out`` holds something else.
     """
-    corpus = recipe.open_corpus()
-    signature = recipe.signature(corpus)
-    if out.exists() and not overwrite:
-        if _recorded_signature(out) == signature:
-            return None
-        raise DataError(
-            f"{out}: exists and was made from other files or with other settings; --overwrite replaces it, "
-            "another --out keeps it"
-        )
-    if out.exists() and not (out / RECIPE_FILE).is_file():
-        raise DataError(f"{out}: exists and is no prepared dataset, so --overwrite leaves it alone; remove it yourself")
+    check_place(out)
+    check_apart(out, recipe.local_inputs)
+    corpus, val_corpus = recipe.open_corpus(), recipe.open_val_corpus()
+    for one in (corpus, val_corpus):
+        if isinstance(one, Files):
+            check_apart(out, (), one.files)
+    signature = recipe.signature(corpus, val_corpus)
+    if not is_vacant(out):
+        if not (out / RECIPE_FILE).is_file():
+            raise DataError(
+                f"{shown(out)}: exists and is no prepared dataset, so --overwrite leaves it alone; "
+                "remove it yourself, or give another --out"
+            )
+        if not overwrite:
+            if _recorded_signature(out) == signature:
+                return None
+            raise DataError(
+                f"{shown(out)}: exists and was made from other files or with other settings; --overwrite replaces it, "
+                "another --out keeps it"
+            )
     folder = _resumable_folder(out, signature)
-    preparation = _Preparation(recipe, corpus, folder, workers, progress)
+    preparation = _Preparation(recipe, corpus, val_corpus, folder, workers, progress)
     summary = preparation.run()
     write_card(folder, recipe, summary, command)
     record = {"signature": signature, "command": command, **summary.to_dict()}
     write_durably(folder / RECIPE_FILE, (json.dumps(record, indent=1) + "\n").encode())
     shutil.rmtree(folder / _BLOCKS_FOLDER)
     (folder / _SIGNATURE_FILE).unlink()
-    _put_in_place(folder, out)
+    put_in_place(folder, out)
     return summary
 
 
@@ -126,45 +132,39 @@ def _resumable_folder(out: Path, signature: str) -> Path:
     return folder
 
 
-def _put_in_place(folder: Path, out: Path) -> None:
-    """Two renames: ``out`` never holds half a dataset, and the old one goes only when the new one is whole."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    folder.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class _Preparation:
     """One preparation in its folder."""
 
     recipe: Recipe
     corpus: Corpus
+    val_corpus: Corpus | None
     folder: Path
     workers: Workers
     progress: Progress
 
     def run(self) -> Summary:
         tokenizer = self._tokenizer()
-        count = self._tokenise(tokenizer)
-        return self._assemble(tokenizer, count)
+        validation, training = self._tokenise(tokenizer)
+        return self._assemble(tokenizer, validation, training)
 
     def _work(self, tokenizer: Tokenizer | None) -> Work:
         recipe = self.recipe
         return Work(
             recipe.cleaning,
-            recipe.exact_duplicates,
+            recipe.exact_duplicates or self.val_corpus is not None,
             recipe.val_fraction,
             None if tokenizer is None else str(self.folder / TOKENIZER_FILE),
             None if tokenizer is None else tokenizer.hash_with_roles,
             str(self.folder / _BLOCKS_FOLDER),
         )
 
-    def _blocks(self) -> Iterator[Block]:
-        size = self.corpus.total_bytes // _BLOCKS_PER_CORPUS
-        return self.corpus.blocks(min(max(size, _MIN_BLOCK_BYTES), _MAX_BLOCK_BYTES))
+    @staticmethod
+    def _blocks(corpus: Corpus | None) -> Iterator[Block]:
+        if corpus is None:
+            return iter(())
+        size = corpus.total_bytes // _BLOCKS_PER_CORPUS
+        return corpus.blocks(min(max(size, _MIN_BLOCK_BYTES), _MAX_BLOCK_BYTES))
 
     def _tokenizer(self) -> Tokenizer:
         """The given tokenizer, or one trained on the corpus; it lies in the folder from now on, with its roles."""
@@ -184,7 +184,7 @@ class _Preparation:
     def _training_texts(self) -> Iterator[str]:
         done = Done(min(self.corpus.total_bytes, TOKENIZER_TRAINING_BYTES))
         size = 0
-        for texts in self.workers.map(partial(texts_of_block, self._work(None)), self._blocks()):
+        for texts in self.workers.map(partial(texts_of_block, self._work(None)), self._blocks(self.corpus)):
             for text in texts:
                 yield text
                 size += len(text)
@@ -195,34 +195,37 @@ class _Preparation:
                 break
         self.progress("training the tokenizer", done)
 
-    def _tokenise(self, tokenizer: Tokenizer) -> int:
-        """Results of all blocks that have none yet; returns the number of blocks."""
+    def _tokenise(self, tokenizer: Tokenizer) -> tuple[int, int]:
+        """Results of all blocks that have none yet; returns how many the validation corpus has, and the training corpus.
+
+        Those of the validation corpus come first: what is like them is then removed from the training data.
+        """
         work = self._work(tokenizer)
-        done = Done(self.corpus.total_bytes)
-        count = 0
+        done = Done(self.corpus.total_bytes + (self.val_corpus.total_bytes if self.val_corpus is not None else 0))
+        counts = [0, 0]
 
         def missing() -> Iterator[tuple[int, Block]]:
-            nonlocal count
-            for number, block in enumerate(self._blocks()):
-                count = number + 1
-                if work.path_of(number).exists():
-                    done.done += block.bytes
-                    done.resumed += block.bytes
-                else:
-                    yield number, block
+            for which, corpus in enumerate((self.val_corpus, self.corpus)):
+                for block in self._blocks(corpus):
+                    number = sum(counts)
+                    counts[which] += 1
+                    if work.path_of(number).exists():
+                        done.done += block.bytes
+                        done.resumed += block.bytes
+                    else:
+                        yield number, block
 
         for size, documents, tokens in self.workers.map(partial(_tokenise, work), missing()):
             done.done += size
             done.documents += documents
             done.tokens += tokens
             self.progress("tokenising", done)
-        return count
+        return counts[0], counts[1]
 
-    def _assemble(self, tokenizer: Tokenizer, count: int) -> Summary:
+    def _splits(self, tokenizer: Tokenizer) -> dict[str, SplitWriter]:
         recipe = self.recipe
-        work = self._work(tokenizer)
-        splits = {
-            split: _Split(
+        return {
+            split: SplitWriter(
                 ShardWriter(
                     self.folder / split,
                     tokenizer_sha256=tokenizer.sha256,
@@ -236,158 +239,53 @@ class _Preparation:
                 ),
                 BestFitPacker(recipe.pack, tokenizer.eos_id) if recipe.pack else None,
             )
-            for split in SPLITS
+            for split in recipe.splits
         }
-        totals = _Totals()
-        with Duplicates(self.folder / "duplicates.sqlite") as duplicates:
-            for number in range(count):
+
+    def _assemble(self, tokenizer: Tokenizer, validation: int, training: int) -> Summary:
+        work, splits = self._work(tokenizer), self._splits(tokenizer)
+        totals, val_totals, texts = Totals(), Totals(), ValidationTexts()
+        with Duplicates(self.folder / "duplicates.sqlite") as found:
+            duplicates = found if self.recipe.exact_duplicates else None
+            for number in range(validation + training):
                 block = BlockResult.load(work.path_of(number))
-                kept = totals.add(block, duplicates)
-                splits["train"].add(block, kept & ~block.validation)
-                splits["val"].add(block, kept & block.validation)
-                done = Done(count, number + 1, totals.documents, totals.tokens, in_bytes=False)
+                if number < validation:
+                    kept = val_totals.add(block, duplicates, texts)
+                    texts.add(block, kept)
+                    splits["val"].add(block, kept)
+                else:
+                    kept = totals.add(block, duplicates, texts)
+                    splits["train"].add(block, kept & ~block.validation)
+                    if block.validation.any():
+                        splits["val"].add(block, kept & block.validation)
+                documents, tokens = totals.documents + val_totals.documents, totals.tokens + val_totals.tokens
+                done = Done(validation + training, number + 1, documents, tokens, in_bytes=False)
                 self.progress("writing shards", done)
-        if totals.documents == 0:
-            raise DataError(_nothing_left(self.corpus, totals))
-        for split, one in splits.items():
-            if one.writer.documents == 0 and not one.has_open_rows:
-                other = "smaller" if split == "train" else "larger"
-                raise DataError(
-                    f"--val-fraction {recipe.val_fraction}: none of the {totals.documents} documents falls into "
-                    f"{split}; a {other} fraction or more documents would fill it"
-                )
+        self._check_splits(splits, totals, val_totals)
         indexes = {split: one.close() for split, one in splits.items()}
         if totals.notes[CONVERSATIONS] and tokenizer.chat is None:
             write_durably(self.folder / TEMPLATE_FILE, tokenizer.conversations.template.source.encode())
         rows = {split: one.writer.rows for split, one in splits.items() if one.writer.rows is not None}
-        return replace(totals.summary(self.corpus, recipe, tokenizer, indexes), rows=rows)
+        summary = replace(totals.summary(self.corpus, self.recipe, tokenizer, indexes), rows=rows)
+        if self.val_corpus is None:
+            return summary
+        return replace(summary, validation=val_totals.summary(self.val_corpus, self.recipe, tokenizer, {}))
 
-
-def _nothing_left(corpus: Corpus, totals: _Totals) -> str:
-    """Why there is no document, with what stood in the way of each."""
-    reasons = [f"{n} {rule}" for rule, n in totals.removed.most_common()]
-    left_out = FileTally(corpus.files_left_out.to_dict())
-    left_out.update(totals.files)
-    if left_out.total():
-        reasons.append(f"files left out: {left_out.line()}")
-    why = ", ".join(reasons) or "none was found"
-    return f"{corpus.source}: no document is left ({why}); give other --input or fewer filters"
+    def _check_splits(self, splits: dict[str, SplitWriter], totals: Totals, val_totals: Totals) -> None:
+        """Raise DataError if there is nothing to train on, or nothing to validate on where that is wanted."""
+        if totals.documents == 0:
+            raise DataError(nothing_left(self.corpus, totals))
+        if self.val_corpus is not None and val_totals.documents == 0:
+            raise DataError(nothing_left(self.val_corpus, val_totals, option="--val-input"))
+        for split, one in splits.items():
+            if one.writer.documents == 0 and not one.has_open_rows:
+                raise DataError(empty_split(self.recipe, self.corpus, totals.documents, split))
 
 
 def _tokenise(work: Work, task: tuple[int, Block]) -> tuple[int, int, int]:
     number, block = task
     _, documents, tokens = tokenise_block(work, number, block)
     return block.bytes, documents, tokens
-
-
-@dataclass
-class _Split:
-    """One split being written, packed or not."""
-
-    writer: ShardWriter
-    packer: BestFitPacker | None
-    has_open_rows: bool = False
-
-    def add(self, block: BlockResult, chosen: np.ndarray) -> None:
-        """Append the chosen documents of a block."""
-        if not chosen.any():
-            return
-        if self.packer is not None:
-            self._pack(block, chosen)
-            return
-        of_chosen = np.repeat(chosen, block.lengths)
-        mask = None if block.mask is None else block.mask[of_chosen]
-        names = [name for name, taken in zip(block.names, chosen.tolist(), strict=True) if taken]
-        self.writer.add(block.tokens[of_chosen], block.lengths[chosen].tolist(), names, mask)
-
-    def close(self) -> Index:
-        """Write what is left."""
-        if self.packer is not None:
-            self._write(self.packer.close())
-        return self.writer.close()
-
-    def _pack(self, block: BlockResult, chosen: np.ndarray) -> None:
-        assert self.packer is not None
-        ends = np.cumsum(block.lengths)
-        for document in np.flatnonzero(chosen).tolist():
-            part = slice(int(ends[document] - block.lengths[document]), int(ends[document]))
-            mask = None if block.mask is None else block.mask[part]
-            self._write(self.packer.add(block.tokens[part], mask, block.names[document]))
-            self.has_open_rows = True
-
-    def _write(self, rows: Iterator[Row]) -> None:
-        for row in rows:
-            self.writer.add(row.tokens, row.lengths, row.names, row.mask, documents=row.documents)
-
-
-@dataclass
-class _Totals:
-    """What became of all documents."""
-
-    read: int = 0
-    documents: int = 0
-    bytes: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-    removed: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    left_out: LeftOutTotals = field(default_factory=LeftOutTotals)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    files: FileTally = field(default_factory=FileTally)
-    lengths: Lengths = field(default_factory=Lengths)
-
-    def add(self, block: BlockResult, duplicates: Duplicates) -> np.ndarray:
-        """Count a block; [D], which of its documents stay."""
-        self.read += block.read
-        self.bytes += block.bytes
-        self.removed.update(block.removed)
-        self.notes.update(block.notes)
-        self.left_out.merge(LeftOutTotals.from_dict(block.left_out))
-        self.files.update(FileTally(block.files))
-        for removed_by, names in block.examples.items():
-            examples = self.examples.setdefault(removed_by, [])
-            examples += names[: EXAMPLES - len(examples)]
-        kept = np.ones(len(block.names), dtype=bool)
-        if block.digests.size or block.bands.size:
-            for document in range(len(block.names)):
-                rule = duplicates.rule(block.digests[document].tobytes(), block.bands[document].tolist())
-                if rule is not None:
-                    kept[document] = False
-                    self.removed[rule] += 1
-        self.documents += int(kept.sum())
-        self.tokens += int(block.lengths[kept].sum())
-        self.text_bytes += int(block.text_bytes[kept].sum())
-        self.lengths.add(block.lengths[kept])
-        return kept
-
-    def summary(self, corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer, indexes: dict[str, Index]) -> Summary:
-        """What the data card tells."""
-        unread = self.files.total()
-        unread_bytes = sum(reason.bytes for _, reason in self.files.items())
-        left_out = FileTally(corpus.files_left_out.to_dict())
-        left_out.update(self.files)
-        return Summary(
-            source=corpus.source,
-            recipe=recipe,
-            read=self.read,
-            documents=self.documents,
-            bytes=self.bytes,
-            text_bytes=self.text_bytes,
-            tokens=self.tokens,
-            removed=dict(self.removed.most_common()),
-            notes=dict(self.notes.most_common()),
-            left_out=self.left_out,
-            examples=self.examples,
-            files=max(corpus.num_files - unread, 0),
-            file_bytes=max(corpus.total_bytes - unread_bytes, 0) if corpus.num_files else 0,
-            files_left_out=left_out,
-            lengths=self.lengths,
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            document_start=tokenizer.roles.before,
-            document_end=tokenizer.roles.end,
-            splits=indexes,
-        )
 
 
 def _recorded_signature(out: Path) -> str | None:

@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalm.data.card import CARD_FILE
+from megalm.data.card import CARD_FILE, document_marks
 from megalm.data.left_out import SHARE
 from megalm.data.prepare import Done
 from megalm.data.summary import Summary
@@ -76,17 +76,20 @@ class PrepareProgress:
 
 def summary_lines(out: str, summary: Summary, seconds: float) -> list[str]:
     """What a user reads at the end."""
-    train, val = summary.splits["train"], summary.splits["val"]
+    validation = f"{summary.splits['val'].tokens:,}" if "val" in summary.splits else "no"
     lines = [
-        f"{out}: {summary.documents:,} documents, {summary.bytes / _MEGA:.1f} MB ▶ {train.tokens:,} training and "
-        f"{val.tokens:,} validation tokens, vocabulary {summary.vocab_size:,}",
+        f"{out}: {summary.documents:,} documents, {summary.bytes / _MEGA:.1f} MB ▶ "
+        f"{summary.splits['train'].tokens:,} training and {validation} validation tokens, "
+        f"vocabulary {summary.vocab_size:,}",
         f"{seconds:.1f} s, {summary.bytes / _MEGA / seconds:.1f} MB/s, {summary.tokens / _MEGA / seconds:.2f} Mtok/s",
+        *_change_lines(summary, ""),
     ]
-    if summary.files_left_out.total():
-        lines.append(f"files read: {summary.files:,}; left out: {summary.files_left_out.line()}")
-    for title, counts in (("removed", summary.removed), ("changed", summary.notes)):
-        if counts:
-            lines.append(f"{title}: " + ", ".join(f"{count:,} {rule}" for rule, count in counts.items()))
+    if summary.validation is not None:
+        own = summary.validation
+        lines.append(f"validation: {own.documents:,} documents of {own.source}, {own.bytes / _MEGA:.1f} MB")
+        lines += _change_lines(own, "validation: ")
+    if summary.document_start:
+        lines.append(f"each document {document_marks(summary)}")
     if summary.left_out.kinds:
         lines.append(
             f"left out: {summary.left_out.words:,} words in what is not rendered as text (tables, captions, …), and "
@@ -96,4 +99,15 @@ def summary_lines(out: str, summary: Summary, seconds: float) -> list[str]:
         found = [f"{rows.empty[n]:,} of {rows.rows[n]:,} at {n:,} tokens" for n in rows.lengths if rows.empty[n]]
         if found:
             lines.append(f"rows with nothing to learn, by sequence length: {split} {', '.join(found)}")
+    return lines
+
+
+def _change_lines(summary: Summary, prefix: str) -> list[str]:
+    """What was not read of a corpus, removed from it, and changed in it."""
+    lines = []
+    if summary.files_left_out.total():
+        lines.append(f"{prefix}files read: {summary.files:,}; left out: {summary.files_left_out.line()}")
+    for title, counts in (("removed", summary.removed), ("changed", summary.notes)):
+        if counts:
+            lines.append(f"{prefix}{title}: " + ", ".join(f"{count:,} {rule}" for rule, count in counts.items()))
     return lines

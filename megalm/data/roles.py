@@ -12,6 +12,7 @@ from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
+from megalm.data.library_classes import END_OF_TEXT, class_roles
 from megalm.data.settings_files import (
     GENERATION_FILE,
     ROLES,
@@ -26,8 +27,6 @@ from megalm.errors import DataError
 if TYPE_CHECKING:
     import tokenizers
 
-END_OF_TEXT = "<|endoftext|>"
-"""Ends every document of a byte-level BPE that megalm trains; has the lowest id, 0."""
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 """What published tokenizers call the token that ends a document; the first that a tokenizer has is taken."""
 START = "[CLS]"
@@ -38,6 +37,7 @@ START_KEY = "megalm_document_start"
 MASKS = ("[MASK]", "<mask>")
 """What published tokenizers call the token that stands for a masked one."""
 _USUAL: dict[str, tuple[str, ...]] = {
+    "eos": ENDS[:-1],
     "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
     "pad": ("[PAD]", "<pad>", "<|padding|>"),
     "unk": ("[UNK]", "<unk>"),
@@ -45,18 +45,10 @@ _USUAL: dict[str, tuple[str, ...]] = {
     "sep": ("[SEP]",),
     "mask": MASKS,
 }
-_OF_CLASSES: dict[str, dict[str, str]] = {
-    "gpt2": {"bos": END_OF_TEXT, "eos": END_OF_TEXT, "unk": END_OF_TEXT},
-    "gptneox": {"bos": END_OF_TEXT, "eos": END_OF_TEXT, "unk": END_OF_TEXT, "pad": "<|padding|>"},
-    "qwen2": {"eos": END_OF_TEXT, "unk": END_OF_TEXT, "pad": END_OF_TEXT},
-    "roberta": {"cls": "<s>", "sep": "</s>"},
-    "xlmroberta": {"cls": "<s>", "sep": "</s>"},
-}
-"""Roles that classes of Hugging Face's give where the files do not, and that are not those of the usual names."""
-_WITHOUT_USUAL_ROLES = ("pretrained", "tokenizersbackend")
-"""Classes that give no role by themselves."""
 _ALONE_LEAVE_OPEN = {"eos_token", "add_bos_token", START_KEY}
 """Settings of which a ``tokenizer_config.json`` that has no others leaves the other roles to usual names."""
+_SPOKEN_TOKENS = 12
+"""Special tokens that a message lists; some tokenizers have thousands."""
 _MOST_PROBES = 100
 """Words that are tried until one is not dropped by the tokenizer."""
 
@@ -137,6 +129,7 @@ class RoleReader:
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = {token.content for token in added if token.special}
         self._settings, self._map = files.values(SETTINGS_FILE), files.values(SPECIAL_FILE)
+        self._class = class_roles(self._settings.get("tokenizer_class") or files.model.get("model_type"))
 
     def read(self, marks: Marks) -> Roles:
         """The roles, with what ``marks`` decides otherwise than the tokenizer's own files.
@@ -183,23 +176,12 @@ class RoleReader:
         for values in (self._settings, self._map):
             if key in values:
                 return token_content(values[key])
-        kind = self._class()
-        if kind.startswith(_WITHOUT_USUAL_ROLES) or (not kind and set(self._settings) - _ALONE_LEAVE_OPEN):
+        if self._class is not None:
+            token = self._class[role]
+            return token if token is not None and self._tokenizer.token_to_id(token) is not None else None
+        if self._settings.keys() - _ALONE_LEAVE_OPEN and "tokenizer_class" not in self._settings:
             return None
-        if role in (usual := _OF_CLASSES.get(kind, {})):
-            return usual[role]
-        return next((name for name in self._usual(role) if name in self._special), None)
-
-    def _usual(self, role: str) -> tuple[str, ...]:
-        if role == "eos":
-            return ENDS[:-1] if self._class() else ()
-        return _USUAL[role]
-
-    def _class(self) -> str:
-        """Of the library, without what all of them are called: ``gpt2``; empty: the files do not say."""
-        named = self._settings.get("tokenizer_class") or self._files.model.get("model_type")
-        kind = named.lower().replace("_", "") if isinstance(named, str) else ""
-        return kind if kind == "tokenizersbackend" else kind.removesuffix("fast").removesuffix("tokenizer")
+        return next((name for name in _USUAL[role] if name in self._special), None)
 
     def _end(self, after: tuple[str, ...], given: str | None) -> tuple[str | None, str]:
         """(the role ``eos``, the token that ends a document): they differ where no file names an end."""
@@ -275,7 +257,8 @@ class RoleReader:
     def _has(self) -> str:
         names = [name for name, _ in sorted(self._tokenizer.get_vocab().items(), key=itemgetter(1))]
         special = [name for name in names if name in self._special]
-        return f"it has {', '.join(special) or 'no special tokens at all'}"
+        more = f", … ({len(special):,} in all)" if len(special) > _SPOKEN_TOKENS else ""
+        return f"it has {', '.join(special[:_SPOKEN_TOKENS]) or 'no special tokens at all'}{more}"
 
     def _with_bos(self, before: tuple[str, ...], bos: str | None, add_bos: bool | None) -> tuple[str, ...]:
         """What goes before a text, with or without ``bos`` if anyone says so."""

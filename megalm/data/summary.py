@@ -75,6 +75,7 @@ class Summary:
         document_end: the token that ends every document.
         splits: index of each split.
         rows: rows of each split, and those with nothing to learn, where not every token carries loss.
+        validation: the same of a validation corpus of its own; None: there is none.
     """
 
     source: str
@@ -98,6 +99,7 @@ class Summary:
     document_end: str
     splits: dict[str, Index]
     rows: dict[str, RowCounts] = field(default_factory=dict)
+    validation: Summary | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Contents of ``recipe.json`` and ``data_card.json``."""
@@ -139,6 +141,9 @@ class Summary:
         if self.left_out.kinds:
             contents["left_out"] = self._left_out()
         files = self.files_left_out.to_dict()
+        if self.validation is not None:
+            own = self.validation.to_dict()
+            contents["validation_corpus"] = {name: own[name] for name in own if name not in _OF_THE_DATASET}
         return {**contents, "files_left_out": files, "splits": splits, "recipe": _printable(asdict(self.recipe))}
 
     def _left_out(self) -> dict[str, Any]:
@@ -156,6 +161,10 @@ class Summary:
                 for name, kept, lost, mostly in self.left_out.documents
             ],
         }
+
+
+_OF_THE_DATASET = frozenset({"tokenizer_sha256", "vocab_size", "document_start", "document_end", "splits", "recipe"})
+"""What a summary says of the whole dataset, and need not say again of a validation corpus."""
 
 
 def _printable(value: Any) -> Any:

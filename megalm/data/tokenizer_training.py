@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from megalm.data.roles import END_OF_TEXT, Marks
+from megalm.data.library_classes import END_OF_TEXT
+from megalm.data.roles import Marks
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
 

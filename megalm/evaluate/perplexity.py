@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from megalm.data.dataset import open_datasets
-from megalm.data.index import Index
+from megalm.data.dataset import AS_THE_MODELS, open_datasets, other_marks, with_validation
 from megalm.data.loader import Batch, label_counts, validation_batches
 from megalm.data.objectives import make_objective
-from megalm.data.roles import USUAL_START
 from megalm.data.sequences import Corpora
-from megalm.data.tokenizer import Tokenizer
 from megalm.data.vocabulary import Vocabulary, check_same
 from megalm.engine.micro_batches import evaluation_place
 from megalm.errors import DataError
@@ -46,7 +43,12 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     """
     trained = load_full_model(run_dir, overrides)
     config = trained.config
-    datasets = open_datasets(config.data)
+    datasets = with_validation(open_datasets(config.data))
+    if not datasets:
+        raise DataError(
+            f"data.path={' '.join(config.data.path)}: was prepared without validation documents; "
+            "data.path=DIR evaluates on another dataset"
+        )
     corpora = Corpora.open([dataset.below("val") for dataset in datasets], config.model.sequence_length)
     where = ", ".join(dataset.location for dataset in datasets)
     for dataset in datasets:
@@ -65,7 +67,8 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
         objective=make_objective(config.objective, config.run.seed, trained.tokenizer),
     )
     loss, accuracy, commonest, tokens = scores(trained, batches, corpora)
-    note = _other_marks(trained.tokenizer, corpora.shards[0].index)
+    marks = other_marks(trained.tokenizer, corpora.shards[0].index)
+    note = f"{marks}: the perplexity is of documents as they are in these data; {AS_THE_MODELS}"
     return {
         "run": str(run_dir),
         "checkpoint": str(trained.checkpoint),
@@ -75,28 +78,8 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
         "val_accuracy": accuracy,
         "val_commonest": commonest,
         "tokens": tokens,
-        **({} if note is None else {"note": note}),
+        **({} if marks is None else {"note": note}),
     }
-
-
-def _other_marks(tokenizer: Tokenizer, index: Index) -> str | None:
-    """That documents begin or end otherwise than the run's; None: they do not.
-
-    The perplexity is right all the same: each document is taken as it was prepared.
-    """
-    if (index.document_start, index.eos_id) == (tokenizer.document_start, tokenizer.eos_id):
-        return None
-    start = USUAL_START if index.document_start is None else index.document_start
-    ours = f"{_spoken(tokenizer, tokenizer.roles.before)} and {tokenizer.roles.end}"
-    return (
-        f"these documents begin with {_spoken(tokenizer, start)} and end with {tokenizer.name_of(index.eos_id)}, the "
-        f"run's with {ours}: the perplexity is of documents as they are in these data; prepare_data.py --add-bos, "
-        "--no-add-bos and --eos make them as the run's"
-    )
-
-
-def _spoken(tokenizer: Tokenizer, start: Sequence[str]) -> str:
-    return " ".join(token for token in start if tokenizer.id_of(token) is not None) or "nothing"
 
 
 @torch.inference_mode()

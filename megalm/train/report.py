@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,11 @@ def _plot_validations(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _label_axes(axes: Any, steps: list[dict[str, Any]]) -> None:
-    """Tokens below, steps above (a step is a fixed number of tokens), light horizontal guides."""
+    """Tokens below, steps above (whose batches may differ), light horizontal guides."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    tokens_per_step = steps[-1]["tokens"] / steps[-1]["step"]
+    known = [(0, 0), *((row["tokens"], row["step"]) for row in steps)]
+    tokens, numbers = [pair[0] for pair in known], [pair[1] for pair in known]
     axes.set_xlabel("training tokens")
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -107,7 +109,16 @@ def _label_axes(axes: Any, steps: list[dict[str, Any]]) -> None:
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["right"]].set_visible(False)
     above = axes.secondary_xaxis(
-        "top", functions=(lambda tokens: tokens / tokens_per_step, lambda step: step * tokens_per_step)
+        "top", functions=(lambda seen: _interpolate(seen, tokens, numbers), lambda n: _interpolate(n, numbers, tokens))
     )
     above.set_xlabel("step")
     above.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def _interpolate(values: Any, known: Sequence[float], wanted: Sequence[float]) -> Any:
+    """``wanted`` at values between those of ``known``, which ascend; outside them in proportion to the whole."""
+    import numpy as np
+
+    inside = np.interp(values, known, wanted)
+    beyond = np.asarray(values, dtype=float) * (wanted[-1] / known[-1])
+    return np.where((np.asarray(values) < known[0]) | (np.asarray(values) > known[-1]), beyond, inside)

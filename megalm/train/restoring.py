@@ -9,7 +9,7 @@ import torch
 
 from megalm.checkpoint.extension import ExtendedReader
 from megalm.checkpoint.fingerprint import fingerprint
-from megalm.checkpoint.manifest import WEIGHT, combined_hash
+from megalm.checkpoint.manifest import WEIGHT, Manifest, combined_hash
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.start import RESUMED_FROM, StartMode, StartPoint
 from megalm.core.groups import ParallelContext
@@ -38,11 +38,13 @@ class Restored:
         words: what was loaded, in one line; None for initial weights.
         lineage: what checkpoints of the run say of where its weights are from: ``parent``, another run's checkpoint
             that it began with, and ``resumed_from``, the named one that it went on from.
+        resumed: what the checkpoint says of the run that goes on; None for one that begins.
     """
 
     progress: Progress
     words: str | None = None
     lineage: dict[str, Any] = field(default_factory=dict)
+    resumed: Manifest | None = None
 
 
 def restore(
@@ -81,7 +83,7 @@ def restore(
         lineage = {key: manifest.training[key] for key in (PARENT, RESUMED_FROM) if key in manifest.training}
         if start.is_named:
             lineage[RESUMED_FROM] = {"checkpoint": str(start.path.resolve()), "step": manifest.step}
-        return Restored(Progress(**manifest.training["progress"]), words, lineage)
+        return Restored(Progress(**manifest.training["progress"]), words, lineage, manifest)
     parent = {
         "mode": start.mode.value,
         "checkpoint": str(start.path),

@@ -22,6 +22,8 @@ from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.core.groups import ParallelContext
 from megalm.core.sharding import StatePiece
+from megalm.engine.lr_schedule import LearningRate
+from megalm.history import SCHEDULE, schedule_to_dict
 from megalm.ownership import Claim
 from megalm.train.callbacks.base import CheckpointMetrics, ValidationMetrics, warn
 from megalm.train.progress import Progress
@@ -37,6 +39,7 @@ class RunState:
         progress: of the run.
         validation: the validation at this step, if there was one.
         whole_split: whether that was of the whole split, and not of the samples of every validation.
+        schedule: the learning rate that the run follows, which it goes on with when it is resumed.
     """
 
     data: dict[str, Any]
@@ -44,6 +47,7 @@ class RunState:
     progress: Progress
     validation: ValidationMetrics | None = None
     whole_split: bool = False
+    schedule: LearningRate | None = None
 
 
 class Saver:
@@ -208,6 +212,8 @@ class Saver:
     def _header(self, state: RunState) -> Header:
         topology, parallel = self._context.topology, self._config.parallel
         training: dict[str, Any] = {"progress": asdict(state.progress), "engine": state.scalars, **self._lineage}
+        if state.schedule is not None:
+            training[SCHEDULE] = schedule_to_dict(state.schedule)
         if state.validation is not None:
             training["validation"] = {
                 "val_loss": state.validation.val_loss,

@@ -7,34 +7,34 @@ from pathlib import Path
 
 import torch
 
+from megalm.changes import changes_since
 from megalm.checkpoint.start import StartPoint, await_visible, run_folder
 from megalm.checkpoint.vocabulary import TOKENIZER, tokenizer_record
-from megalm.compose import save_config
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
 from megalm.core.groups import ParallelContext
 from megalm.data.batch_size import BatchSize
-from megalm.data.dataset import SPLITS, open_datasets, tokenizer_of
+from megalm.data.dataset import open_datasets, tokenizer_of, with_validation
 from megalm.data.loader import TrainLoader
 from megalm.data.objectives import make_objective
 from megalm.data.sequences import Corpora
-from megalm.data.tokenizer import Tokenizer
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
-from megalm.engine.lr_schedule import LearningRate
 from megalm.hardware import match_device, peak_flops
+from megalm.history import history_of, schedule_for
 from megalm.launch import RankInfo
 from megalm.models.counts import flops_per_token, parameter_count
 from megalm.models.gpt import build_gpt
 from megalm.ownership import Claim
 from megalm.signals import StopRequest
-from megalm.train.callbacks.base import Callback, CallbackList, RunContext
+from megalm.train.attempts import keep_config
+from megalm.train.callbacks.base import Attempt, Callback, CallbackList, RunContext
 from megalm.train.callbacks.console import ConsoleLog
 from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
 from megalm.train.callbacks.report import ClosingReport
 from megalm.train.callbacks.tensorboard import TensorBoardLog
 from megalm.train.callbacks.wandb import WandbLog
-from megalm.train.restoring import restore
+from megalm.train.restoring import Restored, restore
 from megalm.train.saving import Saver
 from megalm.train.trainer import Trainer, Utilisation
 from megalm.train.validation import Validator
@@ -55,9 +55,10 @@ def build_trainer(
     await_visible(start)
     context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
     datasets = open_datasets(config.data)
-    train_data, val_data = (
-        Corpora.open([dataset.below(split) for dataset in datasets], config.model.sequence_length) for split in SPLITS
-    )
+    length = config.model.sequence_length
+    train_data = Corpora.open([dataset.below("train") for dataset in datasets], length)
+    validating = [dataset.below("val") for dataset in with_validation(datasets)]
+    val_data = Corpora.open(validating, length) if validating else None
     tokenizer = tokenizer_of(datasets)
     objective = make_objective(config.objective, config.run.seed, tokenizer)
     eos_id = train_data.eos_id if config.data.reset_at_documents else None
@@ -67,17 +68,17 @@ def build_trainer(
     stage = build_gpt(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
     _assert_nothing_lost(context, stage.unique_parameters(), config)
     engine = DeepSpeedEngine(stage, context, config)
-    batch_size = BatchSize.of(config.train, config.model.sequence_length)
     loader = TrainLoader(
         train_data,
         config.data,
         objective=objective,
-        batch_size=batch_size,
+        batch_size=BatchSize.of(config.train, config.model.sequence_length),
         dp_rank=context.coordinates.dp,
         dp_size=context.topology.dp,
         seed=config.run.seed,
     )
     restored = restore(start, engine, loader, context, seed=config.run.seed)
+    schedule = schedule_for(config, None if restored.resumed is None else history_of(restored.resumed))
 
     lineage = {**restored.lineage, TOKENIZER: tokenizer_record(tokenizer)}
     peak_name = _peak_name(config, context.device)
@@ -86,13 +87,16 @@ def build_trainer(
     if context.rank == 0:
         if claim is not None:
             claim.check()
-        _prepare_run_folder(config, run_dir, tokenizer)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(run_dir)  # the folder is whole in itself: config and tokenizer lie beside the weights
     callbacks.on_start(
         RunContext(
             config=config,
             run_dir=run_dir,
             start_step=restored.progress.step,
             total_steps=config.train.steps,
+            total_tokens=schedule.total_tokens,
+            attempt=_begin_attempt(config, run_dir, start, restored, rank.world_size) if context.rank == 0 else None,
             topology=context.topology.describe(),
             device=_device_in_words(context.device),
             parameters=parameter_count(config.model, vocab_size).total,
@@ -105,10 +109,10 @@ def build_trainer(
         context=context,
         engine=engine,
         loader=loader,
-        validator=Validator(config, context, val_data, objective, eos_id=eos_id),
+        validator=None if val_data is None else Validator(config, context, val_data, objective, eos_id=eos_id),
         saver=Saver(config, context, run_dir, lineage=lineage, start=start, claim=claim),
         callbacks=callbacks,
-        learning_rate=LearningRate(config.optim, batch_size.tokens_after(config.train.steps)),
+        learning_rate=schedule,
         utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),
         stop=stop,
         progress=restored.progress,
@@ -136,11 +140,19 @@ def _make_callbacks(config: Config, claim: Claim | None) -> list[Callback]:
     return [*callbacks, ConsoleLog(config.logging.every), ClosingReport()]
 
 
-def _prepare_run_folder(config: Config, run_dir: Path, tokenizer: Tokenizer) -> None:
-    """A run folder is whole in itself: config and tokenizer lie beside the weights."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.yaml")
-    tokenizer.save(run_dir)
+def _begin_attempt(config: Config, run_dir: Path, start: StartPoint, restored: Restored, ranks: int) -> Attempt:
+    """Keep this start's config, and say what it changes."""
+    number, kept = keep_config(config, run_dir)
+    changes = [] if restored.resumed is None else changes_since(restored.resumed, config, ranks)
+    return Attempt(
+        number=number,
+        config=kept,
+        step=restored.progress.step,
+        samples=restored.progress.samples,
+        tokens=restored.progress.tokens,
+        began_with=None if start.path is None else str(start.path),
+        changes={change.field: (change.before, change.after) for change in changes},
+    )
 
 
 def _peak_name(config: Config, device: torch.device) -> str | None:

@@ -69,7 +69,7 @@ class Trainer:
         context: ParallelContext,
         engine: DeepSpeedEngine,
         loader: TrainLoader,
-        validator: Validator,
+        validator: Validator | None,
         saver: Saver,
         callbacks: CallbackList,
         learning_rate: LearningRate,
@@ -185,6 +185,8 @@ class Trainer:
         return _STOPS.index(Outcome.INTERRUPTED if signal == "INT" else Outcome.REQUEUE)
 
     def _validate(self, samples: int | None) -> None:
+        if self._validator is None:
+            return
         scores = self._validator.scores(self._engine, samples)
         self._validated_whole_split = samples is None
         self._validation = ValidationMetrics(
@@ -238,6 +240,7 @@ class Trainer:
             self.progress,
             self._validation if validated else None,
             whole_split=self._validated_whole_split,
+            schedule=self._learning_rate,
         )
         self._saver.start(self._engine.state_pieces(), state, stall_began=began, waited_seconds=waited_seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from megalm.data.tally import RejectedFile
 from megalm.errors import DataError
 
 SPLITS_ON = ("file", "blank-line", "line")
+_LOOKED_INTO, _ENOUGH = 20, 10
+"""Files that are looked into for where documents could end, and how many documents there should then be."""
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"})
 """Folders below the standard library that are not written to be read: third parties, generated data, tests."""
 
@@ -105,3 +108,22 @@ def text_corpus(options: CorpusOptions) -> Corpus:
         return FileCorpus(options.source, found, options.encoding)
     blank_lines = options.split_on == "blank-line"
     return RecordCorpus(options.source, found, PlainText(), options.reading, blank_lines)
+
+
+def finer_split(corpus: Corpus, options: CorpusOptions) -> str:
+    """Which ``--split-on`` would make more documents of files; empty: none."""
+    if not isinstance(corpus, Files) or options.split_on == "line":
+        return ""
+    lines = paragraphs = 0
+    for path in corpus.files[:_LOOKED_INTO]:
+        try:
+            with open_text(path, options.encoding) as text:
+                sample = text.head()
+        except NotText:
+            continue
+        lines += sum(1 for line in sample.splitlines() if line.strip())
+        paragraphs += len(re.findall(rb"\S[^\S\n]*(?:\n[^\S\n]*){2,}(?=\S)", sample)) + 1
+    for name, count in (("blank-line", paragraphs), ("line", lines)):
+        if count >= _ENOUGH and name != options.split_on:
+            return f"--split-on {name} makes {count:,} or more documents of it"
+    return f"--split-on line makes {lines:,} documents of it" if lines > 1 else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
@@ -11,13 +11,17 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
 from megalm.data.corpora.options import CorpusOptions
-from megalm.data.corpora.streams import Files, find_files, open_stream, size_of
-from megalm.data.corpora.wikitext import UnreadableWikitext, to_prose
+from megalm.data.corpora.streams import Files, files_fingerprint, find_files, open_stream, size_of
+from megalm.data.corpora.wikitext import Site, is_redirect, render_article
 from megalm.data.document import Corpus, Document, Rejected
 from megalm.errors import DataError
 
 _ARTICLES = "0"
 """The namespace of articles; others are talk, users, templates and so on."""
+_RENDERING = "wikitext 2"
+"""Changes whenever the same dump gives other text, so that datasets and unfinished ones do not pass for each other."""
+_WIKITEXT = "wikitext"
+_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,14 @@ class Page:
         namespace: number of its namespace, as text.
         is_redirect: whether it only leads to another.
         wikitext: what its authors wrote.
+        model: what kind of content it is; articles are ``wikitext``.
     """
 
     title: str
     namespace: str
     is_redirect: bool
     wikitext: str
+    model: str = _WIKITEXT
 
 
 @dataclass(frozen=True)
@@ -44,33 +50,40 @@ class Pages:
     Attributes:
         pages: in the order of the dump.
         bytes: what they took on disk.
+        site: the wiki that they are from.
     """
 
     pages: tuple[Page, ...]
     bytes: int
+    site: Site
 
     def documents(self) -> Iterator[Document | Rejected]:
         """Articles as prose; most of the work of preparing Wikipedia."""
         for page in self.pages:
-            yield _document(page)
+            yield _document(page, self.site)
 
 
 @dataclass(frozen=True)
 class WikipediaCorpus(Files):
     """Dumps."""
 
+    def fingerprint(self) -> str:
+        """Of the files, and of how wikitext is rendered."""
+        return files_fingerprint(f"{self.source}\0{_RENDERING}", self.files)
+
     def blocks(self, block_bytes: int) -> Iterator[Pages]:
         """Pages as they come, of about ``block_bytes`` of wikitext."""
         for path in self.files:
             pages: list[Page] = []
+            site = Site.of()
             size = consumed = 0
-            for page, position in _pages(path):
+            for page, position, site in _pages(path):
                 pages.append(page)
                 size += len(page.wikitext)
                 if size >= block_bytes:
-                    yield Pages(tuple(pages), position - consumed)
+                    yield Pages(tuple(pages), position - consumed, site)
                     pages, size, consumed = [], 0, position
-            yield Pages(tuple(pages), size_of(path) - consumed)
+            yield Pages(tuple(pages), size_of(path) - consumed, site)
 
 
 def wikipedia_corpus(options: CorpusOptions) -> Corpus:
@@ -83,17 +96,23 @@ def wikipedia_corpus(options: CorpusOptions) -> Corpus:
     return WikipediaCorpus(", ".join(options.inputs), find_files(options.inputs, (".xml",)))
 
 
-def _pages(path: Path) -> Iterator[tuple[Page, int]]:
-    """Pages of a dump, and the bytes of the file that were read so far; memory holds one page."""
+def _pages(path: Path) -> Iterator[tuple[Page, int, Site]]:
+    """Pages of a dump, the bytes of the file that were read so far, and the wiki; memory holds one page."""
     found = False
     with open_stream(path) as stream:
         try:
             events = iterparse(stream.content, events=("start", "end"))
             _, root = next(events)
+            language = str(root.get(_LANGUAGE) or "")
+            site = Site.of(language)
             for event, element in events:
-                if event == "end" and _name(element) == "page":
+                if event != "end":
+                    continue
+                if _name(element) == "siteinfo":
+                    site = Site.of(language or _language_of(element), _namespaces(element))
+                elif _name(element) == "page":
                     found = True
-                    yield _page(element), stream.consumed
+                    yield _page(element), stream.consumed, site
                     root.clear()
         except (ParseError, DefusedXmlException, StopIteration) as error:
             raise DataError(f"{path}: is no XML, or is damaged or cut short: {error}") from None
@@ -109,7 +128,21 @@ def _page(element: Element) -> Page:
         namespace=(parts["ns"].text or _ARTICLES) if "ns" in parts else _ARTICLES,
         is_redirect="redirect" in parts,
         wikitext=text or "",
+        model=(parts["model"].text or _WIKITEXT) if "model" in parts else _WIKITEXT,
     )
+
+
+def _namespaces(siteinfo: Element) -> Iterator[tuple[int, str]]:
+    """Numbers and names of a wiki's namespaces, as its dump tells them."""
+    for element in siteinfo.iter():
+        if _name(element) == "namespace" and (element.get("key") or "").lstrip("-").isdigit():
+            yield int(element.get("key") or 0), element.text or ""
+
+
+def _language_of(siteinfo: Element) -> str:
+    """Language of a wiki from the name of its database, such as ``dewiki``; empty where that does not tell."""
+    name = next((element.text or "" for element in siteinfo.iter() if _name(element) == "dbname"), "")
+    return name.removesuffix("wiki").replace("_", "-") if name.endswith("wiki") else ""
 
 
 def _name(element: Element) -> str:
@@ -117,15 +150,14 @@ def _name(element: Element) -> str:
     return str(element.tag).rpartition("}")[2]
 
 
-def _document(page: Page) -> Document | Rejected:
+def _document(page: Page, site: Site) -> Document | Rejected:
     if page.namespace != _ARTICLES:
         return Rejected(page.title, "not an article")
-    if page.is_redirect or page.wikitext.lstrip()[:9].upper() == "#REDIRECT":
+    if page.is_redirect or is_redirect(page.wikitext):
         return Rejected(page.title, "redirect")
-    try:
-        prose = to_prose(page.wikitext)
-    except UnreadableWikitext:
-        return Rejected(page.title, "unreadable wikitext")
+    if page.model != _WIKITEXT:
+        return Rejected(page.title, "not wikitext")
+    prose, left_out = render_article(page.wikitext, site, page.title)
     if not prose:
-        return Rejected(page.title, "empty")
-    return Document.plain(page.title, f"{page.title}\n\n{prose}\n")
+        return Rejected(page.title, "empty", left_out)
+    return replace(Document.plain(page.title, f"{page.title}\n\n{prose}\n"), left_out=left_out)

@@ -6,13 +6,37 @@ Callbacks live on rank 0 alone and contain no collective, so a slow or broken on
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megalm.config.schema import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a run, the first or a later one.
+
+    Attributes:
+        number: counts from 1.
+        config: where the config that it was started with is kept, in the run's folder.
+        step: steps taken before it.
+        samples: sequences trained on before it.
+        tokens: tokens trained on before it.
+        began_with: the checkpoint that was loaded; None for initial weights.
+        changes: each field of the config that is not what the resumed checkpoint was trained with, as ``(before,
+            after)``.
+    """
+
+    number: int
+    config: str
+    step: int
+    samples: int
+    tokens: int
+    began_with: str | None = None
+    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +51,9 @@ class RunContext:
         topology: the layout, in words.
         device: what the ranks compute on, in words.
         parameters: trainable parameters of the whole model, a tied embedding once.
+        total_tokens: tokens of the whole run: those it has seen, and those of the steps to come; None: what
+            the config plans from the beginning.
+        attempt: this start of the run; None: it is not recorded.
         loaded: what the run began with, in one line: how, of which step, from where, and a hash of the parameters; None
             for initial weights.
         mfu_peak: the peak throughput that ``mfu`` is relative to, in words; None where it is unknown.
@@ -39,6 +66,8 @@ class RunContext:
     topology: str
     device: str
     parameters: int
+    total_tokens: int | None = None
+    attempt: Attempt | None = None
     loaded: str | None = None
     mfu_peak: str | None = None
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from megalm.errors import DataError
 from megalm.ownership import Claim
 from megalm.train.callbacks.base import (
+    Attempt,
     Callback,
     CheckpointMetrics,
     Outcome,
@@ -35,7 +36,7 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsJsonl(Callback):
-    """Appends a row for every step, validation and checkpoint.
+    """Appends a row for every start of the run, step, validation and checkpoint.
 
     A resumed run first drops the rows beyond the restored step: those steps are about to be taken again. A row is
     handed to the operating system at once, and forced to disk before each checkpoint is reported and at the end. Rows
@@ -60,6 +61,8 @@ class MetricsJsonl(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_back(path, context.start_step)
         self._file = path.open("ab", buffering=0)
+        if context.attempt is not None:
+            self._append(_attempt_row(context.attempt))
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Append a row."""
@@ -157,6 +160,23 @@ def step_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of validations."""
     return [row for row in rows if "val_loss" in row]
+
+
+def attempt_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the starts of a run."""
+    return [row for row in rows if "attempt" in row]
+
+
+def _attempt_row(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "step": attempt.step,
+        "samples": attempt.samples,
+        "tokens": attempt.tokens,
+        "attempt": attempt.number,
+        "config": attempt.config,
+        "began_with": attempt.began_with,
+        "changes": {name: list(values) for name, values in attempt.changes.items()},
+    }
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -13,7 +13,8 @@ def banner(context: RunContext) -> list[str]:
     config, model = context.config, context.config.model
     batch_size = BatchSize.of(config.train, model.sequence_length)
     rise = f"{batch_size.start} rising to " if len(batch_size.sizes) > 1 else ""
-    tokens = format_count(batch_size.tokens_after(context.total_steps))
+    planned = batch_size.tokens_after(context.total_steps) if context.total_tokens is None else context.total_tokens
+    tokens = format_count(planned)
     zero = f", ZeRO-{config.engine.zero_stage}" if config.engine.zero_stage else ""
     kind = "GPT" if model.causal else "BERT"
     peak = f", MFU relative to {context.mfu_peak}" if context.mfu_peak else ""

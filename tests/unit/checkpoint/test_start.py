@@ -167,7 +167,10 @@ def test_what_weights_do_not_depend_on_may_change_with_a_note_in_a_new_run(confi
     source = _save(config, 3)
     changed = replace(config, run=replace(config.run, name="try2"), model=replace(config.model, dropout=0.1))
     start = resolve_start(_with(changed, init_from=str(source)), run_folder(changed))
-    assert start.notes == (f"model.dropout=0.1: {source} was trained with 0.0",)
+    assert start.notes == (
+        f"model.dropout=0.1: {source} was trained with 0.0; this run trains with its own 0.1 (model.dropout=0.0 keeps "
+        "the other)",
+    )
     longer = replace(changed, model=replace(config.model, sequence_length=64))
     with pytest.raises(CheckpointError, match=r"model\.sequence_length=64"):  # learned positions are weights
         resolve_start(_with(longer, init_from=str(source)), run_folder(longer))

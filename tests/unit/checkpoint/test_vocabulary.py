@@ -21,6 +21,8 @@ from megalm.checkpoint.vocabulary import match_vocabulary
 from megalm.config.schema import Config, Data, Model, Optim, Run, Train
 from megalm.core.sharding import StatePiece
 from megalm.data.document import Document
+from megalm.data.postprocessor import with_marks
+from megalm.data.roles import Marks
 from megalm.data.shard_writer import ShardWriter
 from megalm.data.store import open_store
 from megalm.data.tokenizer import Tokenizer
@@ -45,6 +47,7 @@ def write_data(folder: Path, tokenizer: Tokenizer) -> Path:
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
+        document_start=tokenizer.document_start,
         chunk_tokens=64,
         chunks_per_shard=2,
     )
@@ -126,6 +129,20 @@ def test_added_tokens_are_said_and_their_rows_offered(run: Path, tmp_path: Path)
     assert StartPoint.from_dict(json.loads(json.dumps(asdict(start), default=str))) == start
     with pytest.raises(CheckpointError, match=r"cannot learn: begin a new one .* checkpoint\.finetune_from="):
         match(run, data, StartMode.RESUME, extend=True)
+
+
+def test_documents_that_begin_otherwise_than_the_models_are_said(tmp_path: Path) -> None:
+    tokenizer = train_byte_level_bpe(TEXTS, 270, ["<s>"])
+    definition = with_marks(tokenizer.definition, ("<s>",), ())
+    with_bos, without = Tokenizer(definition), Tokenizer(definition, marks=Marks(add_bos=False))
+    assert with_bos.sha256 == without.sha256
+    for number, (of_run, of_data, said) in enumerate(((with_bos, without, True), (without, without, False))):
+        run = tmp_path / f"run{number}"
+        write_random_run(run, replace(GPT2, vocab_size=270), tokenizer=of_run)
+        notes = match(run, write_data(tmp_path / f"data{number}", of_data)).notes
+        assert [("begin with nothing" in note, "the model's with <s> and" in note) for note in notes] == [
+            (True, True)
+        ] * said
 
 
 def test_a_model_that_has_rows_for_them_keeps_its_shape(tmp_path: Path) -> None:

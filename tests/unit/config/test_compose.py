@@ -158,8 +158,8 @@ def test_all_bad_overrides_are_reported_at_once_with_what_was_meant() -> None:
         "model.num_layer=3: there is no such field; did you mean model.num_layers?",
         "modle=gpt3_125m: there is no such group or section; did you mean model?",
         "optim.learning_rate=1: there is no such field; the fields of optim are lr, beta1, beta2, epsilon, "
-        "weight_decay, clip_grad_norm, schedule, warmup_tokens, decay_tokens, cooldown_tokens, cooldown and "
-        "min_lr_ratio",
+        "weight_decay, clip_grad_norm, schedule, warmup_tokens, decay_tokens, cooldown_tokens, cooldown, "
+        "min_lr_ratio and rewarm_tokens",
         "~model=null: nothing can be deleted; set it instead, such as model=null",
         'train.steps="1,2": several values, and a run has one; one value; or text in quotes: \'train.steps="1,2"\'',
         'report.prompt="def main(": not a value in Hydra\'s grammar; quote text with special characters, for the shell '
@@ -278,3 +278,72 @@ def test_composing_needs_no_torch_and_under_a_second() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert float(done.stdout) < 5  # about 0.3 s; the margin is for a machine that is busy with other tests
+
+
+@pytest.fixture
+def own_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files of conf/ with an experiment of one's own, which sets fields that groups set too."""
+    folder = tmp_path / "conf"
+    shutil.copytree(conf_dir(), folder)
+    (folder / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /model: quickstart\n"
+        "parallel: {tp: 2, sequence_parallel: true}\n"
+        "engine: {dtype: fp32, recompute: full}\n"
+        "model: {num_layers: 2}\n"
+        "optim: {lr: 5.0e-5, schedule: linear}\n"
+        "data: {path: data/mine, lanes: 2}\n"
+        "objective: {mask_probability: 0.3}\n"
+        "checkpoint: {every: 10}\n"
+        "logging: {wandb: offline}\n"
+        "cluster: {gpu: h200}\n"
+    )
+    monkeypatch.setattr("megalm.compose.conf_dir", lambda: folder)
+    return folder
+
+
+def test_an_option_typed_after_an_experiment_beats_the_values_in_its_file(own_conf: Path) -> None:
+    typed = ["parallel=tp4", "engine=bf16_zero1", "model=gpt3_125m", "optim=adamw_wsd", "data=blocks", "objective=mlm"]
+    typed += ["checkpoint=final_only", "logging=plain", "cluster=a100_80gb"]
+    config = compose(["experiment=mine", *typed])
+    assert (config.parallel.tp, config.parallel.sequence_parallel) == (4, True)
+    assert (config.engine.dtype, config.engine.recompute) == ("bf16", "full"), "what the option leaves open stays"
+    assert config.model.num_layers == 12
+    assert (config.optim.schedule, config.optim.lr) == ("wsd", 5e-5)
+    assert (config.data.path, config.data.lanes) == (("data/corpus",), 4)
+    assert config.objective.mask_probability == 0.15
+    assert (config.checkpoint.every, config.logging.wandb, config.cluster.gpu) == (0, "disabled", "a100_80gb")
+    alone = compose(["experiment=mine"])
+    assert (alone.parallel.tp, alone.model.num_layers, alone.checkpoint.every) == (2, 2, 10)
+    assert compose(["experiment=mine", "parallel=single"]).parallel.sequence_parallel is False, "a layout is whole"
+
+
+def test_a_field_typed_beats_both_wherever_it_stands(own_conf: Path) -> None:
+    for overrides in (["parallel.tp=8", "experiment=mine", "parallel=tp4"], ["parallel=tp4", "experiment=mine"]):
+        assert compose(["parallel.tp=8", *overrides]).parallel.tp == 8
+
+
+def test_an_experiment_typed_after_an_option_that_it_contradicts_is_refused(own_conf: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose(["parallel=tp4", "checkpoint=final_only", "experiment=mine"])
+    assert str(error.value).splitlines() == [
+        "parallel=tp4: sets parallel.tp=4, and experiment=mine, typed after it, sets 2; type parallel=tp4 after "
+        "experiment=mine, where it wins, or say which with parallel.tp=VALUE",
+        "checkpoint=final_only: sets checkpoint.every=0, and experiment=mine, typed after it, sets 10; type "
+        "checkpoint=final_only after experiment=mine, where it wins, or say which with checkpoint.every=VALUE",
+    ]
+    assert compose(["parallel=tp2", "experiment=mine", "parallel=tp4"]).parallel.tp == 4, "the last of two"
+
+
+@pytest.mark.parametrize("experiment", group_options()["experiment"])
+def test_every_option_is_what_it_says_after_every_experiment(experiment: str) -> None:
+    """One composition for all groups: of each the option that the experiment does not choose."""
+    chosen = compose([f"experiment={experiment}"])
+    typed = ["parallel=tp2_pp2_sp", "checkpoint=final_only", "engine=fp32_zero0", "optim=adamw_linear", "logging=plain"]
+    config = compose([f"experiment={experiment}", *typed])
+    parallel, optim = config.parallel, config.optim
+    assert (parallel.tp, parallel.pp, parallel.virtual_stages, parallel.schedule) == (2, 2, 1, "1f1b")
+    assert (config.checkpoint.every, config.checkpoint.resume) == (0, "never")
+    assert (config.engine.dtype, config.engine.zero_stage) == ("fp32", 0)
+    assert (optim.schedule, optim.min_lr_ratio) == ("linear", 0.0)
+    assert (optim.lr, optim.warmup_tokens) == (chosen.optim.lr, chosen.optim.warmup_tokens), "the experiment's own"

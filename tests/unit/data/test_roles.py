@@ -13,8 +13,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megalm.data.document import Document, Segment
+from megalm.data.library_classes import END_OF_TEXT
 from megalm.data.postprocessor import with_marks
-from megalm.data.roles import END_OF_TEXT, Marks, around
+from megalm.data.roles import Marks, around
 from megalm.data.settings_files import ROLES
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
@@ -332,6 +333,42 @@ def test_hugging_faces_library_reads_the_same_roles(name: str, tmp_path: Path) -
     assert tokens.tolist() in (ids, [*ids, ours.eos_id])
     for role in ROLES:
         assert getattr(theirs, f"{role}_token_id") == ours.role_id(role), role
+
+
+CLASSES = {
+    "GPT2Tokenizer": (_gpt2, "gpt2"),
+    "LlamaTokenizerFast": (_llama_2, "llama"),
+    "GemmaTokenizer": (_gemma, "gemma"),
+    "Qwen2Tokenizer": (lambda: _byte_level(END_OF_TEXT, "<|im_start|>"), "qwen2"),
+    "T5Tokenizer": (_t5, "t5"),
+    "BertTokenizerFast": (_bert, "bert"),
+    "RobertaTokenizer": (_roberta, "roberta"),
+    "DebertaV2Tokenizer": (_deberta, "deberta-v2"),
+    "PreTrainedTokenizerFast": (_llama_2, "llama"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_roles_that_no_file_gives_are_those_of_the_librarys_class(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    make, model_type = CLASSES[name]
+    make().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "model_max_length": 64}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    found = {role: Tokenizer.load(tmp_path).role_id(role) for role in ROLES}
+    assert found | {"bos": None} == {role: getattr(theirs, f"{role}_token_id") for role in ROLES} | {"bos": None}
+    if theirs.bos_token_id is not None:  # else it is what the post-processor puts first
+        assert found["bos"] == theirs.bos_token_id
+    if name != "PreTrainedTokenizerFast":
+        (tmp_path / "tokenizer_config.json").write_text("{}")
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert {role: Tokenizer.load(tmp_path).role_id(role) for role in ROLES} == found
+
+
+def test_a_message_lists_few_of_many_special_tokens() -> None:
+    definition = train_byte_level_bpe(TEXTS, 500, [f"<{i}>" for i in range(200)]).definition
+    with pytest.raises(DataError, match=r"it has <\|endoftext\|>, <0>, .*<10>, … \(201 in all\)$"):
+        Tokenizer(definition, marks=Marks(eos="<none>"))
 
 
 def test_an_ordinary_word_ends_no_document(tmp_path: Path) -> None:

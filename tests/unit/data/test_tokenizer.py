@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.data.document import Document, Segment
-from megalm.data.roles import END_OF_TEXT, Marks
+from megalm.data.library_classes import END_OF_TEXT
+from megalm.data.roles import Marks
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.tokenizer_training import SMALLEST_VOCABULARY, train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
@@ -74,7 +75,10 @@ def test_a_tokenizer_that_cuts_texts_loses_no_tokens_here() -> None:
     text = "a text of more than four tokens"
     cutting = Tokenizer(json.dumps(definition))
     assert cutting.decode(cutting.encode(text)) == text
-    assert cutting.encode_documents([Document.plain("", text)])[0].tolist() == [*TOKENIZER.encode(text), TOKENIZER.eos_id]
+    assert cutting.encode_documents([Document.plain("", text)])[0].tolist() == [
+        *TOKENIZER.encode(text),
+        TOKENIZER.eos_id,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megalm.data.postprocessor import with_marks
 from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenizer_training import train_byte_level_bpe
 from megalm.data.vocabulary import Relation, Vocabulary, relation
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "train_tokenizer.py"
@@ -96,3 +98,22 @@ def test_bad_data_is_one_line(tool, tmp_path: Path, capsys, arguments: list[str]
     assert message in error
     assert "\n" not in error
     assert not (tmp_path / "a.json").exists()
+
+
+def test_roles_go_with_a_tokenizer_that_is_taken(tool, tmp_path: Path, capsys) -> None:
+    given, out = tmp_path / "given", tmp_path / "out" / "tokenizer.json"
+    given.mkdir()
+    tokenizer = train_byte_level_bpe(["the quick brown fox"], 270, ["<s>", "<end>", "<other>"])
+    (given / "tokenizer.json").write_text(with_marks(tokenizer.definition, ("<s>",), ()))
+    (given / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "<end>", "chat_template": "t"}')
+    assert tool.main(["--from", str(given), "--out", str(out)]) == 0
+    assert "documents begin with <s> and end with <end>" in capsys.readouterr().out
+    assert Tokenizer.load(out).roles == Tokenizer.load(given).roles
+    assert tool.main(["--from", str(given), "--eos", "<other>", "--out", str(out)]) == 3
+    assert f"{out.parent / 'tokenizer_config.json'} is another tokenizer's; remove it" in capsys.readouterr().err
+    assert Tokenizer.load(out).roles == Tokenizer.load(given).roles, "nothing was written"
+    other = tmp_path / "other" / "mine.json"
+    assert tool.main(["--from", str(given / "tokenizer.json"), "--eos", "<other>", "--out", str(other)]) == 0
+    assert Tokenizer.load(other).roles.end == "<other>"
+    assert tool.main(["--from", str(given), "--eos", "fox", "--out", str(other)]) == 3
+    assert "--eos fox: it has no such token; it has <|endoftext|>, <s>, <end>, <other>" in capsys.readouterr().err
