@@ -7,13 +7,13 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megalm.config.schema import Data
+from megalm.data.beside import files_beside
 from megalm.data.index import INDEX_FILE, Index, check_files, check_marks, read_index
-from megalm.data.roles import USUAL_START, Marks
 from megalm.data.place import RECIPE_FILE, partial_folder
+from megalm.data.roles import USUAL_START, Marks
 from megalm.data.store import Cache, MissingFile, Store, open_store
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.errors import DataError
@@ -141,7 +141,7 @@ def tokenizer_of(stores: Sequence[Store]) -> Tokenizer:
     return Tokenizer.parse(
         definition,
         store.path_of(TOKENIZER_FILE),
-        read=partial(_text_of, store),
+        read=files_beside(store),
         marks=marks_of(read_index(store.below("train"))),
     )
 
@@ -162,16 +162,6 @@ def other_marks(tokenizer: Tokenizer, index: Index) -> str | None:
         f"these documents begin with {theirs} and end with {tokenizer.name_of(index.eos_id)}, the model's with {ours} "
         f"and {tokenizer.roles.end}"
     )
-
-
-def _text_of(store: Store, name: str) -> str | None:
-    """The text of a file beside the tokenizer; None: it is not there."""
-    try:
-        return store.read(name).decode("utf-8")
-    except MissingFile:
-        return None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{store.path_of(name)}: is not text: {error}") from None
 
 
 def _read_tokenizer(store: Store) -> bytes:

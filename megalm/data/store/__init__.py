@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalm.data.store.base import Cache, MissingFile, OpenFile, Store
+from megalm.data.store.base import Cache, MissingFile, OpenFile, RefusedFile, Store
 from megalm.data.store.http import HttpStore
 from megalm.data.store.local import LocalStore
 from megalm.data.store.pipe import PIPE, PipeStore
 
-__all__ = ["Cache", "MissingFile", "OpenFile", "Store", "is_remote", "open_store"]
+__all__ = ["Cache", "MissingFile", "OpenFile", "RefusedFile", "Store", "is_remote", "open_store"]
 
 
 def open_store(location: str | Path, cache: Cache | None = None) -> Store:

@@ -15,6 +15,10 @@ class MissingFile(DataError):  # noqa: N818 - it tells a fact that callers decid
     """A file that ought to be there is not."""
 
 
+class RefusedFile(DataError):  # noqa: N818 - as above
+    """A server does not let a file be read; some say so of what is not there."""
+
+
 @dataclass(frozen=True)
 class Cache:
     """Where whole files are kept that can only be fetched whole.

@@ -11,7 +11,7 @@ import numpy as np
 import urllib3
 from numpy.typing import NDArray
 
-from megalm.data.store.base import MissingFile, check_size
+from megalm.data.store.base import MissingFile, RefusedFile, check_size
 from megalm.errors import DataError
 
 _TRIES = 5
@@ -107,7 +107,7 @@ class HttpStore:
         if status in (404, 410):
             raise MissingFile(f"{where}: the server says it is not there (status {status})")
         if status in (401, 403):
-            raise DataError(
+            raise RefusedFile(
                 f"{where}: the server refuses it (status {status}); https://USER:PASSWORD@host/… sends both"
             )
         if status not in wanted:

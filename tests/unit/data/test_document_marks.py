@@ -24,6 +24,7 @@ from megalm.data.store import open_store
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
+from tests.web_server import serve
 
 TEXTS = [f"<p>document {i}</p> of many words, which ends in HTML </s> and goes on" for i in range(60)]
 
@@ -82,7 +83,7 @@ def tokens_of(out: Path) -> list[int]:
     return found
 
 
-def of_dataset(out: Path) -> Tokenizer:
+def of_dataset(out: Path | str) -> Tokenizer:
     return tokenizer_of(open_datasets(Data(path=(str(out),))))
 
 
@@ -163,6 +164,24 @@ def test_a_dataset_of_before_is_read_as_it_was_made(corpus: Path, tmp_path: Path
     of_before = Tokenizer.load(out)
     assert (of_before.before_ids, of_before.roles.end) == ((2,), "<eos>")
     assert of_dataset(out).before_ids == ()
+
+
+@pytest.mark.parametrize("fault", ["", "403", "page"])
+def test_data_elsewhere_have_their_roles_or_those_of_the_index(fault: str, corpus: Path, tmp_path: Path) -> None:
+    """Servers say in many ways that a file is not there, and older datasets have the tokenizer alone."""
+    out = run(corpus, tmp_path / "data", make_tokenizer(tmp_path / "given"), add_bos=False)
+    with serve(out) as server:
+        place = server.address
+        if not fault:
+            assert of_dataset(place).roles == Tokenizer.load(out).roles
+            assert all(not path.endswith("/config.json") for _, path, _ in server.requests)
+        (out / "tokenizer_config.json").unlink()
+        if fault == "page":
+            place = f"pipe:cat {out}/{{file}} 2>/dev/null || echo '<html>404 {{{{ not here }}}}</html>'"
+        elif fault:
+            server.faults = ["", fault]  # tokenizer.json, and what is asked for beside it
+        tokenizer = of_dataset(place)
+    assert (tokenizer.before_ids, tokenizer.roles.eos, tokenizer.roles.chat_template) == ((), "<eos>", None)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
