@@ -17,7 +17,7 @@ class LineParser(argparse.ArgumentParser):
         self.exit(ExitCode.BAD_CONFIG, f"{message}\n")
 
 
-def path(text: str) -> str:
+def user_path(text: str) -> str:
     """A path, for ``type=``: ``~`` and ``~user`` are the home folder, also where the shell has left them.
 
     Raises:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm import __version__
+from megalm.arguments import user_path
 from megalm.console import OutputLostError, run_on_console
 from megalm.errors import ExitCode, MegalmError
 
@@ -197,7 +198,8 @@ def _no_options(parser: argparse.ArgumentParser) -> None:  # noqa: ARG001 - one 
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run, such as runs/quickstart, or its name in runs/")
+    help_text = "folder of a run, such as runs/quickstart, or its name in runs/"
+    parser.add_argument("run", type=user_path, metavar="RUN", help=help_text)
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +213,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
+        type=user_path,
         metavar="FILE",
         help="where the layout certificate is written; default: layout_certificate.json in the run's folder",
     )

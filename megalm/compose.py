@@ -15,6 +15,7 @@ import yaml
 
 from megalm.config.parse import (
     MISSING_VALUE,
+    PATHS,
     config_from_dict,
     config_to_dict,
     default_dict,
@@ -125,6 +126,8 @@ def _parse_override(text: str, problems: list[Violation]) -> Override | None:
     if not key.strip() or not (separator or key.startswith("~")):
         problems.append(Violation("override", text, "not an override", "field=value, such as train.steps=200"))
         return None
+    if key in PATHS and value.startswith("~") and not set(value) & set("'\"\\"):
+        text = f"{key}='{value}'"  # Hydra's grammar has another use for it
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:

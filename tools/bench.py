@@ -33,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that 
 
 from benchmarks.table import Report
 
+from megalm.arguments import user_path
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("parts", metavar="PART", nargs="+", choices=[*PARTS, "all"], help=", ".join([*PARTS, "all"]))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--rounds", type=int, help="repetitions that a median is taken of")
     parser.add_argument("--compiled", action="store_true", help="cpu: measure engine.compile=true as well")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a target is missed")
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         reports.append(PARTS[part](options))
         print(reports[-1], flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps([report.as_json() for report in reports], indent=2), encoding="utf-8")
+        Path(options.json).write_text(json.dumps([report.as_json() for report in reports], indent=2), encoding="utf-8")
     missed = any(row.met is False for report in reports for row in report.rows)
     return 1 if missed and options.strict else 0
 

@@ -27,7 +27,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalm.arguments import LineParser
+from megalm.arguments import LineParser, user_path
 from megalm.console import run_on_console
 from megalm.errors import ExitCode, MegalmError
 
@@ -121,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--from", required=True, choices=_SOURCES, dest="source_format", help="format of SRC")
     add("--to", required=True, choices=_TARGETS, dest="target_format", help="format of DST")
-    add("source", metavar="SRC", help="folder or file to read; megalm: a run, or one of its checkpoints")
-    add("target", metavar="DST", help="folder to write; megalm: a run that generate, evaluate and init_from accept")
+    add("source", type=user_path, metavar="SRC", help="folder or file to read; megalm: a run or a checkpoint")
+    add("target", type=user_path, metavar="DST", help="folder to write; megalm: a run to evaluate, or to start from")
     add("--tp", type=int, default=1, metavar="N", help="megalm, megatron: tensor-parallel degree of DST (default: 1)")
     add("--pp", type=int, default=1, metavar="N", help="megalm, megatron: pipeline-parallel degree of DST (default: 1)")
     add("--dtype", choices=_DTYPES, default="source", help="cast weights; 16 bits lose precision (default: source)")

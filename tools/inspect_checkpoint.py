@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from megalm.arguments import LineParser
+from megalm.arguments import LineParser, user_path
 from megalm.checkpoint.manifest import Manifest, TensorRecord, combined_hash, read_manifest
 from megalm.checkpoint.store import CheckpointInfo, describe_torn, locate, torn_checkpoints
 from megalm.console import run_on_console
@@ -41,9 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None) -> int:
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("path", metavar="PATH", help="a checkpoint, or a run: then its newest complete checkpoint")
-    parser.add_argument("--verify", action="store_true", help="read every tensor and check its sha256")
-    parser.add_argument("--diff", metavar="OTHER", help="say what differs from this one, instead of showing PATH")
+    add = parser.add_argument
+    add("path", type=user_path, metavar="PATH", help="a checkpoint, or a run: then its newest complete checkpoint")
+    add("--verify", action="store_true", help="read every tensor and check its sha256")
+    add("--diff", type=user_path, metavar="OTHER", help="say what differs from this one, instead of showing PATH")
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True, highlight=False)
     try:

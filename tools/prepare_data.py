@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from megalm.arguments import LineParser, path
+from megalm.arguments import LineParser, user_path
 from megalm.console import run_on_console
 from megalm.data.clean import QUALITY, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
@@ -199,11 +199,11 @@ def _parser() -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         default=[],
-        type=path,
+        type=user_path,
         metavar="PATH",
         help="files or folders; hf: parquet files or a dataset's name",
     )
-    add("--out", type=path, metavar="DIR", help="dataset to write")
+    add("--out", type=user_path, metavar="DIR", help="dataset to write")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; the output stays the same")
     add(
         "--executor",
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         help="processes of this machine, or ranks of an MPI job",
     )
     add("--overwrite", action="store_true", help="replace DIR if it was prepared differently")
-    add("--verify", type=path, metavar="DIR", help="read all of a dataset and name each corrupt chunk")
+    add("--verify", type=user_path, metavar="DIR", help="read all of a dataset and name each corrupt chunk")
 
     corpus = parser.add_argument_group("what a document is")
     defaults = CorpusOptions()
@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         "--decontaminate",
         nargs="+",
         default=[],
-        type=path,
+        type=user_path,
         metavar="FILE",
         help="remove documents that overlap with these",
     )
@@ -252,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     add = tokens.add_argument
     add(
         "--tokenizer",
-        type=path,
+        type=user_path,
         metavar="PATH",
         help="tokenizer.json to use, or a folder that has one: a run, a dataset, a model",
     )
@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer-vocab", type=int, metavar="N", help="train a tokenizer of N tokens instead")
     add("--tokenizer-kind", choices=_KINDS, default="bpe", help="which kind to train (default: byte-level bpe)")
     add("--val-fraction", type=float, help="share of validation documents (default: 0.02); 0: none")
-    add("--val-input", nargs="+", default=[], type=path, metavar="PATH", help="a validation corpus instead, as --input")
+    add("--val-input", nargs="+", default=[], type=user_path, metavar="PATH", help="a validation corpus instead")
     add("--chunk-tokens", type=int, default=Recipe.chunk_tokens, help="tokens per chunk; sequence lengths divide it")
     add("--pack", type=int, default=0, metavar="LENGTH", help="fit whole documents into sequences of this length")
     return parser

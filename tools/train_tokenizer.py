@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megalm.arguments import LineParser, path
+from megalm.arguments import LineParser, user_path
 from megalm.console import run_on_console
 from megalm.data.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
@@ -47,7 +47,7 @@ def _main(arguments: list[str] | None) -> int:
     options = parser.parse_args(arguments)
     if problems := _problems(options):
         parser.error("\n".join(problems))
-    out = Path(options.out)
+    out = _file(options.out)
     try:
         if options.source is not None:
             tokenizer, trained_on = Tokenizer.load(options.source, marks=Marks(eos=options.eos)), ""
@@ -72,6 +72,12 @@ def _main(arguments: list[str] | None) -> int:
     more = f", … ({len(names):,} in all)" if len(names) > _LISTED else ""
     print(f"special tokens: {', '.join(names[:_LISTED])}{more}; documents {begin}end with {tokenizer.roles.end}")
     return ExitCode.DONE
+
+
+def _file(out: str) -> Path:
+    """The file to write; in a folder it has its usual name."""
+    path = Path(out)
+    return path / TOKENIZER_FILE if out.endswith(("/", "/.", "/..")) or path.is_dir() else path
 
 
 def _train(options: argparse.Namespace) -> tuple[Tokenizer, str]:
@@ -183,7 +189,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("input", nargs="*", type=path, metavar="INPUT", help="files or folders")
+    add("input", nargs="*", type=user_path, metavar="INPUT", help="files or folders")
     add("--corpus", choices=sorted(CORPORA), default="text", help="kind of corpus (default: text)")
     add("--split-on", choices=SPLITS_ON, default="file", help="text: what ends a document")
     add("--text-field", default="text", metavar="NAME", help="jsonl, hf: where a record's text is")
@@ -201,12 +207,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--from",
         dest="source",
-        type=path,
+        type=user_path,
         metavar="PATH",
         help="tokenizer.json, or a folder of one, to take",
     )
     add("--eos", metavar="TOKEN", help="with --from: its token that ends a document, where that has no usual name")
-    add("--out", required=True, type=path, metavar="FILE", help="tokenizer.json to write")
+    add("--out", required=True, type=user_path, metavar="FILE", help="tokenizer.json to write")
     return parser
 
 

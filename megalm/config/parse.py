@@ -8,12 +8,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from megalm.arguments import expand_home
 from megalm.config.schema import Config
 from megalm.config.violation import Violation, close_matches, spoken_list
 from megalm.errors import ConfigError
 
 MISSING_VALUE = "???"
 """How a field without a value is spelt in YAML."""
+
+PATHS = frozenset(
+    {
+        "run.dir",
+        "data.path",
+        "data.cache_dir",
+        "checkpoint.resume",
+        "checkpoint.init_from",
+        "checkpoint.finetune_from",
+    }
+)
+"""Fields that name places of this machine: ``~`` at their beginning is the home folder."""
 
 _WORDS: dict[Any, str] = {
     int: "an integer",
@@ -129,9 +142,20 @@ def _parse_field(kind: Any, value: Any, full: str, problems: list[Violation]) ->
     for member in _members(kind):
         accepted, parsed = _CONVERTERS[member](value)
         if accepted:
-            return parsed
+            return _at_home(full, parsed, problems) if full in PATHS else parsed
     problems.append(Violation(full, value, f"this is {_describe_value(value)}", describe_type(kind)))
     return None
+
+
+def _at_home(full: str, value: Any, problems: list[Violation]) -> Any:
+    """A path, or several, with the home folder for ``~``: expanded once, here, and never again."""
+    if isinstance(value, tuple):
+        return tuple(_at_home(full, one, problems) for one in value)
+    try:
+        return expand_home(value) if isinstance(value, str) else value
+    except ValueError as error:
+        problems.append(Violation(full, value, "no such home folder", str(error)))
+        return value
 
 
 def _describe_value(value: Any) -> str:

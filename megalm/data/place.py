@@ -95,16 +95,21 @@ def check_place(path: Path) -> None:
         raise DataError(f"--out {shown(path)}: is a folder around the one that this command runs in; name another")
 
 
-def _is_filled(folder: Path) -> bool:
-    """Whether the folder stays, and its contents change."""
-    if not folder.is_dir():
-        return False
+def cannot_be_renamed(folder: Path) -> bool:
+    """Whether a folder that exists must stay: this process is in it, a disk is mounted there, or its parent is closed."""
     around = folder.parent
     return (
         folder == Path.cwd()
         or os.path.ismount(folder)
         or folder.stat().st_dev != around.stat().st_dev
         or not os.access(around, os.W_OK)
+    )
+
+
+def _is_filled(folder: Path) -> bool:
+    """Whether the folder stays, and its contents change."""
+    return folder.is_dir() and (
+        cannot_be_renamed(folder)
         or (not (folder / RECIPE_FILE).exists() and not any(name in _PARTS for name in os.listdir(folder)))
     )
 

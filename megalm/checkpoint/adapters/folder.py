@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megalm.checkpoint.durable import flush
 from megalm.checkpoint.store import TEMPORARY_PREFIX
+from megalm.data.place import cannot_be_renamed, real_path
 from megalm.errors import ConfigError
 
 _UNIQUE_BYTES = 4
@@ -27,15 +28,18 @@ def check_absent(folder: Path) -> None:
     Raises:
         ConfigError: the path exists and is not an empty folder.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+    if folder.exists() and not folder.is_dir():
         raise ConfigError(f"DST {folder}: exists and is no folder; choose another")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not entry.name.startswith(f"{TEMPORARY_PREFIX}") for entry in folder.iterdir()):
         raise ConfigError(f"DST {folder}: exists and is not empty; choose another, or remove it first")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` to write to, which takes its place at the end and is removed after an error.
+    """A folder on the same disk, which takes the place of ``folder`` at the end and is removed after an error.
+
+    A link is followed: what it leads to is written, and the link stays. An empty folder that cannot be renamed over (a
+    disk is mounted there, say) is filled instead.
 
     What earlier conversions left there, when they were killed, is removed first; those that still run are let alone.
 
@@ -43,14 +47,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ConfigError: the path exists and is not an empty folder, from the start or at the end.
     """
     check_absent(folder)
-    folder = folder.absolute()
+    folder = real_path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = _locked_folder(folder)
+    home = folder if folder.is_dir() and cannot_be_renamed(folder) else folder.parent
+    temporary, lock = _locked_folder(home, folder.name)
     try:
         yield temporary
         _flush_tree(temporary)
-        _take_place(temporary, folder)
-        flush(folder.parent)
+        if home == folder:
+            _fill(temporary, folder)
+        else:
+            _take_place(temporary, folder)
+        flush(home)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -58,18 +66,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _locked_folder(folder: Path) -> tuple[Path, int]:
+def _locked_folder(home: Path, name: str) -> tuple[Path, int]:
     """A temporary folder of this conversion's own, and the descriptor whose lock says that its owner lives."""
-    prefix = f"{TEMPORARY_PREFIX}{folder.name}-"
-    parent = os.open(folder.parent, os.O_RDONLY)
+    prefix = f"{TEMPORARY_PREFIX}{name}-"
+    parent = os.open(home, os.O_RDONLY)
     try:
         # Between its making and its locking, a folder looks like one whose owner is dead.
         can_lock = _lock(parent, wait=True)
         if can_lock:
-            for left in folder.parent.iterdir():
+            for left in home.iterdir():
                 if re.fullmatch(re.escape(prefix) + _UNIQUE, left.name):
                     _remove_if_dead(left)
-        temporary = folder.parent / (prefix + secrets.token_hex(_UNIQUE_BYTES))
+        temporary = home / (prefix + secrets.token_hex(_UNIQUE_BYTES))
         temporary.mkdir()
         lock = os.open(temporary, os.O_RDONLY)
         _lock(lock)
@@ -107,10 +115,24 @@ def _take_place(temporary: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        raise ConfigError(
-            f"DST {folder}: appeared while this was being converted, perhaps by another conversion, and was left as it "
-            "is; choose another, or remove it first"
-        ) from None
+        raise _appeared(folder) from None
+
+
+def _fill(temporary: Path, folder: Path) -> None:
+    """Move all that was written into a folder that stays."""
+    others = [entry for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY_PREFIX)]
+    if others:
+        raise _appeared(folder)
+    for entry in sorted(temporary.iterdir()):
+        entry.rename(folder / entry.name)
+    temporary.rmdir()
+
+
+def _appeared(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"DST {folder}: appeared while this was being converted, perhaps by another conversion, and was left as it "
+        "is; choose another, or remove it first"
+    )
 
 
 def _flush_tree(folder: Path) -> None:

@@ -117,3 +117,20 @@ def test_roles_go_with_a_tokenizer_that_is_taken(tool, tmp_path: Path, capsys) -
     assert Tokenizer.load(other).roles.end == "<other>"
     assert tool.main(["--from", str(given), "--eos", "fox", "--out", str(other)]) == 3
     assert "--eos fox: it has no such token; it has <|endoftext|>, <s>, <end>, <other>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["there", "there/", "missing/", "missing/deep/"])
+def test_a_folder_as_out_holds_the_file_under_its_usual_name(tool, text: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "there").mkdir()
+    assert tool.main([str(text), "--vocab-size", "280", "--out", f"{tmp_path}/{out}"]) == 0
+    assert Tokenizer.load(tmp_path / out / "tokenizer.json").vocab_size == 280
+
+
+def test_files_that_are_no_text_are_said(tool, text: Path, tmp_path: Path, capsys) -> None:
+    (text.parent / "picture.txt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(90))
+    (text.parent / "latin.txt").write_bytes("Gr\xf6\xdfe".encode("latin-1"))
+    assert tool.main([str(text.parent), "--vocab-size", "280", "--out", str(tmp_path / "o.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "trained on 1 documents" in printed
+    assert "1 PNG image" in printed
+    assert "1 not UTF-8" in printed

@@ -207,3 +207,30 @@ def test_help_names_every_format(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     for word in ("megalm", "hf", "megatron", "openai-gpt2", "deepspeed", "--verify", "--tp", "--pp", "--dtype", "130"):
         assert word in text
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_linked_target_keeps_its_link(exists: bool, tmp_path: Path) -> None:
+    from megalm.checkpoint.adapters.folder import new_folder
+
+    disk = tmp_path / "disk"
+    (disk / "model").mkdir(parents=True) if exists else disk.mkdir()
+    (tmp_path / "out").symlink_to(disk / "model")
+    with new_folder(tmp_path / "out") as folder:
+        assert folder.parent == disk
+        (folder / "weights").write_text("x")
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in disk.rglob("*")] == ["model", "weights"]
+
+
+def test_a_target_that_cannot_be_renamed_is_filled(tmp_path: Path, monkeypatch) -> None:
+    from megalm.checkpoint.adapters.folder import new_folder
+
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        with new_folder(Path()) as folder:
+            assert folder.parent == tmp_path
+            (folder / "weights").write_text("x")
+        assert [path.name for path in tmp_path.rglob("*")] == ["weights"]
+        assert Path.cwd() == tmp_path
+        (tmp_path / "weights").unlink()
