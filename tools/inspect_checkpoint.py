@@ -121,7 +121,9 @@ def _summary(path: Path, manifest: Manifest) -> Table:
         "validation": _pairs(manifest.training.get("validation", {})),
         "parent": _pairs(manifest.training.get("parent") or {}),
         "imported": _pairs(manifest.training.get("imported") or {}),
-        "data": _pairs(manifest.data),
+        "schedule": _pairs(manifest.training.get("schedule") or {}),
+        "data": _pairs({name: value for name, value in manifest.data.items() if name != "corpora"}),
+        "read": "\n".join(_read(entry) for entry in manifest.data.get("corpora", ())),
     }
     for name, value in rows.items():
         if value:
@@ -183,6 +185,14 @@ _UNLIMITED = 10_000
 
 def _pairs(mapping: Mapping[str, Any]) -> str:
     return "  ".join(f"{name}={_text(value)}" for name, value in mapping.items() if value is not None)
+
+
+def _read(entry: Mapping[str, Any]) -> str:
+    """What was read of one corpus in one phase."""
+    return (
+        f"{entry['path']}: {entry['samples']:,} samples, {entry['tokens']:,} tokens, {entry['epochs']:.2f} epochs in "
+        f"phase {entry['phase']}"
+    )
 
 
 def _text(value: Any) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from megalm.checkpoint.manifest import COMPLETE_FILE, read_manifest
@@ -146,7 +148,8 @@ class Retention:
     Attributes:
         last: the newest so many; 0: all.
         every: those whose step is a multiple of this; 0: none.
-        best: so many of the lowest validation loss, among those saved at a step that was validated.
+        best: so many of the lowest validation loss, among those saved at a step that was validated; losses on other
+            samples are not compared, and of each kind so many are kept.
     """
 
     last: int
@@ -154,13 +157,17 @@ class Retention:
     best: int = 0
 
     def expired(
-        self, checkpoints: Sequence[CheckpointInfo], validation_loss: Callable[[CheckpointInfo], float]
+        self,
+        checkpoints: Sequence[CheckpointInfo],
+        validation_loss: Callable[[CheckpointInfo], float],
+        validated_on: Callable[[CheckpointInfo], str] = lambda _: "",
     ) -> list[CheckpointInfo]:
         """Those that no rule keeps, oldest first.
 
         Args:
             checkpoints: all of a run, oldest first.
             validation_loss: of a checkpoint; NaN where there is none.
+            validated_on: what it was measured on, in any words.
         """
         if self.last < 1:
             return []
@@ -168,10 +175,12 @@ class Retention:
         if self.every:
             kept |= {info for info in checkpoints if info.step % self.every == 0}
         if self.best:
-            losses = {info: validation_loss(info) for info in checkpoints}
-            validated = [info for info in checkpoints if math.isfinite(losses[info])]
-            # Of equals the later one, which has seen more.
-            kept |= set(sorted(validated, key=lambda info: (losses[info], -info.step))[: self.best])
+            measured = {info: validation_loss(info) for info in checkpoints}
+            validated = {info: validated_on(info) for info, loss in measured.items() if math.isfinite(loss)}
+            for samples in set(validated.values()):
+                losses = {info: measured[info] for info, on in validated.items() if on == samples}
+                # Of equals the later one, which has seen more.
+                kept |= set(sorted(losses, key=lambda info: (losses[info], -info.step))[: self.best])
         return [info for info in checkpoints if info not in kept]
 
 
@@ -181,7 +190,10 @@ def prune(folder: Path, retention: Retention) -> list[str]:
     Returns:
         What could not be deleted and why, one line each.
     """
-    expired = retention.expired(complete_checkpoints(folder), _validation_loss)
+    validation = cache(_validation)
+    expired = retention.expired(
+        complete_checkpoints(folder), lambda info: validation(info)[0], lambda info: validation(info)[1]
+    )
     return _remove_all([*(info.path for info in expired), *folder.glob(f"{_REMOVED_PREFIX}*")])
 
 
@@ -195,11 +207,19 @@ def _remove_all(paths: Sequence[Path]) -> list[str]:
     return problems
 
 
-def _validation_loss(info: CheckpointInfo) -> float:
-    """Of the samples that are validated again and again; NaN where there is none, or where it cannot be read."""
+def _validation(info: CheckpointInfo) -> tuple[float, str]:
+    """Loss of the samples that are validated again and again, and which they are; NaN where there is none, or where it
+    cannot be read.
+
+    They are those of the config that the checkpoint was saved with, which may have changed since.
+    """
     try:
-        validation = read_manifest(info.path).training.get("validation") or {}
-        loss = validation.get("val_loss")
-        return math.nan if validation.get("whole_split") or loss is None else float(loss)
+        manifest = read_manifest(info.path)
+        validation = manifest.training.get("validation") or {}
+        loss = math.nan if validation.get("whole_split") else float(validation.get("val_loss", math.nan))
+        train, model = manifest.config.get("train", {}), manifest.config.get("model", {})
+        phases = manifest.data.get("phases") or [{}]
+        samples = (train.get("validation_samples"), model.get("sequence_length"), phases[-1].get("number"))
+        return loss, json.dumps([*samples, manifest.config.get("objective")])
     except (CheckpointError, TypeError, ValueError, AttributeError):
-        return math.nan  # a damaged one is neither the best nor a reason to keep all
+        return math.nan, ""  # a damaged one is neither the best nor a reason to keep all

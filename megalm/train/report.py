@@ -109,13 +109,13 @@ def _label_axes(axes: Any, steps: list[dict[str, Any]]) -> None:
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["right"]].set_visible(False)
     above = axes.secondary_xaxis(
-        "top", functions=(lambda seen: _interpolate(seen, tokens, numbers), lambda n: _interpolate(n, numbers, tokens))
+        "top", functions=(lambda seen: interpolate(seen, tokens, numbers), lambda n: interpolate(n, numbers, tokens))
     )
     above.set_xlabel("step")
     above.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
-def _interpolate(values: Any, known: Sequence[float], wanted: Sequence[float]) -> Any:
+def interpolate(values: Any, known: Sequence[float], wanted: Sequence[float]) -> Any:
     """``wanted`` at values between those of ``known``, which ascend; outside them in proportion to the whole."""
     import numpy as np
 

@@ -281,6 +281,14 @@ def test_the_newest_every_nth_and_the_best_are_kept(retention: Retention, kept: 
     assert [info.step for info in checkpoints if info not in expired] == kept
 
 
+def test_losses_on_other_samples_are_not_compared() -> None:
+    losses, samples = {1: 1.0, 2: 2.0, 3: 0.5, 4: 0.4, 5: 9.0}, {1: "256", 2: "256", 3: "8", 4: "8", 5: "8"}
+    checkpoints = [CheckpointInfo(Path(str(step)), step) for step in losses]
+    retention = Retention(last=1, best=1)
+    expired = retention.expired(checkpoints, lambda i: losses[i.step], lambda i: samples[i.step])
+    assert [info.step for info in expired] == [2, 3], "1 is the best of the first samples, 4 of the others"
+
+
 def test_the_best_is_read_from_manifests(tmp_path: Path) -> None:
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
         save(tmp_path, Layout(), step, training={"validation": {"val_loss": loss}})

@@ -204,3 +204,28 @@ def test_a_changed_model_is_refused_field_by_field(config: Config) -> None:
 def test_the_launcher_asks_without_torch() -> None:
     program = "import sys, megalm.checkpoint.start; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_steps_after_the_checkpoint_are_told_to_be_computed_again(config: Config) -> None:
+    _save(config, 3)
+    record = run_folder(config) / "metrics.jsonl"
+    for last, note in (
+        (3, ()),
+        (4, ("resumed at step 3, 1 step after it is computed again",)),
+        (13, ("resumed at step 3, 10 steps after it are computed again",)),
+    ):
+        record.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, last + 1)))
+        assert resolve_start(config, run_folder(config)).notes == note
+
+
+def test_dropout_and_the_stretch_of_a_rotary_context_may_change_in_a_run_that_goes_on(config: Config) -> None:
+    _save(config, 3)
+    dropout = replace(config, model=replace(config.model, dropout=0.1, attention_dropout=0.1))
+    assert resolve_start(dropout, run_folder(config)).step == 3
+    longer = replace(config, model=replace(config.model, sequence_length=64))
+    with pytest.raises(CheckpointError, match=r"model\.sequence_length=64"):  # learned positions are weights
+        resolve_start(longer, run_folder(config))
+    rotary = replace(config, run=replace(config.run, name="try2"), model=replace(config.model, position="rotary"))
+    _save(rotary, 3)
+    longer = replace(rotary, model=replace(rotary.model, sequence_length=64))
+    assert resolve_start(longer, run_folder(longer)).step == 3

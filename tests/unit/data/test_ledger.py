@@ -106,3 +106,19 @@ def test_a_phase_counts_from_its_start(corpora: Corpora) -> None:
     first = Ledger(corpora, order, start=0, end=50, steps=Steps([], BATCH))
     later = Ledger(corpora, order, start=1000, end=1050, steps=Steps([], BATCH))
     assert first.source_of_sample(7).documents == later.source_of_sample(1007).documents
+
+
+def test_a_run_that_went_on_from_another_counts_from_there(ledger: Ledger) -> None:
+    """Its record begins with step 11, after 100 samples of batches that no config of today tells."""
+    planned = BATCH.resumed(124, 124 * LENGTH)
+    steps = Steps([112, 124], planned, earlier_steps=10, earlier_samples=100)
+    assert [steps.samples_of(step) for step in (11, 12)] == [range(100, 112), range(112, 124)]
+    assert steps.samples_of(14) == range(136, 148)
+    assert [steps.step_of(sample) for sample in (100, 111, 112)] == [11, 11, 12]
+    with pytest.raises(DataError, match=r"--step 10: the record of this run begins with step 11"):
+        steps.samples_of(10)
+    assert all(reading.sample >= 100 for reading in _with(ledger, steps).readings_of_document("1/0"))
+
+
+def _with(ledger: Ledger, steps: Steps) -> Ledger:
+    return Ledger(ledger._corpora, ledger._order, start=0, end=steps.samples, steps=steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import tracemalloc
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.data.order import PERIOD, BlendedOrder, SampleOrder, permute, quotas_of
+from megalm.data.order import PERIOD, BlendedOrder, SampleOrder, permute, quotas_of, samples_of_each
 
 orders = st.builds(
     SampleOrder,
@@ -181,6 +183,17 @@ def test_every_stretch_of_a_blend_holds_its_weights(order: BlendedOrder, start: 
     slack = 2 * len(order.orders) * order.orders[0].lanes
     for number, quota in enumerate(order.quotas):
         assert abs((corpus == number).sum() - 500 * quota / PERIOD) <= slack
+
+
+@settings(max_examples=100, deadline=None)
+@given(order=blends, samples=st.integers(0, 3000))
+def test_samples_of_each_corpus_are_counted_without_looking_at_them(order: BlendedOrder, samples: int) -> None:
+    counts = samples_of_each(order.quotas, order.orders[0].lanes, samples)
+    corpus, _, _ = order(np.arange(samples))
+    assert counts == np.bincount(corpus, minlength=len(order.orders)).tolist()
+    assert order.epochs_after(samples) == [
+        Fraction(count, each.num_sequences) for count, each in zip(counts, order.orders, strict=True)
+    ]
 
 
 def test_weights_default_to_sizes_and_are_exact_to_the_period() -> None:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from megalm.train.report import plot_loss, smooth
+from megalm.train.report import interpolate, plot_loss, smooth
 
 
 def rows(steps):
@@ -36,3 +36,10 @@ def test_smoothing_is_centred_and_leaves_out_what_is_not_finite():
     assert smooth([1.0, math.nan, 3.0], 3) == [1.0, 2.0, 3.0]
     assert smooth([1.0, 2.0], 1) == [1.0, 2.0]
     assert math.isnan(smooth([math.inf], 3)[0])
+
+
+def test_the_axis_of_steps_follows_the_record_where_batches_differ():
+    """Two steps of 100 tokens and two of 50: a share of the tokens is not the same share of the steps."""
+    tokens, steps = [0, 100, 200, 250, 300], [0, 1, 2, 3, 4]
+    assert [float(interpolate(seen, tokens, steps)) for seen in (50, 200, 275, 300, 330)] == [0.5, 2, 3.5, 4, 4.4]
+    assert float(interpolate(3.5, steps, tokens)) == 275
