@@ -22,6 +22,8 @@ class StopRequest:
     def __init__(self) -> None:
         self._first: str | None = None
         self._interrupts = 0
+        self.received = 0
+        """How many signals have come."""
 
     @classmethod
     def install(cls) -> StopRequest:
@@ -37,6 +39,7 @@ class StopRequest:
         return self._first
 
     def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
+        self.received += 1
         if self._first is None:
             self._first = signal.Signals(number).name.removeprefix("SIG")
         if number == signal.SIGINT:

@@ -6,7 +6,6 @@ Also the module that ``megalm train`` starts for each local rank:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -22,7 +21,11 @@ from typing import NoReturn
 from megalm.console import run_on_console
 from megalm.errors import ExitCode, MegalmError
 from megalm.launch.discovery import LOCAL, MPIRUN, RankInfo
-from megalm.launch.rendezvous import LOOPBACK, Meeting, init_process_group, meet_over_mpi, open_store
+from megalm.launch.logs import Console, Tee
+from megalm.launch.mpi import meet_over_mpi
+from megalm.launch.rendezvous import Meeting, init_process_group
+from megalm.launch.store import LOOPBACK, free_port_listener, open_store
+from megalm.launch.waiting import Patience, StoppedError
 from megalm.preflight import Plan, completion_lines, owned_plan
 from megalm.signals import StopRequest
 
@@ -33,6 +36,9 @@ _NOTICE_SECONDS = 2.0
 
 _CALL_OFF_SECONDS = 60.0
 """How long rank 0 stays to tell ranks that are still importing torch that there is nothing to do."""
+
+_MOST_HELD_BACK = 4000
+"""Characters of what libraries have written that are shown where there is no log to look into."""
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process")
 
@@ -90,7 +96,7 @@ def run_rank(
         listener: a socket for rank 0's store that listens already.
     """
     # Ranks above 0 will write to their log alone; what ends a run must be seen on the terminal too.
-    console = os.dup(2)
+    console = Console()
     reporter = _Reporter(console)
     held = ExitStack()
     try:
@@ -101,15 +107,36 @@ def run_rank(
                 plan = prepare(held)
             except Exception as error:  # the other ranks wait to hear of it
                 failure = error
-        if rank.launcher == MPIRUN:
-            rank, listener = meet_over_mpi(rank)
-        meeting = Meeting(open_store(rank, listener), rank)
+        meeting = _meet(rank, listener, stop, console)
         reporter.meeting = meeting
-        code = _call_off(meeting, reporter, failure) if failure is not None else _follow(meeting, plan, stop)
+        code = _call_off(meeting, reporter, failure) if failure is not None else _follow(meeting, plan, stop, console)
+    except StoppedError as error:  # while others were waited for: they are not there to be told, or were stopped too
+        if rank.rank == 0:
+            console.write(f"{error}\n")
+        code = int(error.exit_code)
     except Exception as error:
         code = reporter.report(error)
     held.close()
     _leave(code)
+
+
+def _meet(rank: RankInfo, listener: socket.socket | None, stop: StopRequest, console: Console) -> Meeting:
+    """Every rank's way to the others; a rank without others needs nobody and no address."""
+
+    def say(line: str) -> None:
+        console.write(f"{line}\n")
+
+    if rank.world_size == 1 and listener is None:
+        listener = free_port_listener()
+        rank = replace(rank, master_addr=LOOPBACK, master_port=listener.getsockname()[1])
+    elif rank.launcher == MPIRUN:
+        rank, listener = meet_over_mpi(rank, Patience(rank, stop, say), os.environ)
+    console.hold_back_libraries(rank)
+    # Ranks that megalm starts itself wait for seconds at most: a signal stops them after their first step, in order.
+    patience = Patience(rank) if rank.launcher == LOCAL else Patience(rank, stop, say)
+    meeting = Meeting(open_store(rank, listener, patience), rank, patience)
+    meeting.gather()
+    return meeting
 
 
 def _call_off(meeting: Meeting, reporter: _Reporter, failure: Exception) -> int:
@@ -120,7 +147,7 @@ def _call_off(meeting: Meeting, reporter: _Reporter, failure: Exception) -> int:
     return code
 
 
-def _follow(meeting: Meeting, plan: Plan | None, stop: StopRequest) -> int:
+def _follow(meeting: Meeting, plan: Plan | None, stop: StopRequest, console: Console) -> int:
     """Share the plan and carry it out; the exit code."""
     rank = meeting.rank
     if plan is not None:
@@ -137,12 +164,12 @@ def _follow(meeting: Meeting, plan: Plan | None, stop: StopRequest) -> int:
             print(*completion_lines(plan), sep="\n")
         meeting.leave_together(60.0)
         return ExitCode.DONE
-    code = _train(meeting, plan, stop)
+    code = _train(meeting, plan, stop, console)
     meeting.leave_together(float(plan.config.launch.timeout_seconds))
     return code
 
 
-def _train(meeting: Meeting, plan: Plan, stop: StopRequest) -> ExitCode:
+def _train(meeting: Meeting, plan: Plan, stop: StopRequest, console: Console) -> ExitCode:
     """Everything that needs torch."""
     from megalm.launch.device import choose_device, slow_format
     from megalm.launch.logs import start_log
@@ -150,7 +177,7 @@ def _train(meeting: Meeting, plan: Plan, stop: StopRequest) -> ExitCode:
     config, rank = plan.config, meeting.rank
     device, line = choose_device(config.launch.device, meeting)
     rank = replace(rank, device=device)
-    start_log(plan.run_dir, rank)
+    start_log(plan.run_dir, rank, console)
     if rank.rank == 0:
         for note in (*plan.notes, line, slow_format(device, config.engine.dtype)):
             if note is not None:
@@ -178,7 +205,7 @@ def _tell_libraries(rank: RankInfo) -> None:
 class _Reporter:
     """Shows an error once, however many ranks it brought down."""
 
-    def __init__(self, console: int) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
         self.meeting: Meeting | None = None
 
@@ -187,6 +214,8 @@ class _Reporter:
         code = _exit_code(error)
         is_users = isinstance(error, MegalmError)
         text = f"{error}\n" if is_users else "".join(traceback.format_exception(error))
+        if not is_users and not isinstance(sys.stderr, Tee):  # there is no log yet to look into
+            text = self._console.held_back()[-_MOST_HELD_BACK:] + text
         if self.meeting is None:
             self._show(text)
             return code
@@ -202,24 +231,16 @@ class _Reporter:
 
     def _show(self, text: str) -> None:
         """On the terminal, and in the log where there is one."""
-        from megalm.launch.logs import Tee
-
         sys.stdout.flush()
-        if isinstance(sys.stderr, Tee):
-            sys.stderr.write(text)
-            sys.stderr.flush()
-            return
-        with contextlib.suppress(OSError):  # the console may be gone
-            os.write(self._console, text.encode())
+        sys.stderr.flush()
+        self._console.write(text)
         self._log(text)
 
     def _log(self, text: str) -> None:
         """In the log alone, once there is one."""
-        from megalm.launch.logs import Tee
-
         if isinstance(sys.stderr, Tee):
             sys.stderr.write_log(text)
-        elif not os.path.sameopenfile(2, self._console):
+        elif not self._console.is_same(sys.stderr):
             sys.stderr.write(text)
         sys.stderr.flush()
 

@@ -14,6 +14,8 @@ _FIRST_PORT = 10_000
 _PORTS = 20_000
 """Ports derived from job ids: below the range from which Linux gives out its own (32768 and up)."""
 
+_LARGEST_PORT = 65_535
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
@@ -25,8 +27,9 @@ class RankInfo:
         local_rank: number of this process on its machine.
         local_world_size: number of ranks on its machine.
         launcher: who started it: ``local`` (megalm itself), ``torchrun``, ``srun`` or ``mpirun``.
-        master_addr: where rank 0 listens; empty while ranks still have to agree on it (mpirun).
-        master_port: the port it listens on; 0 while ranks still have to agree on it.
+        master_addr: where rank 0 listens; empty while ranks still have to agree on it (mpirun), or for a rank without
+            others.
+        master_port: the port it listens on; 0 likewise.
         device: ``cpu`` or ``cuda:N``: what this rank computes on.
     """
 
@@ -55,6 +58,25 @@ def discover(environ: Mapping[str, str]) -> RankInfo | None:
     return None
 
 
+_TELLING: dict[str, tuple[str, ...]] = {
+    TORCHRUN: ("RANK", "WORLD_SIZE"),
+    MPIRUN: ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    SRUN: ("SLURM_STEP_ID", "SLURM_PROCID"),
+}
+"""Variables by which each launcher is known; without them it is not."""
+
+
+def variables_of(environ: Mapping[str, str]) -> tuple[str, list[str]]:
+    """What makes this process a rank: in words, ``RANK and WORLD_SIZE``; and the variables without which it is none.
+
+    Several launchers may have left theirs, each of which would be found once the one before it is gone.
+    """
+    found = [names for names in _TELLING.values() if all(name in environ for name in names)]
+    unset = [name for names in found for name in names]
+    unset += [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ]
+    return " and ".join(found[0]) if found else "", unset
+
+
 def _from_torchrun(environ: Mapping[str, str]) -> RankInfo | None:
     """Torchrun's variables, which Kubernetes operators set too."""
     if not all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
@@ -66,8 +88,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> RankInfo | None:
         local_rank=_integer(environ, "LOCAL_RANK", "0"),
         local_world_size=_integer(environ, "LOCAL_WORLD_SIZE", str(world_size if "LOCAL_RANK" in environ else 1)),
         launcher=TORCHRUN,
-        master_addr=environ["MASTER_ADDR"],
-        master_port=_integer(environ, "MASTER_PORT"),
+        master_addr=_host(environ) if world_size > 1 else "",
+        master_port=_port(environ) if world_size > 1 else 0,
     )
 
 
@@ -108,7 +130,7 @@ def _from_srun(environ: Mapping[str, str]) -> RankInfo | None:
         local_world_size=tasks_per_node[node],
         launcher=SRUN,
         master_addr=environ.get("MASTER_ADDR") or first_node(nodes),
-        master_port=_integer(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else _port_of_job(environ),
+        master_port=_port(environ) if environ.get("MASTER_PORT") else _port_of_job(environ),
     )
 
 
@@ -144,6 +166,20 @@ def _checked(info: RankInfo) -> RankInfo:
             f"{info.local_world_size} cannot be; the launcher's environment variables contradict each other"
         )
     return info
+
+
+def _host(environ: Mapping[str, str]) -> str:
+    host = environ["MASTER_ADDR"].strip()
+    if not host:
+        raise ConfigError("MASTER_ADDR=: empty; the host of rank 0")
+    return host
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _integer(environ, "MASTER_PORT")
+    if not 1 <= port <= _LARGEST_PORT:
+        raise ConfigError(f"MASTER_PORT={port}: not a port; 1 to {_LARGEST_PORT}")
+    return port
 
 
 def _integer(environ: Mapping[str, str], name: str, default: str | None = None) -> int:

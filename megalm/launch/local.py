@@ -19,7 +19,7 @@ from types import FrameType
 
 from megalm.errors import ExitCode
 from megalm.launch.logs import log_path
-from megalm.launch.rendezvous import free_port_listener
+from megalm.launch.store import free_port_listener
 from megalm.signals import INTERRUPTS_TO_KILL, STOP_SIGNALS
 
 _ORDERLY = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)

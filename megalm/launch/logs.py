@@ -7,12 +7,14 @@ import io
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
 from megalm.console import LastingStream
+from megalm.errors import ConfigError
 from megalm.launch.discovery import MPIRUN, RankInfo
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -24,17 +26,74 @@ def log_path(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank-{rank}.log"
 
 
-def start_log(run_dir: Path, rank: RankInfo) -> None:
+class Console:
+    """Where the user looks: this process's standard error when it began.
+
+    Libraries written in C (torch's store, gloo, NCCL) write what they think of a lost peer, stack frames included, to
+    standard error. From :meth:`hold_back_libraries` on that is kept in memory, and goes to the log once there is one.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor = os.dup(2)
+        self._encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        self._held: int | None = None
+
+    def is_same(self, stream: TextIO) -> bool:
+        """Whether what is written to a stream is seen here."""
+        return os.path.sameopenfile(stream.fileno(), self._descriptor)
+
+    def write(self, text: str) -> None:
+        """Show a text; characters that the terminal has not are spelled. Nobody looks at a closed one."""
+        rest = text.encode(self._encoding, errors="backslashreplace")
+        with contextlib.suppress(OSError):
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+
+    def hold_back_libraries(self, rank: RankInfo) -> None:
+        """Keep from the console what is written to standard error, but by rank 0's Python."""
+        sys.stderr.flush()
+        if hasattr(os, "memfd_create"):
+            self._held = os.memfd_create("held")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self._held = os.dup(file.fileno())
+        os.dup2(self._held, 2)
+        if rank.rank == 0:
+            own = os.dup(self._descriptor)
+            stream = os.fdopen(own, "w", buffering=1, encoding=self._encoding, errors="backslashreplace")
+            sys.stderr = LastingStream(stream)
+
+    def held_back(self) -> str:
+        """What libraries have written since."""
+        if self._held is None:
+            return ""
+        return os.pread(self._held, os.fstat(self._held).st_size, 0).decode(errors="replace")
+
+
+def start_log(run_dir: Path, rank: RankInfo, console: Console | None = None) -> None:
     """Send this rank's output to its log, which earlier attempts of the run have begun.
 
     Ranks above 0 write nowhere else, libraries written in C included. Rank 0 keeps its terminal, so that a progress bar
-    still finds one; its log gets a copy of what Python prints, and all of it once the terminal is gone.
+    still finds one; its log gets a copy of what Python prints (all of it once the terminal is gone) and, given the
+    console, what libraries write to standard error.
+
+    Raises:
+        ConfigError: the folder cannot be made, or the log not written.
     """
     path = log_path(run_dir, rank.rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = path.open("a", encoding="utf-8", buffering=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir: rank {rank.rank} cannot write {path} ({error.strerror}); a folder that can be written"
+        ) from None
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     log.write(f"--- {now} rank {rank.rank} of {rank.world_size} ({rank.launcher}), {rank.device}, pid {os.getpid()}\n")
+    if console is not None:
+        sys.stderr.flush()
+        log.write(console.held_back())
+        os.dup2(log.fileno(), 2)
     if rank.rank == 0:
         # mpirun gives ranks a terminal of its own making, and passes on what they draw to wherever it writes itself.
         is_terminal = rank.launcher != MPIRUN

@@ -6,93 +6,20 @@ what the process group is made from. torch is imported here, in functions.
 
 from __future__ import annotations
 
-import os
-import socket
+import contextlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megalm.errors import ConfigError
-from megalm.launch.discovery import MPIRUN, TORCHRUN, RankInfo
+from megalm.launch.discovery import LOCAL, RankInfo
+from megalm.launch.store import START_TIMEOUT
+from megalm.launch.waiting import Patience, StoppedError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
-
-LOOPBACK = "127.0.0.1"
-
-_START_TIMEOUT = timedelta(minutes=15)
-"""Rank 0 may wait for a slow file system, and others for rank 0, but not for ever."""
-
-
-def free_port_listener(address: str = LOOPBACK) -> socket.socket:
-    """A socket that listens on a port nobody else can take between now and the store's start."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind((address, 0))
-    listener.listen(1024)
-    return listener
-
-
-def meet_over_mpi(rank: RankInfo) -> tuple[RankInfo, socket.socket | None]:
-    """Let all ranks that mpirun started know where rank 0 listens; rank 0 also gets the listening socket.
-
-    MPI is finalised again: it is not needed any more, and mpirun calls an exit without that an abort.
-    """
-    from mpi4py import MPI
-
-    listener = None
-    place: tuple[str, int] | None = None
-    if rank.rank == 0:
-        is_one_machine = rank.local_world_size == rank.world_size
-        listener = free_port_listener(LOOPBACK if is_one_machine else "")
-        place = (LOOPBACK if is_one_machine else _own_address(), listener.getsockname()[1])
-    address, port = MPI.COMM_WORLD.bcast(place, root=0)
-    MPI.Finalize()
-    return replace(rank, master_addr=address, master_port=port), listener
-
-
-def _own_address() -> str:
-    """The address under which other machines reach this one: that of the interface with the default route."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 1))  # sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
-
-
-def open_store(rank: RankInfo, listener: socket.socket | None, environ: Mapping[str, str] = os.environ) -> Store:
-    """The store of a run, hosted by rank 0 (or by torchrun's agent); every rank calls this.
-
-    Raises:
-        ConfigError: rank 0's port is taken, or rank 0 cannot be reached.
-    """
-    if rank.launcher == MPIRUN and not rank.master_addr:
-        raise ValueError("ranks of mpirun meet over MPI first")
-    from torch.distributed import DistError, PrefixStore, TCPStore
-
-    agent_hosts = rank.launcher == TORCHRUN and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # The store takes ownership of the descriptor, hence detach.
-    given = {} if listener is None else {"master_listen_fd": listener.detach()}
-    try:
-        store = TCPStore(
-            rank.master_addr,
-            rank.master_port,
-            is_master=rank.rank == 0 and not agent_hosts,
-            timeout=_START_TIMEOUT,
-            wait_for_workers=False,
-            multi_tenant=False,
-            use_libuv=True,
-            **given,
-        )
-    except (DistError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"MASTER_ADDR={rank.master_addr}, MASTER_PORT={rank.master_port}: rank {rank.rank} found no meeting place "
-            f"there ({reason}); set both to the host of rank 0 and a free port"
-        ) from None
-    return PrefixStore(f"megalm-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+_LONGEST_PAUSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -101,6 +28,33 @@ class Meeting:
 
     store: Store
     rank: RankInfo
+    patience: Patience
+
+    def gather(self) -> None:
+        """Wait until every rank has come, before anything is begun that some of them could miss.
+
+        Ranks that megalm starts itself are watched by it. Rank 0, who hosts the store, counts; the others ask once.
+
+        Raises:
+            ConfigError: not all have come within a quarter of an hour.
+            StoppedError: a signal came first.
+        """
+        if self.rank.launcher == LOCAL or self.rank.world_size == 1:
+            return
+        self.store.add("here", 1)
+        if self.rank.rank:
+            self._wait("all-here")
+            return
+        deadline, pause = time.monotonic() + START_TIMEOUT.total_seconds(), 0.01
+        remind = self.patience.reminder(self._missing)
+        while self.store.add("here", 0) < self.rank.world_size:
+            self.patience.check()
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{self._missing()} have not come within {START_TIMEOUT}; start them, too")
+            remind()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        self.store.set("all-here", "1")
 
     def publish(self, text: str) -> None:
         """Rank 0 tells the others what to do."""
@@ -108,7 +62,7 @@ class Meeting:
 
     def receive(self) -> str:
         """What rank 0 published; waits for it."""
-        return self.store.get("plan").decode()
+        return self.patience.call(lambda: self.store.get("plan"), self._rank_0).decode()
 
     def all_agree(self, topic: str, yes: bool) -> bool:
         """Whether every rank said yes; waits for all of them."""
@@ -135,22 +89,45 @@ class Meeting:
         """Wait until all ranks have ended; rank 0, who hosts the store, leaves last.
 
         mpirun and srun end the whole job when the first rank leaves with an exit code, and rank 0 may still be drawing.
+        A signal that comes now ends the wait: what there was to save is saved.
         """
         from torch.distributed import DistError
 
-        try:
-            self._wait_for_count("ended", self.rank.world_size, timeout_seconds)
+        # The host may have left: so has everybody else. What stopped the run before stops no wait now.
+        with contextlib.suppress(DistError, RuntimeError, StoppedError):
+            self._wait_for_count("ended", self.rank.world_size, timeout_seconds, self.patience.anew())
             self.store.add("left", 1)
             if self.rank.rank == 0:
                 self._wait_for_value("left", self.rank.world_size, 5.0)
-        except (DistError, RuntimeError):
-            return  # the host has left: so has everybody else
 
-    def _wait_for_count(self, key: str, count: int, timeout_seconds: float = _START_TIMEOUT.total_seconds()) -> None:
+    def _wait_for_count(
+        self,
+        key: str,
+        count: int,
+        timeout_seconds: float = START_TIMEOUT.total_seconds(),
+        patience: Patience | None = None,
+    ) -> None:
         """Count this rank, and wait until ``count`` ranks have been; the last one opens the gate."""
         if self.store.add(key, 1) == count:
             self.store.set(f"{key}-all", "1")
-        self.store.wait([f"{key}-all"], timedelta(seconds=timeout_seconds))
+        self._wait(f"{key}-all", timeout_seconds, patience)
+
+    def _wait(
+        self, key: str, timeout_seconds: float = START_TIMEOUT.total_seconds(), patience: Patience | None = None
+    ) -> None:
+        """Wait for a key; signals end the wait, and after a while the user hears of it."""
+        limit = timedelta(seconds=timeout_seconds)
+        (patience or self.patience).call(lambda: self.store.wait([key], limit), self._others)
+
+    def _missing(self) -> str:
+        return self.patience.missing(self.rank.world_size - self.store.add("here", 0))
+
+    def _rank_0(self) -> str:
+        return f"{self.patience.missing(1)}: rank 0"
+
+    def _others(self) -> str:
+        """Which ranks those are is known to the store alone, which is being asked."""
+        return f"other ranks at {self.rank.master_addr}:{self.rank.master_port}"
 
     def _wait_for_value(self, key: str, value: int, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds

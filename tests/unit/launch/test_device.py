@@ -9,6 +9,7 @@ from torch.distributed import HashStore
 from megalm.errors import ConfigError
 from megalm.launch import RankInfo, device
 from megalm.launch.rendezvous import Meeting
+from megalm.launch.waiting import Patience
 
 
 def choose(monkeypatch, wanted, gpus, *, nodes=1, ranks_per_node=4):
@@ -35,7 +36,7 @@ def choose(monkeypatch, wanted, gpus, *, nodes=1, ranks_per_node=4):
     def run(info):
         here.node = info.rank // ranks_per_node
         try:
-            return device.choose_device(wanted, Meeting(store, info))
+            return device.choose_device(wanted, Meeting(store, info, Patience(info)))
         except ConfigError as error:
             return error
 
@@ -72,7 +73,7 @@ def test_cpu_asks_nobody(monkeypatch):
     info = RankInfo(
         rank=0, world_size=2, local_rank=0, local_world_size=2, launcher="local", master_addr="", master_port=0
     )
-    assert device.choose_device("cpu", Meeting(HashStore(), info)) == ("cpu", None)
+    assert device.choose_device("cpu", Meeting(HashStore(), info, Patience(info))) == ("cpu", None)
 
 
 @pytest.mark.parametrize(
