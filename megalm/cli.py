@@ -8,15 +8,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megalm import __version__
 from megalm.arguments import user_path
-from megalm.console import OutputLostError, run_on_console
-from megalm.errors import ExitCode, MegalmError
+from megalm.console import run_on_console
+from megalm.errors import ExitCode
+from megalm.guard import check_text, guarded
+from megalm.isolation import shield
 
 _WORKER_MODULE = "megalm.worker"
 
@@ -34,26 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     works = bool(arguments) and arguments[0] in _WORKING
-    return run_on_console(lambda: _guarded(arguments), works=works)
-
-
-def _guarded(arguments: list[str]) -> int:
-    """Run one command; what it raises becomes a line and an exit code."""
-    try:
-        return _dispatch(arguments)
-    except OutputLostError:
-        raise
-    except MegalmError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except SystemExit as end:  # argparse has printed help, or what is wrong with an option
-        return end.code if isinstance(end.code, int) else ExitCode.DONE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        return ExitCode.BUG
+    shield()
+    return run_on_console(lambda: guarded(lambda: _dispatch(arguments)), works=works)
 
 
 @dataclass(frozen=True)
@@ -78,7 +61,9 @@ def _dispatch(arguments: list[str]) -> int:
     own = argparse.ArgumentParser(prog=f"megalm {name}", description=command.help, allow_abbrev=False)
     command.add_options(own)
     own.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=_OVERRIDES_HELP)
-    return command.run(own.parse_intermixed_args(rest))
+    options = own.parse_intermixed_args(rest)
+    check_text([*options.overrides, *([options.prompt] if "prompt" in options else [])])
+    return command.run(options)
 
 
 def _main_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,12 @@ Also the module that ``megalm train`` starts for each local rank:
 ``python -m megalm.worker RANK WORLD_SIZE PORT PARENT_PID [LISTENING_DESCRIPTOR]``, the plan on rank 0's standard input.
 """
 
+# ruff: noqa: E402 - the folder that Python puts first must not be looked into for what follows
 from __future__ import annotations
+
+from megalm.isolation import shield
+
+shield()
 
 import ctypes
 import os
@@ -20,7 +25,9 @@ from typing import NoReturn
 
 from megalm.console import run_on_console
 from megalm.errors import ExitCode, MegalmError
+from megalm.guard import explained
 from megalm.launch.discovery import LOCAL, MPIRUN, RankInfo
+from megalm.launch.interfaces import check_interfaces
 from megalm.launch.logs import Console, Tee
 from megalm.launch.mpi import meet_over_mpi
 from megalm.launch.rendezvous import Meeting, init_process_group
@@ -183,6 +190,7 @@ def _train(meeting: Meeting, plan: Plan, stop: StopRequest, console: Console) ->
             if note is not None:
                 print(note, flush=True)
     _tell_libraries(rank)
+    check_interfaces(os.environ)
     init_process_group(meeting.store, rank, config.launch.timeout_seconds)
 
     from megalm.train.trainer import run_training
@@ -211,9 +219,13 @@ class _Reporter:
 
     def report(self, error: Exception) -> int:
         """Log an error, show it if this rank failed first, and return the exit code of the run."""
-        code = _exit_code(error)
-        is_users = isinstance(error, MegalmError)
-        text = f"{error}\n" if is_users else "".join(traceback.format_exception(error))
+        known = explained(error)
+        code = int(ExitCode.BUG if known is None else known.exit_code)
+        is_users = known is not None
+        trace = "".join(traceback.format_exception(error))
+        text = trace if known is None else f"{known}\n"
+        if is_users and not isinstance(error, MegalmError):
+            self._log(trace)
         if not is_users and not isinstance(sys.stderr, Tee):  # there is no log yet to look into
             text = self._console.held_back()[-_MOST_HELD_BACK:] + text
         if self.meeting is None:
@@ -243,10 +255,6 @@ class _Reporter:
         elif not self._console.is_same(sys.stderr):
             sys.stderr.write(text)
         sys.stderr.flush()
-
-
-def _exit_code(error: BaseException) -> int:
-    return int(error.exit_code if isinstance(error, MegalmError) else ExitCode.BUG)
 
 
 def _leave(code: int) -> NoReturn:

@@ -29,18 +29,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 from benchmarks.table import Report
 
-from megalm.arguments import user_path
+from megalm.arguments import LineParser, user_path
+from megalm.guard import guarded
+from megalm.isolation import shield
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    shield()
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("parts", metavar="PART", nargs="+", choices=[*PARTS, "all"], help=", ".join([*PARTS, "all"]))
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--rounds", type=int, help="repetitions that a median is taken of")
@@ -49,6 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 1:
         parser.error("--rounds: at least 1")
+    return guarded(lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> int:
+    if options.json is not None:
+        options.json.touch()  # what cannot be written is known before an hour of measuring
     reports = []
     for part in PARTS if "all" in options.parts else dict.fromkeys(options.parts):
         reports.append(PARTS[part](options))

@@ -18,18 +18,22 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalm.arguments import LineParser, user_path
 from megalm.console import run_on_console
-from megalm.errors import ExitCode, MegalmError
+from megalm.errors import ExitCode
+from megalm.guard import guarded
+from megalm.isolation import shield
+
+if TYPE_CHECKING:
+    from megalm.checkpoint.adapters.convert import Report
 
 _SOURCES = ("megalm", "hf", "megatron", "openai-gpt2", "deepspeed")
 _TARGETS = ("megalm", "hf", "megatron")
@@ -40,6 +44,7 @@ _SMALLEST_SHARD_GB, _LARGEST_SHARD_GB = 0.001, 1_000_000
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    shield()
     return run_on_console(lambda: _main(arguments), works=True)
 
 
@@ -63,27 +68,21 @@ def _main(arguments: list[str] | None) -> int:
         shard_bytes=None if shard_gb is None else round(shard_gb * 1e9),
         verify=options.verify,
     )
-    try:
+
+    def run() -> int:
         with _Bar() as bar:
-            report = convert(request, bar)
-    except MegalmError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"interrupted; nothing was written to {request.target}", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    except OSError as error:  # no permission, disk full
-        print(f"{error.filename or request.target}: {error.strerror or error}", file=sys.stderr)
-        return ExitCode.BAD_DATA
-    except Exception:
-        traceback.print_exc()
-        return ExitCode.BUG
+            _tell(convert(request, bar))
+        return ExitCode.DONE
+
+    return guarded(run, interrupted=f"interrupted; nothing was written to {request.target}")
+
+
+def _tell(report: Report) -> None:
     for warning in report.warnings[:_MOST_WARNINGS]:
         print(f"warning: {warning}", file=sys.stderr)
     if len(report.warnings) > _MOST_WARNINGS:
         print(f"warning: and {len(report.warnings) - _MOST_WARNINGS} more such tensors", file=sys.stderr)
     print(report.done, *(f"note: {note}" for note in report.notes), *report.verified, sep="\n")
-    return ExitCode.DONE
 
 
 class _Bar:

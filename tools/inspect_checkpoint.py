@@ -28,7 +28,9 @@ from megalm.arguments import LineParser, user_path
 from megalm.checkpoint.manifest import Manifest, TensorRecord, combined_hash, read_manifest
 from megalm.checkpoint.store import CheckpointInfo, describe_torn, locate, torn_checkpoints
 from megalm.console import run_on_console
-from megalm.errors import ExitCode, MegalmError
+from megalm.errors import ExitCode
+from megalm.guard import guarded
+from megalm.isolation import shield
 
 DIFFERENT = 1
 """Exit code of ``--diff``, as of diff(1)."""
@@ -36,6 +38,7 @@ DIFFERENT = 1
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    shield()
     return run_on_console(lambda: _main(arguments), works=False)
 
 
@@ -46,18 +49,18 @@ def _main(arguments: list[str] | None) -> int:
     add("--verify", action="store_true", help="read every tensor and check its sha256")
     add("--diff", type=user_path, metavar="OTHER", help="say what differs from this one, instead of showing PATH")
     options = parser.parse_args(arguments)
+    return guarded(lambda: _inspect(options))
+
+
+def _inspect(options: argparse.Namespace) -> int:
     console = Console(soft_wrap=True, highlight=False)
-    try:
-        shown = locate(options.path)
-        other = locate(options.diff) if options.diff is not None else None
-        if other is None:
-            _show(console, shown)
-        faults = [fault for info in (shown, other) if options.verify and info for fault in _find_faults(console, info)]
-        if not faults and other is not None:
-            return _diff(console, shown, other)
-    except MegalmError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    shown = locate(options.path)
+    other = locate(options.diff) if options.diff is not None else None
+    if other is None:
+        _show(console, shown)
+    faults = [fault for info in (shown, other) if options.verify and info for fault in _find_faults(console, info)]
+    if not faults and other is not None:
+        return _diff(console, shown, other)
     for fault in faults:
         print(fault, file=sys.stderr)
     if options.verify and not faults:

@@ -36,7 +36,9 @@ from megalm.data.progress import PrepareProgress, summary_lines
 from megalm.data.recipe import Recipe
 from megalm.data.store import open_store
 from megalm.data.tokenizer_training import SMALLEST_VOCABULARY
-from megalm.errors import ExitCode, MegalmError
+from megalm.errors import ExitCode
+from megalm.guard import guarded
+from megalm.isolation import shield
 
 _DUPLICATES = ("exact", "near")
 _KINDS = ("bpe", "wordpiece")
@@ -45,6 +47,7 @@ _NORMAL_FORMS = ("NFC", "NFKC")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    shield()
     return run_on_console(lambda: _main(arguments), works=True)
 
 
@@ -52,26 +55,20 @@ def _main(arguments: list[str] | None) -> int:
     parser = _parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    try:
+    if not options.verify and (problems := _problems(options)):
+        parser.error("\n".join(problems))
+    command = shown(shlex.join(["tools/prepare_data.py", *arguments]))
+
+    def run() -> int:
         if options.verify:
             return _verify(options.verify)
-        if problems := _problems(options):
-            parser.error("\n".join(problems))
-        command = shown(shlex.join(["tools/prepare_data.py", *arguments]))
         if options.executor == "local":
             with local_workers(options.workers) as workers:
                 return _prepare(options, workers, command)
         with mpi_workers() as ranks:
             return ExitCode.DONE if ranks is None else _prepare(options, ranks, command)
-    except MegalmError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one ended", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    except OSError as error:  # no permission, disk full
-        print(f"{error.filename or options.out}: {error.strerror}", file=sys.stderr)
-        return ExitCode.BAD_DATA
+
+    return guarded(run, interrupted="interrupted; the same command goes on where this one ended")
 
 
 def _prepare(options: argparse.Namespace, workers: Workers, command: str) -> int:

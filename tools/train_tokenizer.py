@@ -30,7 +30,9 @@ from megalm.data.settings_files import KEPT_FILES
 from megalm.data.tally import FileTally, RejectedFile
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece, with_special_tokens
-from megalm.errors import DataError, ExitCode, MegalmError
+from megalm.errors import DataError, ExitCode
+from megalm.guard import guarded
+from megalm.isolation import shield
 
 _BLOCK_BYTES = 2**22
 _LISTED = 12
@@ -39,6 +41,7 @@ _LISTED = 12
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    shield()
     return run_on_console(lambda: _main(arguments), works=True)
 
 
@@ -47,24 +50,18 @@ def _main(arguments: list[str] | None) -> int:
     options = parser.parse_args(arguments)
     if problems := _problems(options):
         parser.error("\n".join(problems))
+    return guarded(lambda: _make(options), interrupted="interrupted; nothing was written")
+
+
+def _make(options: argparse.Namespace) -> int:
     out = _file(options.out)
-    try:
-        if options.source is not None:
-            tokenizer, trained_on = Tokenizer.load(options.source, marks=Marks(eos=options.eos)), ""
-            if options.special_token:
-                tokenizer = with_special_tokens(tokenizer, options.special_token, marks=Marks(eos=options.eos))
-        else:
-            tokenizer, trained_on = _train(options)
-        _save(tokenizer, out)
-    except MegalmError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    except OSError as error:
-        print(f"{error.filename or out}: {error.strerror}", file=sys.stderr)
-        return ExitCode.BAD_DATA
+    if options.source is not None:
+        tokenizer, trained_on = Tokenizer.load(options.source, marks=Marks(eos=options.eos)), ""
+        if options.special_token:
+            tokenizer = with_special_tokens(tokenizer, options.special_token, marks=Marks(eos=options.eos))
+    else:
+        tokenizer, trained_on = _train(options)
+    _save(tokenizer, out)
     print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{trained_on}")
     start = " ".join(tokenizer.roles.before)
     begin = f"begin with {start} and " if start else ""

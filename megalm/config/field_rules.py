@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import gcd
 from typing import Any, Protocol
 
@@ -128,3 +128,18 @@ def texts_are_not_empty(job: Job) -> Iterator[Violation]:
         texts = value if isinstance(value, tuple) else () if value is None else (value,)
         if not all(text.strip() for text in texts):
             yield Violation(path, value, "empty", right)
+
+
+def texts_are_text(job: Job) -> Iterator[Violation]:
+    """Texts can be written into files and be names of files: no NUL, no halves of characters."""
+    for section in fields(job.config):
+        part = getattr(job.config, section.name)
+        for item in fields(part):
+            value = getattr(part, item.name)
+            texts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(text, str) and not _is_text(text) for text in texts):
+                yield Violation(f"{section.name}.{item.name}", value, "holds NUL or is not UTF-8", "plain text")
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and text.encode(errors="replace").decode() == text

@@ -22,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     field_rules.choices_are_known,
     field_rules.run_has_a_folder_name,
     field_rules.texts_are_not_empty,
+    field_rules.texts_are_text,
     cross_rules.heads_divide_hidden_size,
     cross_rules.kv_heads_divide_heads,
     cross_rules.rotary_heads_are_even,

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megalm.config.violation import format_value
 from megalm.errors import ConfigError
+
+LARGEST_SEED = 2**63 - 1
+"""As of ``run.seed``: what torch's generators take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class Sampling:
             problems.append(f"temperature={self.temperature}: not a temperature; 0 (greedy) or above")
         if self.top_k < 0:
             problems.append(f"top_k={self.top_k}: not a number of tokens; 0 (all of the vocabulary) or above")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            problems.append(f"seed={format_value(self.seed)}: out of range; 0 to {LARGEST_SEED}")
         if problems:
             raise ConfigError(problems)
 

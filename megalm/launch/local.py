@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from megalm.errors import ExitCode
+from megalm.isolation import child_environment
+from megalm.launch.interfaces import loopback_alone
 from megalm.launch.logs import log_path
 from megalm.launch.store import free_port_listener
 from megalm.signals import INTERRUPTS_TO_KILL, STOP_SIGNALS
@@ -92,9 +94,8 @@ class _Ranks:
         """Start every rank; rank 0 inherits a listening socket, so that no other process can take its port."""
         listener = free_port_listener()
         port = listener.getsockname()[1]
-        environment = {**KEEPS_MEMORY, **os.environ, "OMP_NUM_THREADS": str(job.threads_per_rank)}
-        if sys.platform == "linux":  # gloo would look for the machine's own name, which a laptop may not resolve
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        environment = child_environment({**KEEPS_MEMORY, **os.environ, "OMP_NUM_THREADS": str(job.threads_per_rank)})
+        environment.update(loopback_alone(environment))
         for rank in range(job.world_size):
             command = [sys.executable, "-m", job.module, f"{rank}", f"{job.world_size}", f"{port}", f"{os.getpid()}"]
             is_first = rank == 0

@@ -23,6 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from megalm.launch.interfaces import loopback_alone
+
 _LOG_CHARACTERS = 4000
 _GRACE_SECONDS = 1.0
 """How long the other ranks of a failed world have to write down their own failure, or their stacks."""
@@ -157,8 +159,7 @@ def _rank_main(rank: int, world_size: int, name: str, function: Callable[[Any], 
     stack = (folder / f"stack-{rank}").open("w")
     faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    if sys.platform == "linux":  # gloo would look for the machine's own name, which a laptop may not resolve
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.update(loopback_alone(os.environ))
     try:
         import torch
         import torch.distributed as dist
