@@ -116,7 +116,11 @@ def run_rank(
                 failure = error
         meeting = _meet(rank, listener, stop, console)
         reporter.meeting = meeting
-        code = _call_off(meeting, reporter, failure) if failure is not None else _follow(meeting, plan, stop, console)
+        if failure is not None:  # nobody has to come for that to be said
+            code = _call_off(meeting, reporter, failure)
+        else:
+            meeting.gather()
+            code = _follow(meeting, plan, stop, console)
     except StoppedError as error:  # while others were waited for: they are not there to be told, or were stopped too
         if rank.rank == 0:
             console.write(f"{error}\n")
@@ -141,15 +145,13 @@ def _meet(rank: RankInfo, listener: socket.socket | None, stop: StopRequest, con
     console.hold_back_libraries(rank)
     # Ranks that megalm starts itself wait for seconds at most: a signal stops them after their first step, in order.
     patience = Patience(rank) if rank.launcher == LOCAL else Patience(rank, stop, say)
-    meeting = Meeting(open_store(rank, listener, patience), rank, patience)
-    meeting.gather()
-    return meeting
+    return Meeting(open_store(rank, listener, patience), rank, patience)
 
 
 def _call_off(meeting: Meeting, reporter: _Reporter, failure: Exception) -> int:
     """Rank 0 has no plan: say why, and tell the others before the store goes with this process."""
     code = reporter.report(failure)
-    meeting.publish("")
+    meeting.dismiss()
     meeting.leave_together(_CALL_OFF_SECONDS)
     return code
 

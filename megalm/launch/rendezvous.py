@@ -56,6 +56,11 @@ class Meeting:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         self.store.set("all-here", "1")
 
+    def dismiss(self) -> None:
+        """Rank 0 tells the others, as they come, that there is nothing to do."""
+        self.publish("")
+        self.store.set("all-here", "1")
+
     def publish(self, text: str) -> None:
         """Rank 0 tells the others what to do."""
         self.store.set("plan", text)

@@ -219,3 +219,11 @@ def test_stale_variables_of_torchrun(free_port: int) -> None:
     assert time.monotonic() - asked < 3
     assert line.startswith(f"waiting for 1 of 2 ranks at 127.0.0.1:{free_port}: rank 0 (connection refused)")
     assert rest == ""
+
+
+def test_ranks_that_come_when_there_is_nothing_to_do_are_told_so() -> None:
+    store = HashStore()
+    first, second = (Meeting(store, rank_of(rank), Patience(rank_of(rank))) for rank in range(2))
+    first.dismiss()
+    second.gather()
+    assert second.receive() == ""
