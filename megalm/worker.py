@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from megalm.console import run_on_console
-from megalm.errors import ExitCode, MegalmError
+from megalm.errors import ConfigError, ExitCode, MegalmError
 from megalm.guard import explained
 from megalm.launch.discovery import LOCAL, MPIRUN, RankInfo
 from megalm.launch.interfaces import check_interfaces
@@ -32,7 +32,7 @@ from megalm.launch.logs import Console, Tee
 from megalm.launch.mpi import meet_over_mpi
 from megalm.launch.rendezvous import Meeting, init_process_group
 from megalm.launch.store import LOOPBACK, free_port_listener, open_store
-from megalm.launch.waiting import Patience, StoppedError
+from megalm.launch.waiting import Patience, StoppedError, how_to_be_alone
 from megalm.preflight import Plan, completion_lines, owned_plan
 from megalm.signals import StopRequest
 
@@ -77,7 +77,12 @@ def run_launched(rank: RankInfo, overrides: list[str]) -> NoReturn:
             print(line, file=sys.stderr, flush=True)
 
         owned = owned_plan(overrides, rank.world_size, say=say, cancelled=lambda: stop.pending() is not None)
-        return held.enter_context(owned)[0]
+        try:
+            return held.enter_context(owned)[0]
+        except ConfigError as error:
+            if not any(line.startswith("world_size=") for line in error.lines):
+                raise
+            raise ConfigError([*error.lines, f"world_size={rank.world_size}: {how_to_be_alone(os.environ)}"]) from None
 
     run_rank(rank, stop, prepare)
 

@@ -71,7 +71,7 @@ class Patience:
         def remind() -> None:
             if time.monotonic() - began >= due[0]:
                 due[0] *= 2
-                self.say(f"waiting for {what()} ({self._how_to_be_alone()})")
+                self.say(f"waiting for {what()} ({how_to_be_alone(self.environ)})")
 
         return remind
 
@@ -112,8 +112,9 @@ class Patience:
         """``1 of 2 ranks at HOST:PORT``."""
         return f"{count} of {self.rank.world_size} ranks at {self.rank.master_addr}:{self.rank.master_port}"
 
-    def _how_to_be_alone(self) -> str:
-        """What has this process wait, and how to go without."""
-        told, unset = variables_of(self.environ)
-        off = " ".join(f"-u {name}" for name in unset)
-        return f"{told} are set in this shell; `env {off} megalm train …` starts own ranks"
+
+def how_to_be_alone(environ: Mapping[str, str]) -> str:
+    """What makes this process one rank of several, and how to go without."""
+    told, unset = variables_of(environ)
+    off = " ".join(f"-u {name}" for name in unset)
+    return f"{told} are set in this shell; `env {off} megalm train …` starts own ranks"
