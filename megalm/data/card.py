@@ -174,15 +174,15 @@ def _left_out(totals: LeftOutTotals, read: int) -> list[str]:
     lines = [
         "## Left out of documents",
         "",
-        f"Words in what is not rendered as text, over all {read:,} documents read; the first {NAMES:,} names are counted "
-        "one by one, later ones together.",
+        f"Words in what is not rendered as text, over all {read:,} documents read; the first {NAMES:,} names are "
+        "counted one by one, later ones together.",
         "",
         "| what | times | words |",
         "| --- | ---: | ---: |",
         *(f"| {_cell(name)} | {times:,} | {words:,} |" for name, times, words in shown),
         f"| all | {sum(row[1] for row in rows):,} | {totals.words:,} |",
         "",
-        f"{totals.over:,} documents lose more than {SHARE:.0%} of their words, references aside.",
+        f"Documents that lose more than {SHARE:.0%} of their words, references aside: {totals.over:,}.",
         "",
     ]
     if totals.documents:

@@ -30,7 +30,8 @@ _GAP_BEFORE_MARK = re.compile(rf" *{GAP}+(?: +{GAP}+)* ?([.,)\]])")
 _GAP_AT_START = re.compile(rf"^ *{GAP}[ {GAP}]*(?:[,;:](?=[ {GAP}])[ {GAP}]*)*", re.MULTILINE)
 _GAP = re.compile(rf"( ?)(?:{GAP} *)+")
 _BLANK_LINES = re.compile(r"\n{3,}")
-_ROW_LINE = re.compile(r"\|(?:\}|-)")
+_ROW_LINE = re.compile(rf"\|-+[ {GAP}]*(?:$|[\w-]+ *=)|\|\}}[ {GAP}]*$")
+"""A line that begins a row of a table, or ends a table; not the absolute value of a number below 0."""
 
 
 def tidy(text: str, fragment: Callable[[str], None]) -> str:

@@ -15,6 +15,7 @@ NEXT = "\n\nNext\n\nNEXT-MARK stays."
     [
         "!Kung live here.",
         "|x| is the absolute value of x.",
+        "|-3| = 3, and\n|-x| = |x|",
         "The set {1, 2} | 3 has\n| bars at the start of a line.\n! and this one",
         "main() and exit(1) and f( )",
         "int a[] and a[ ] and [1]",

@@ -139,3 +139,13 @@ def test_references_are_told_from_templates_that_say_something() -> None:
     assert prose == "A."
     assert left_out.kinds == {"reference": (5, 8), "template: unknown": (1, 3)}
     assert left_out.lost_words == 3
+
+
+def test_what_is_left_out_of_an_argument_is_counted_once() -> None:
+    prose, left_out = render_article("{{convert|12<ref>a b</ref>|km|mi}} {{as of|2010<ref>c</ref>}}", Site.of("en"))
+    assert prose == "12 km (7.5 mi) As of 2010"
+    assert left_out.kinds == {"reference": (2, 3)}
+
+
+def test_columns_are_read_one_after_the_other() -> None:
+    assert to_prose("{{columns|col1=\n* a\n* b\n|col2=\n* c\n}}") == "a\nb\nc"

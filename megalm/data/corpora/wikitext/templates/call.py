@@ -26,6 +26,7 @@ class Call:
     def __init__(self, node: Template, renderer: Renderer) -> None:
         self._node = node
         self._renderer = renderer
+        self._rendered: dict[str, str] = {}
 
     @cached_property
     def written_name(self) -> str:
@@ -74,7 +75,7 @@ class Call:
     def text(self, *keys: str, otherwise: str = "") -> str:
         """Rendered text of the first of these arguments that is given and not blank, without spaces around it."""
         key = next((key for key in keys if self.has(key)), None)
-        return otherwise if key is None else self._renderer.nodes(self._arguments[key].nodes).strip(" \n")
+        return otherwise if key is None else self._text(key)
 
     def value(self, *keys: str, otherwise: str = "") -> str:
         """The same as one line of plain text: a number, a name, a choice."""
@@ -91,12 +92,18 @@ class Call:
         """Rendered text of the arguments 1, 2, 3 …, up to the first that is not given."""
         found: list[str] = []
         while str(len(found) + 1) in self._arguments:
-            found.append(self._renderer.nodes(self._arguments[str(len(found) + 1)].nodes).strip(" \n"))
+            found.append(self._text(str(len(found) + 1)))
         return found
 
     def values(self) -> list[str]:
         """The same as plain text."""
         return [plain(text) for text in self.positional()]
+
+    def _text(self, key: str) -> str:
+        """Rendered once: what is left out of it is counted once."""
+        if key not in self._rendered:
+            self._rendered[key] = self._renderer.nodes(self._arguments[key].nodes).strip(" \n")
+        return self._rendered[key]
 
     def raw(self) -> list[tuple[str, str, bool]]:
         """Arguments as written: (name, value, whether the name is written too)."""

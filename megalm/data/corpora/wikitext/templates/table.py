@@ -82,6 +82,7 @@ _NAMES: tuple[tuple[str, Shown], ...] = (
         """,
         text.lines,
     ),
+    ("columns", text.columns),
     ("sic | sic! | [sic]", text.sic),
     (
         """

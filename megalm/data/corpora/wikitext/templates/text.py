@@ -42,6 +42,12 @@ def lines(call: Call) -> str | None:
     return BREAK + "\n".join(items) + BREAK if items else None
 
 
+def columns(call: Call) -> str | None:
+    """``{{columns|col1=…|col2=…}}``: one after the other."""
+    texts = [call.text(f"col{number}", str(number)) for number in range(1, 11)]
+    return BREAK + "\n".join(filter(None, texts)) + BREAK if any(texts) else None
+
+
 def spaces(_: Call) -> str:
     """White space, of which one is kept."""
     return " "
