@@ -136,6 +136,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from megalm.evaluate.perplexity import run_evaluate
 
+    _tell_unused("evaluate", options.overrides)
     for name, value in run_evaluate(_run_dir(options.run), options.overrides).items():
         print(f"{name:15} {value:,.6g}" if isinstance(value, float) else f"{name:15} {value}")
     return ExitCode.DONE
@@ -144,6 +145,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from megalm.generate.run import run_generate
 
+    _tell_unused("generate", options.overrides)
     text = run_generate(
         _run_dir(options.run),
         options.prompt,
@@ -155,6 +157,13 @@ def _generate(options: argparse.Namespace) -> int:
     )
     print(text)
     return ExitCode.DONE
+
+
+def _tell_unused(command: str, overrides: Sequence[str]) -> None:
+    from megalm.config.unused import unused_overrides
+
+    for line in unused_overrides(command, overrides):
+        print(line, file=sys.stderr)
 
 
 def _data(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ it for one of its variants, and is told of only where it is not the default.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,27 @@ def unused_settings(job: Job, *, is_launched: bool) -> list[str]:
         if (value := value_of(job.config, field)) != _default(defaults, field)
     ]
     return [*lines, *_unused_of_launch(job, is_launched=is_launched)]
+
+
+_ASKED = frozenset({"model", "engine.dtype", "launch.device", "checkpoint.resume"})
+_USED_BY = {
+    "generate": _ASKED,
+    "evaluate": _ASKED
+    | {"objective", "run.seed", "train.micro_batch_size"}
+    | {"data.path", "data.reset_at_documents", "data.cache_dir", "data.cache_gib"},
+}
+"""Fields and sections of a run's config that a command reads: it holds a whole model in one process."""
+
+
+def unused_overrides(command: str, overrides: Sequence[str]) -> list[str]:
+    """One line for each ``field=value`` that ``megalm evaluate`` or ``generate`` takes and does not use."""
+    used = _USED_BY[command]
+    fields = [override.partition("=")[0].lstrip("+") for override in overrides]
+    return [
+        f"{override}: not used by megalm {command}"
+        for field, override in zip(fields, overrides, strict=True)
+        if field not in used and field.partition(".")[0] not in used
+    ]
 
 
 def _unused_of_launch(job: Job, *, is_launched: bool) -> list[str]:

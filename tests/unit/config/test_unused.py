@@ -9,7 +9,7 @@ import pytest
 from megalm.compose import compose
 from megalm.config.field_rules import Job, with_value
 from megalm.config.schema import Config, Data, Model, Optim, Run, Train
-from megalm.config.unused import unused_settings
+from megalm.config.unused import unused_overrides, unused_settings
 
 CONFIG = Config(
     run=Run(name="try1"),
@@ -74,3 +74,13 @@ def test_defaults_and_what_has_an_effect_are_not_said() -> None:
     quick = compose(["experiment=quickstart"])
     assert unused_settings(Job(quick, 4), is_launched=False) == []
     assert unused_settings(Job(replace(quick, data=replace(quick.data, path=("a", "b"))), 4), is_launched=True) == []
+
+
+def test_overrides_that_a_command_takes_and_does_not_use_are_said() -> None:
+    overrides = ["parallel.tp=2", "launch.device=cpu", "model.dropout=0.1", "train.micro_batch_size=2", "data.path=a"]
+    assert unused_overrides("evaluate", overrides) == ["parallel.tp=2: not used by megalm evaluate"]
+    assert unused_overrides("generate", overrides) == [
+        "parallel.tp=2: not used by megalm generate",
+        "train.micro_batch_size=2: not used by megalm generate",
+        "data.path=a: not used by megalm generate",
+    ]
