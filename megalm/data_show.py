@@ -107,7 +107,7 @@ def _ledger(config: Config, corpora: Corpora, run_dir: Path, steps: Steps, sampl
     if phase.number != config.data.phase:
         raise DataError(
             f"data.phase={config.data.phase}: sample {sample} was read in phase {phase.number}; give its data: "
-            f"data.phase={phase.number} data.path=…"
+            f"data.phase={phase.number} model.sequence_length={phase.sequence_length} data.path=…"
         )
     DataState(0, (phase,)).continued(phase.number, fingerprint)  # raises where something differs
     end = state.phases[number + 1].start if number + 1 < len(state.phases) else max(steps.samples, phase.start)

@@ -131,7 +131,7 @@ def schedule_lines(config: Config, history: History) -> list[str]:
         lines.append(f"optim.rewarm_tokens={optim.rewarm_tokens}: the checkpoint has it already; it is done once")
     elif optim.rewarm_tokens is not None:
         rise = f"rises from {reached:.3g} to {optim.lr:g} over {optim.rewarm_tokens:,} tokens (optim.rewarm_tokens)"
-        return [f"learning rate: {rise}, {_ending(now)}"]
+        return [*lines, f"learning rate: {rise}, then {_ending(now, rest='its decay')}"]
     is_as_planned = course == before.course and _plan(optim) == _plan(before.optim)
     if is_as_planned and not (before.is_over(tokens) and now.total_tokens != before.total_tokens):
         return lines
@@ -186,14 +186,14 @@ def extension_hint(config: Config) -> str:
     return f" (at the floor of its learning rate, {floor:.3g}; optim.rewarm_tokens=N rises to optim.lr again)"
 
 
-def _ending(schedule: LearningRate) -> str:
+def _ending(schedule: LearningRate, rest: str = "what is left of its decay") -> str:
     course, optim = schedule.course, schedule.optim
     if optim.schedule == "constant":
-        return f"and stays at {schedule.floor:.3g} after any warm-up"
+        return f"it stays at {schedule.floor:.3g} after any warm-up"
     fall = f"{schedule.floor:.3g} at {course.decay_end:,} tokens"
     if optim.schedule == "wsd":
         return f"its cooldown begins at {course.decay_start:,} tokens and reaches {fall}"
-    return f"what is left of its decay reaches {fall}"
+    return f"{rest} reaches {fall}"
 
 
 def _is_continuous(before: LearningRate, now: LearningRate, tokens: int) -> bool:
