@@ -1,0 +1,1 @@
+"""Random configs that megalm accepts, trained and resumed on random layouts, against one rank."""
