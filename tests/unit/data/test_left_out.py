@@ -98,9 +98,11 @@ def test_the_card_tells_what_was_left_out_whoever_worked(
 
 
 def test_the_card_of_a_corpus_that_leaves_nothing_out_does_not_speak_of_it(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
     for i in range(20):
-        (tmp_path / f"{i}.txt").write_text(f"Text number {i} of some.")
-    recipe = Recipe("text", CorpusOptions((str(tmp_path),)), tokenizer_vocab=300, val_fraction=0.3, chunk_tokens=64)
+        (texts / f"{i}.txt").write_text(f"Text number {i} of some.")
+    recipe = Recipe("text", CorpusOptions((str(texts),)), tokenizer_vocab=300, val_fraction=0.3, chunk_tokens=64)
     prepare(
         recipe, tmp_path / "d", workers=Workers(None, 1), overwrite=False, progress=lambda *_: None, command="a test"
     )

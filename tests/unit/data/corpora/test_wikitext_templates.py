@@ -149,3 +149,23 @@ def test_what_is_left_out_of_an_argument_is_counted_once() -> None:
 
 def test_columns_are_read_one_after_the_other() -> None:
     assert to_prose("{{columns|col1=\n* a\n* b\n|col2=\n* c\n}}") == "a\nb\nc"
+
+
+@pytest.mark.parametrize(
+    ("wikitext", "shown"),
+    [
+        ("{{#expr:3*4}}", "12"),
+        ("{{formatnum:{{#expr: 1000 * (4 + 1) / 2 }}}}", "2,500"),
+        ("{{#expr: 10/3 round 2}}", "3.33"),
+        ("{{#expr: 2^2 + 7 mod 4}}", "7"),
+        ("{{#expr:1/0}}", ""),
+        ("{{#expr:__import__('os')}}", ""),
+        ("{{#expr:9^9^9^9}}", ""),
+        ("{{#if:x|yes|no}}{{#ifeq:a|b|yes|no}}", "yesno"),
+        ("{{#switch:b|a=one|b|c=two|#default=three}}", "two"),
+        ("{{#switch:z|a=one|#default=three}}{{#switch:z|a=one|four}}", "threefour"),
+        ("{{subst:nowrap|x}} {{safesubst:Template:lang|fr|mot}}", "x mot"),
+    ],
+)
+def test_functions_of_the_parser_are_evaluated(wikitext: str, shown: str) -> None:
+    assert to_prose(f"It is {wikitext}.", Site.of("en")) == (f"It is {shown}." if shown else "It is.")

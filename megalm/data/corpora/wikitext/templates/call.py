@@ -33,6 +33,9 @@ class Call:
         """The name as written, without its namespace."""
         name = plain(str(self._node.name))
         prefix, colon, rest = name.partition(":")
+        if colon and normalised(prefix) in ("subst", "safesubst"):
+            name = rest.strip()
+            prefix, colon, rest = name.partition(":")
         return rest.strip() if colon and normalised(prefix) in self.site.templates else name
 
     @cached_property

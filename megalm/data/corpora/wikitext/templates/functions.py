@@ -6,6 +6,7 @@ from megalm.data.corpora.wikitext.losses import REFERENCE
 from megalm.data.corpora.wikitext.marks import GAP, plain
 from megalm.data.corpora.wikitext.names import words
 from megalm.data.corpora.wikitext.templates.call import Call
+from megalm.data.corpora.wikitext.templates.expressions import evaluated
 from megalm.data.corpora.wikitext.templates.numbers import grouped, ungrouped
 
 _SHOW_NOTHING = words(
@@ -50,6 +51,10 @@ def function(call: Call, name: str, argument: str) -> str | None:  # noqa: PLR09
         return _tag(call, plain(argument).lower())
     if name == "#if":
         return call.text("1") if plain(argument) else call.text("2")
+    if name == "#expr":
+        return evaluated(plain(argument))
+    if name == "#switch":
+        return _switch(call, plain(argument))
     if name == "#ifeq":
         return call.text("2") if plain(argument) == call.value("1") else call.text("3")
     if name in ("padleft", "padright", "plural", "grammar", "int", "urlencode", "anchorencode", "#language"):
@@ -64,6 +69,20 @@ def _format_number(call: Call, number: str) -> str:
     if how == "NOSEP":
         return number
     return grouped(number, call.language)
+
+
+def _switch(call: Call, subject: str) -> str:
+    """The value of the first case that the subject is; cases without a value share that of the next."""
+    matches, default = False, ""
+    for name, written, named in call.raw():
+        case = name if named else written.strip()
+        matches = matches or case == subject
+        if named and matches:
+            return call.text(name)
+        if named and case == "#default":
+            default = call.text(name)
+    last = call.raw()[-1:]
+    return default or (call.text(last[0][0]) if last and not last[0][2] else "")
 
 
 def _tag(call: Call, tag: str) -> str:

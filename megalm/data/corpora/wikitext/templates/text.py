@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from megalm.data.corpora.wikitext.marks import BREAK
 from megalm.data.corpora.wikitext.templates.call import Call
 
+_COLUMNS = re.compile(r"\d+(?:em)?")
+"""How many columns a list has, or how wide they are."""
 Shown = Callable[[Call], str | None]
 """What a template shows; None: it is left out, and counted."""
 
@@ -39,6 +42,8 @@ def enclosed(before: str, after: str) -> Shown:
 def lines(call: Call) -> str | None:
     """A list: each argument on a line of its own."""
     items = [text for text in call.positional() if text]
+    if len(items) > 1 and _COLUMNS.fullmatch(items[0]):
+        del items[0]
     return BREAK + "\n".join(items) + BREAK if items else None
 
 
