@@ -108,6 +108,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         cleaning=Cleaning(
             normalise=options.normalise,
             quality=tuple(options.quality),
+            scrub_secrets=options.scrub_secrets,
             scrub_pii=options.scrub_pii,
             decontaminate=tuple(options.decontaminate),
             ngram=options.ngram,
@@ -233,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--normalise", choices=_NORMAL_FORMS, help="Unicode normal form")
     add("--dedup", nargs="+", choices=_DUPLICATES, default=[], help="remove exact, or also near duplicates (MinHash)")
     add("--quality", nargs="+", choices=QUALITY, default=[], help="rules that documents must pass")
+    add("--scrub-secrets", action="store_true", help="replace private keys and access tokens of services")
     add("--scrub-pii", action="store_true", help="replace e-mail, phone, IP, card and id numbers by placeholders")
     add(
         "--decontaminate",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from megalm.data.clean.decontaminate import DEFAULT_NGRAM, Contamination
 from megalm.data.clean.pii import scrub
 from megalm.data.clean.quality import Quality, quality_rule
+from megalm.data.clean.secrets import Secrets
 from megalm.data.document import Document, Rejected, Segment
 
 
@@ -22,6 +23,7 @@ class Cleaning:
     Attributes:
         normalise: a Unicode normal form, such as ``NFC``; None: text stays as it is.
         quality: names in ``QUALITY`` of rules that a document must pass.
+        scrub_secrets: replace private keys and access tokens of services by placeholders.
         scrub_pii: replace e-mail addresses, phone numbers and the like by placeholders.
         decontaminate: evaluation files; documents that share an n-gram with one are removed.
         ngram: words of such an n-gram.
@@ -32,6 +34,7 @@ class Cleaning:
 
     normalise: str | None = None
     quality: tuple[str, ...] = ()
+    scrub_secrets: bool = False
     scrub_pii: bool = False
     decontaminate: tuple[str, ...] = ()
     ngram: int = DEFAULT_NGRAM
@@ -57,12 +60,13 @@ class Cleaner:
     """Applies a :class:`Cleaning`; made once per process, since it reads the evaluation files.
 
     Raises:
-        DataError: an evaluation file cannot be read, or the library of the quality rules is missing.
+        DataError: an evaluation file cannot be read, or the library of the quality rules or of secrets is missing.
     """
 
     def __init__(self, cleaning: Cleaning) -> None:
         self._cleaning = cleaning
         self._quality = [Quality(name) for name in cleaning.quality]
+        self._secrets = Secrets() if cleaning.scrub_secrets else None
         self._contamination = (
             Contamination.of(cleaning.decontaminate, cleaning.ngram, cleaning.encoding)
             if cleaning.decontaminate
@@ -86,6 +90,9 @@ class Cleaner:
             source = self._contamination.source_of(document.text)
             if source is not None:
                 return Rejected(document.name, f"contaminated: {source}")
+        if self._secrets is not None:
+            scrubbed = [self._secrets.scrub(str(s.text), notes) for s in document.segments]
+            document = document.with_texts(scrubbed)
         if cleaning.scrub_pii:
             document = document.with_texts([scrub(str(s.text), notes) for s in document.segments])
         return Cleaned(document, dict(notes))
