@@ -213,11 +213,11 @@ def _hydra_compose(overrides: Sequence[Override]) -> dict[str, Any]:
 def _let_typed_options_win(composed: Any, overrides: Sequence[Override]) -> None:
     """Give the fields of each option that was typed the values that its file has, whatever an experiment sets.
 
-    Hydra merges an experiment after all groups, so that a value in its file beats an option of the command line. What
-    was typed last wins here: a field's own override first, then a group's option typed after the experiment.
+    Hydra merges an experiment after all groups, so that a value in its file beats an option of the command line. Here a
+    field's own override wins, then a group's option, then the experiment.
 
     Raises:
-        ConfigError: an experiment that was typed after an option sets one of its fields otherwise; both were asked for.
+        ConfigError: of two that set a field otherwise, the one that does not win was typed last; both were asked for.
     """
     import hydra
     from omegaconf import OmegaConf
@@ -225,20 +225,25 @@ def _let_typed_options_win(composed: Any, overrides: Sequence[Override]) -> None
     groups = group_options()
     typed = {override.key_or_group: number for number, override in enumerate(overrides)}
     experiment = overrides[typed["experiment"]].value() if "experiment" in typed else None
-    if experiment is None:
-        return
     problems = []
     for group, number in typed.items():
         option = overrides[number].value()
         if group not in groups or group == "experiment" or option is None:
             continue
+        has_rival = experiment is not None or any(path.startswith(f"{group}.") for path in typed)
+        if not has_rival:
+            continue
         alone = OmegaConf.to_container(hydra.compose(config_name=f"{group}/{option}"), resolve=False)
         for path, value in _leaves(alone):
             now = OmegaConf.select(composed, path)
-            if path in typed or now == value:
+            if now == value:
                 continue
-            if number < typed["experiment"]:
-                problems.append(_both_asked_for(group, option, experiment, path, value, now))
+            if path in typed:
+                if typed[path] < number:
+                    problems.append(_both_asked_for(path, now, f"{group}={option}", path, value))
+                continue
+            if experiment is not None and number < typed["experiment"]:
+                problems.append(_both_asked_for(group, option, f"experiment={experiment}", path, now))
             OmegaConf.update(composed, path, value)
     if problems:
         raise ConfigError([str(problem) for problem in problems])
@@ -254,12 +259,12 @@ def _leaves(mapping: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _both_asked_for(group: str, option: Any, experiment: Any, path: str, value: Any, other: Any) -> Violation:
-    wrong = (
-        f"sets {path}={format_value(value)}, and experiment={experiment}, typed after it, sets {format_value(other)}"
-    )
-    right = f"type {group}={option} after experiment={experiment}, where it wins, or say which with {path}=VALUE"
-    return Violation(group, option, wrong, right)
+def _both_asked_for(key: str, value: Any, later: str, path: str, other: Any) -> Violation:
+    """``key=value`` would win over what was typed after it."""
+    wrong = f"{later}, typed after it, sets {path}={format_value(other)}"
+    first = f"{key}={format_value(value)}"
+    right = f"type {first} after {later}, where it wins, or leave it out"
+    return Violation(key, value, wrong, right)
 
 
 @contextmanager
