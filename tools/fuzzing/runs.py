@@ -13,7 +13,6 @@ from typing import Any
 from fuzzing.draw import CHUNK_TOKENS, Fields, overrides_of
 from megalm.errors import MegalmError
 from megalm.launch.discovery import LOCAL, RankInfo
-from megalm.launch.rendezvous import LOOPBACK
 from megalm.preflight import Plan, make_plan
 from megalm.signals import StopRequest
 from megalm.verify.ranks import RankFailure, run_on_ranks
@@ -99,7 +98,7 @@ def train(item: tuple[str, int | None, bool]) -> None:
         local_rank=rank,
         local_world_size=size,
         launcher=LOCAL,
-        master_addr=LOOPBACK,
+        master_addr="127.0.0.1",
         master_port=0,
     )
     stop = _StopAfter(stop_after, killed=killed)
