@@ -146,6 +146,20 @@ def schedule_lines(config: Config, history: History) -> list[str]:
     return [*lines, f"learning rate: goes on from {reached:.3g} {where}, {_ending(now)}"]
 
 
+def spent_fields(config: Config, history: History) -> dict[str, str]:
+    """Fields of what a resumed run has behind it, and which a change has no effect on any more ▶ why."""
+    before, tokens = history.schedule, history.tokens
+    found = {}
+    if tokens >= before.course.warmup_end:
+        found["optim.warmup_tokens"] = "the warm-up is over; optim.rewarm_tokens=N begins another"
+    if before.optim.schedule == config.optim.schedule == "wsd" and tokens > before.course.decay_start:
+        found["optim.cooldown_tokens"] = "the cooldown has begun"
+    if tokens >= config.train.batch_ramp_tokens:
+        ramp = ("batch_ramp_start", "batch_ramp_increment", "batch_ramp_tokens")
+        found |= {f"train.{name}": f"{tokens:,} tokens are behind, and the ramp is over" for name in ramp}
+    return found
+
+
 def length_notes(config: Config, history: History | None) -> list[str]:
     """What of a schedule a run is too short for, or too long."""
     batch, schedule = batch_size_for(config, history), schedule_for(config, history)

@@ -35,6 +35,7 @@ from megalm.history import (
     samples_at_end,
     schedule_lines,
     schedule_violations,
+    spent_fields,
 )
 from megalm.ownership import Claim, Ownership, owned
 
@@ -175,7 +176,11 @@ def _what_is_new(config: Config, world_size: int, manifest: Manifest | None, his
     if manifest is None or history is None:
         rewarm = config.optim.rewarm_tokens
         return [] if rewarm is None else [f"optim.rewarm_tokens={rewarm}: not used, as the run begins here"]
-    lines = [f"changed  {change}" for change in changes_since(manifest, config, world_size)]
+    changes, spent = changes_since(manifest, config, world_size), spent_fields(config, history)
+    if "loss_scale" in manifest.training["engine"]:
+        spent["engine.initial_loss_scale"] = "the loss scale goes on from the checkpoint's"
+    why = {field: f" (no effect: {reason})" for field, reason in spent.items()}
+    lines = [f"changed  {change}{why.get(change.field, '')}" for change in changes]
     return [*lines, *schedule_lines(config, history)]
 
 

@@ -84,6 +84,16 @@ def test_check_counts_the_tokens_of_a_ramp_and_of_a_cooldown(megalm):
     assert f"constant, then sqrt to 0 of it over the last {total // 10 / 1000:.1f}k tokens" in result.out
 
 
+def test_check_says_what_a_run_is_too_short_for_and_what_it_does_not_use(megalm):
+    result = megalm("check", "experiment=gpt3_125m", "train.steps=20", "optim=adamw_constant")
+    assert result.code == 0, result.err
+    first, second = (line.removeprefix("note").strip() for line in result.out.splitlines() if line.startswith("note"))
+    assert first.startswith(
+        "optim.warmup_tokens=375000000 is longer than the run, 10485760 tokens: the learning rate ends"
+    )
+    assert second == "optim.decay_tokens=260000000000: not used, as optim.schedule=constant"
+
+
 def test_check_refuses_gpus_that_make_no_layout(megalm):
     result = megalm("check", "experiment=gpt3_175b", "cluster.gpus=1000")
     assert (result.code, result.out) == (2, "")

@@ -24,6 +24,7 @@ from megalm.history import (
     schedule_lines,
     schedule_to_dict,
     schedule_violations,
+    spent_fields,
 )
 from megalm.preflight import _epoch_violations
 
@@ -166,6 +167,19 @@ def test_a_run_too_short_for_its_schedule_says_so() -> None:
     assert note == "the learning rate is 0 from 2,000 tokens on: the last 560 learn nothing"
     (note,) = length_notes(with_(CONFIG, train={"batch_ramp_start": 4, "batch_ramp_tokens": 9999}), None)
     assert note.startswith("train.batch_ramp_tokens=9,999 is longer than the run's")
+
+
+def test_changes_of_what_is_over_are_said_to_have_no_effect() -> None:
+    warm = with_(CONFIG, optim={"warmup_tokens": 3 * TOKENS, "schedule": "wsd"})
+    ramp = with_(warm, train={"batch_ramp_start": 4, "batch_ramp_tokens": 4 * TOKENS})
+    assert list(spent_fields(ramp, history_of(manifest(warm, 2)))) == []
+    assert list(spent_fields(ramp, history_of(manifest(warm, 3)))) == ["optim.warmup_tokens"]
+    over = ["train.batch_ramp_start", "train.batch_ramp_increment", "train.batch_ramp_tokens"]
+    assert list(spent_fields(ramp, history_of(manifest(warm, 4)))) == ["optim.warmup_tokens", *over]
+    assert list(spent_fields(ramp, history_of(manifest(warm, 10))))[:2] == [
+        "optim.warmup_tokens",
+        "optim.cooldown_tokens",
+    ]
 
 
 def phase(number: int, start: int, length: int, contents: tuple[str, ...], quotas: list[int]) -> Phase:
