@@ -94,8 +94,9 @@ def _content(wikitext: str, opening: re.Match[str], name: str, endless: set[str]
         endless.add(name)
         return None, opening.end()
     content = wikitext[opening.end() : closing.start()]
-    # What is shown as written is kept in any case; of the rest, one end does not do for two starts or two sections.
-    if name not in SHOWN_AS_WRITTEN and (_AGAIN[name].search(content) or _HEADING_LINE.search(content)):
+    # One end does not do for two starts or two sections; what is shown as written may hold one of these.
+    signs = bool(_AGAIN[name].search(content)), bool(_HEADING_LINE.search(content))
+    if all(signs) or (any(signs) and name not in SHOWN_AS_WRITTEN):
         return None, opening.end()
     return content, closing.end()
 

@@ -147,6 +147,12 @@ def test_what_is_left_out_of_an_argument_is_counted_once() -> None:
     assert left_out.kinds == {"reference": (2, 3)}
 
 
+def test_an_equals_sign_does_not_make_a_language_of_its_code() -> None:
+    prose, left_out = render_article("A {{lang|fr|E = mc}} b {{sort|key|text}} {{sort|x}} {{USA}}.", Site.of("en"))
+    assert prose == "A b text x United States."
+    assert list(left_out.kinds) == ["template: lang"]
+
+
 def test_columns_are_read_one_after_the_other() -> None:
     assert to_prose("{{columns|col1=\n* a\n* b\n|col2=\n* c\n}}") == "a\nb\nc"
 

@@ -9,6 +9,7 @@ from megalm.data.corpora.wikitext.marks import BREAK, EMPTY
 from megalm.data.corpora.wikitext.templates import dates, text, values
 from megalm.data.corpora.wikitext.templates.call import Call
 from megalm.data.corpora.wikitext.templates.convert import convert
+from megalm.data.corpora.wikitext.templates.countries import COUNTRIES
 from megalm.data.corpora.wikitext.templates.functions import function
 from megalm.data.corpora.wikitext.templates.text import Shown
 
@@ -37,7 +38,7 @@ _NAMES: tuple[tuple[str, Shown], ...] = (
     (
         """
         lang | langue | lang2 | langwithname | wikt-lang | script | rtl-lang | color | colour | font color |
-        fontcolour | sort | resize | text color | background color | h:title | hidden sort key | мова |
+        fontcolour | resize | text color | background color | h:title | hidden sort key | мова |
         sprache | citation étrangère | citation langue
         """,
         text.last_argument,
@@ -91,6 +92,7 @@ _NAMES: tuple[tuple[str, Shown], ...] = (
         """,
         text.ship,
     ),
+    ("sort", text.argument("2", "1")),
     ("sortname", text.last_name_after_first),
     ("url | official url | link", text.link_text),
     ("angbr | angle bracket | angbr ipa | grapheme", text.enclosed("⟨", "⟩")),
@@ -178,7 +180,11 @@ _NAMES: tuple[tuple[str, Shown], ...] = (
     ("zwsp | wbr | zwnj | nowrap begin | nowrap end", text.literal(EMPTY)),
 )
 _IN_LANGUAGE: dict[str, tuple[tuple[str, Shown], ...]] = {
-    "en": (("e | esp", values.power_of_ten), ("usa", text.literal("United States")), ("vr", text.argument("1"))),
+    "en": (
+        ("e | esp", values.power_of_ten),
+        (" | ".join(COUNTRIES), lambda call: COUNTRIES[call.name]),
+        ("vr", text.argument("1")),
+    ),
     "fr": (
         ("citation | « » | guillemets | citation inline", text.french_quotation),
         ("s | s- | siècle | siècles | -s | -s-", values.century),

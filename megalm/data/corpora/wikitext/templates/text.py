@@ -20,8 +20,9 @@ def argument(*keys: str) -> Shown:
 
 
 def last_argument(call: Call) -> str | None:
-    """The last one without a name."""
-    return next((text for text in reversed(call.positional()) if text), None)
+    """The last one without a name, of two or more: ``{{lang|fr|mot}}``."""
+    found = [text for text in call.positional() if text]
+    return found[-1] if len(found) > 1 else None
 
 
 def joined(separator: str) -> Shown:
@@ -56,11 +57,6 @@ def columns(call: Call) -> str | None:
 def spaces(_: Call) -> str:
     """White space, of which one is kept."""
     return " "
-
-
-def emphasised(call: Call) -> str | None:
-    """``{{abbr|NATO|meaning}}`` and others that explain in a tip what they show."""
-    return call.text("1") or None
 
 
 def quotation(call: Call) -> str | None:

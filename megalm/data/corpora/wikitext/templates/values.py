@@ -8,7 +8,6 @@ from megalm.data.corpora.wikitext.marks import plain
 from megalm.data.corpora.wikitext.names import words
 from megalm.data.corpora.wikitext.templates.call import Call
 from megalm.data.corpora.wikitext.templates.numbers import grouped, is_number
-from megalm.data.corpora.wikitext.templates.text import Shown
 
 _SUPERSCRIPTS = str.maketrans("0123456789+-−()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁽⁾ⁿ")
 _LANGUAGE_NAMES = dict(
@@ -191,11 +190,6 @@ def transliteration(call: Call) -> str | None:
     """``{{transl|ar|ALA|words}}`` ▶ ``words``."""
     found = [text for text in call.positional() if text]
     return found[-1] if found else None
-
-
-def fixed_names(names: dict[str, str]) -> Shown:
-    """Templates whose name is a code for what they show."""
-    return lambda call: names.get(call.name)
 
 
 def _named(call: Call, code: str, words: str, other: str) -> str | None:
