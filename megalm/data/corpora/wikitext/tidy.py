@@ -18,11 +18,12 @@ from megalm.data.corpora.wikitext.marks import (
 from megalm.data.corpora.wikitext.quotes import without_quotes
 
 _SPACES = re.compile(r"[ \t\u00a0]+")
+_GAPS = re.compile(rf"{GAP}(?: *{GAP})+")
 _GAP_LINE = re.compile(rf"^[ ,;:.·•–—()\[\]/-]*{GAP}[ ,;:.·•–—()\[\]/{GAP}-]*(?:\n|\Z)", re.MULTILINE)
 """A line on which nothing but punctuation is left."""
 _EMPTY_BRACKETS = re.compile(rf" ?\((?=[^()]*{GAP})[ ,;:–—-]*(?:{GAP}[ ,;:–—-]*)+\)| ?\[ *{GAP}[ {GAP}]*\]")
 _BRACKET_START = re.compile(rf"([(\[])(?: *{GAP}[ ,;:]*)+")
-_BRACKET_END = re.compile(rf"(?:[ ,;:]*{GAP} *)+([)\]])")
+_BRACKET_END = re.compile(rf"(?:(?<![ ,;:])[ ,;:]+)?(?:{GAP}[ ,;:]*)+([)\]])")
 _GAP_BETWEEN_MARKS = re.compile(rf"[,;] *(?:{GAP} *)+([,;.])")
 _TEMPLATE_NAME = re.compile(rf"{OPEN_TEMPLATE}[^\n|{OPEN_TEMPLATE}]{{0,60}}\||{OPEN_TEMPLATE}")
 _PICTURE_OPTIONS = re.compile(rf"{OPEN_PICTURE}[^\n{OPEN_PICTURE}]*\||{OPEN_PICTURE}")
@@ -49,6 +50,7 @@ def tidy(text: str, fragment: Callable[[str], None]) -> str:
 
 
 def _close_gaps(text: str) -> str:
+    text = _GAPS.sub(GAP, text)
     text = _GAP_LINE.sub("", text)
     text = _EMPTY_BRACKETS.sub("", text)
     text = _BRACKET_START.sub(r"\1", text)

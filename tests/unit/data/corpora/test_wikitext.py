@@ -147,6 +147,28 @@ def test_markup_shows_what_a_reader_sees(wikitext: str, prose: str) -> None:
     assert to_prose(wikitext, Site.of("en"), "Title") == prose
 
 
+@pytest.mark.parametrize(
+    "wikitext",
+    [
+        "a" + " {{x}}" * 200 + " b",
+        "a" + " , {{x}}" * 200 + " b",
+        "(" + "{{x}} , " * 200 + "b",
+        "a" + " <ref>x</ref>" * 200 + " b",
+        "(" * 2000 + "{{x}}" * 200 + "b",
+        "{|\n|" + " " * 20_000 + "\n|}\nb",
+        "''" * 4999 + "b",
+        "[[a|" * 300 + "b",
+        "{{a|" * 300 + "b",
+        "<ref>a" * 2000 + "b",
+        "= a " * 5000 + "b",
+        "\n| b" * 2000,
+    ],
+)
+def test_time_does_not_grow_out_of_hand(wikitext: str) -> None:
+    """Patterns that try all ways to share out spaces between gaps would not come to an end."""
+    assert to_prose(wikitext).endswith("b")
+
+
 def test_languages_with_several_scripts_show_the_first_of_them() -> None:
     text = "-{H|zh-cn:x;zh-tw:y}--{zh-cn:计算机;zh-tw:電腦}-是-{中文}-"
     assert to_prose(text, Site.of("zh")) == "计算机是中文"
