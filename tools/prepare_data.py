@@ -81,6 +81,7 @@ def _prepare(options: argparse.Namespace, workers: Workers, command: str) -> int
             overwrite=options.overwrite,
             progress=progress.update,
             command=command,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     info = inspect_dataset(out)
     if summary is None:

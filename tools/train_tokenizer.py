@@ -27,12 +27,14 @@ from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
 from megalm.data.document import Document
 from megalm.data.roles import Marks, Roles
 from megalm.data.settings_files import KEPT_FILES
+from megalm.data.shard_writer import write_durably
 from megalm.data.tally import FileTally, RejectedFile
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece, with_special_tokens
 from megalm.errors import DataError, ExitCode
 from megalm.guard import guarded
 from megalm.isolation import shield
+from megalm.ownership import beside, owned
 
 _BLOCK_BYTES = 2**22
 _LISTED = 12
@@ -55,13 +57,10 @@ def _main(arguments: list[str] | None) -> int:
 
 def _make(options: argparse.Namespace) -> int:
     out = _file(options.out)
-    if options.source is not None:
-        tokenizer, trained_on = Tokenizer.load(options.source, marks=Marks(eos=options.eos)), ""
-        if options.special_token:
-            tokenizer = with_special_tokens(tokenizer, options.special_token, marks=Marks(eos=options.eos))
-    else:
-        tokenizer, trained_on = _train(options)
-    _save(tokenizer, out)
+    with owned(beside(out), f"--out {out}", "wait for it to end, or give another --out", say=_say) as ownership:
+        tokenizer, trained_on = _tokenizer(options)
+        ownership.claim.check()
+        _save(tokenizer, out)
     print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{trained_on}")
     start = " ".join(tokenizer.roles.before)
     begin = f"begin with {start} and " if start else ""
@@ -75,6 +74,21 @@ def _file(out: str) -> Path:
     """The file to write; in a folder it has its usual name."""
     path = Path(out)
     return path / TOKENIZER_FILE if out.endswith(("/", "/.", "/..")) or path.is_dir() else path
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _tokenizer(options: argparse.Namespace) -> tuple[Tokenizer, str]:
+    """The tokenizer, and what it was trained on, in words."""
+    if options.source is None:
+        return _train(options)
+    marks = Marks(eos=options.eos)
+    tokenizer = Tokenizer.load(options.source, marks=marks)
+    if options.special_token:
+        tokenizer = with_special_tokens(tokenizer, options.special_token, marks=marks)
+    return tokenizer, ""
 
 
 def _train(options: argparse.Namespace) -> tuple[Tokenizer, str]:
@@ -104,7 +118,7 @@ def _save(tokenizer: Tokenizer, out: Path) -> None:
         if there.exists() and there.read_text(encoding="utf-8", errors="replace") != kept.get(name):
             raise DataError(f"--out {out}: {there} is another tokenizer's; remove it, or give --out in another folder")
     for name, text in {**kept, out.name: tokenizer.definition}.items():
-        (out.parent / name).write_text(text, encoding="utf-8")
+        write_durably(out.parent / name, text.encode())
 
 
 def _roles_without_files(tokenizer: Tokenizer) -> Roles | None:

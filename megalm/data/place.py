@@ -16,6 +16,7 @@ from megalm.data.names import shown
 from megalm.errors import DataError
 
 RECIPE_FILE = "recipe.json"
+_LOCK_SUFFIX = ".owner"
 _PARTS = frozenset({"train", "val", RECIPE_FILE})
 
 
@@ -31,6 +32,13 @@ def partial_folder(path: Path) -> Path:
     return folder / name if _is_filled(folder) else folder.with_name(name)
 
 
+def owner_lock(path: Path) -> Path:
+    """The lock of whoever puts a dataset together there: in the same place whatever is there by now."""
+    folder = real_path(path)
+    name = f".{folder.name}{_LOCK_SUFFIX}"
+    return folder / name if folder.is_dir() and _is_fixed(folder) else folder.with_name(name)
+
+
 def is_vacant(path: Path) -> bool:
     """Whether a dataset can be put there without anything being lost: nothing is there, or an empty folder.
 
@@ -41,7 +49,7 @@ def is_vacant(path: Path) -> bool:
         return True
     if not folder.is_dir():
         return False
-    names = {entry.name for entry in folder.iterdir()}
+    names = {entry.name for entry in folder.iterdir() if not is_lock(entry, folder)}
     own = {partial_folder(path).name, _replaced(folder, inside=True).name}
     return not names - own or (RECIPE_FILE not in names and bool(names & own))
 
@@ -97,13 +105,7 @@ def check_place(path: Path) -> None:
 
 def cannot_be_renamed(folder: Path) -> bool:
     """Whether a folder that exists must stay: this process is in it, a disk is mounted there, or its parent is closed."""
-    around = folder.parent
-    return (
-        folder == Path.cwd()
-        or os.path.ismount(folder)
-        or folder.stat().st_dev != around.stat().st_dev
-        or not os.access(around, os.W_OK)
-    )
+    return folder == Path.cwd() or _is_fixed(folder)
 
 
 def _is_filled(folder: Path) -> bool:
@@ -114,11 +116,24 @@ def _is_filled(folder: Path) -> bool:
     )
 
 
+def _is_fixed(folder: Path) -> bool:
+    """Whether no process can rename a folder that exists, and what lies beside it may be another machine's."""
+    around = folder.parent
+    return (
+        os.path.ismount(folder) or folder.stat().st_dev != around.stat().st_dev or not os.access(around, os.W_OK)
+    )
+
+
+def is_lock(entry: Path, folder: Path) -> bool:
+    """Whether an entry of a folder is of :func:`owner_lock`."""
+    return entry.name.startswith(f".{folder.name}{_LOCK_SUFFIX}")
+
+
 def _fill(partial: Path, folder: Path) -> None:
     """The recipe goes first and comes last: without it, nothing takes the folder for a dataset."""
     replaced = _replaced(folder, inside=True)
     shutil.rmtree(replaced, ignore_errors=True)
-    old = [entry for entry in folder.iterdir() if entry not in (partial, replaced)]
+    old = [entry for entry in folder.iterdir() if entry not in (partial, replaced) and not is_lock(entry, folder)]
     if old:
         replaced.mkdir()
         for entry in sorted(old, key=lambda entry: entry.name != RECIPE_FILE):

@@ -26,7 +26,7 @@ from megalm.data.duplicates import Duplicates
 from megalm.data.executors import Workers
 from megalm.data.names import shown
 from megalm.data.packing import BestFitPacker
-from megalm.data.place import RECIPE_FILE, check_apart, check_place, is_vacant, partial_folder, put_in_place
+from megalm.data.place import RECIPE_FILE, check_apart, check_place, is_vacant, owner_lock, partial_folder, put_in_place
 from megalm.data.recipe import Recipe
 from megalm.data.settings_files import TEMPLATE_FILE
 from megalm.data.shard_writer import ShardWriter, write_durably
@@ -34,6 +34,7 @@ from megalm.data.summary import Summary
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
+from megalm.ownership import Claim, owned
 
 TOKENIZER_TRAINING_BYTES = 64 * 2**20
 """A tokenizer hardly changes with more text than this, but its training takes memory in proportion."""
@@ -69,7 +70,14 @@ Progress = Callable[[str, Done], None]
 
 
 def prepare(
-    recipe: Recipe, out: Path, *, workers: Workers, overwrite: bool, progress: Progress, command: str
+    recipe: Recipe,
+    out: Path,
+    *,
+    workers: Workers,
+    overwrite: bool,
+    progress: Progress,
+    command: str,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Summary | None:
     """Write the dataset ``out``; None if it is there already, made by the same recipe from the same files.
 
@@ -80,8 +88,10 @@ def prepare(
         overwrite: replace a dataset that was made differently.
         progress: called now and then.
         command: the command line, for the data card.
+        say: told why one has to wait.
 
     Raises:
+        ConfigError: another process prepares a dataset there.
         DataError: the corpus or the tokenizer cannot be read, a split would be empty, or ``out`` holds something else.
     """
     check_place(out)
@@ -91,6 +101,31 @@ def prepare(
         if isinstance(one, Files):
             check_apart(out, (), one.files)
     signature = recipe.signature(corpus, val_corpus)
+    if _is_made(out, signature, overwrite=overwrite):
+        return None
+    remedy = "wait for it to end, or give another --out"
+    with owned(owner_lock(out), f"--out {shown(out)}", remedy, say=say) as ownership:
+        if _is_made(out, signature, overwrite=overwrite):  # by now
+            return None
+        folder = _resumable_folder(out, signature)
+        preparation = _Preparation(recipe, corpus, val_corpus, folder, workers, progress, ownership.claim)
+        summary = preparation.run()
+        write_card(folder, recipe, summary, command)
+        record = {"signature": signature, "command": command, **summary.to_dict()}
+        write_durably(folder / RECIPE_FILE, (json.dumps(record, indent=1) + "\n").encode())
+        shutil.rmtree(folder / _BLOCKS_FOLDER)
+        (folder / _SIGNATURE_FILE).unlink()
+        ownership.claim.check()
+        put_in_place(folder, out)
+    return summary
+
+
+def _is_made(out: Path, signature: str, *, overwrite: bool) -> bool:
+    """Whether the dataset is there already.
+
+    Raises:
+        DataError: something else is, which stays.
+    """
     if not is_vacant(out):
         if not (out / RECIPE_FILE).is_file():
             raise DataError(
@@ -99,21 +134,12 @@ def prepare(
             )
         if not overwrite:
             if _recorded_signature(out) == signature:
-                return None
+                return True
             raise DataError(
                 f"{shown(out)}: exists and was made from other files or with other settings; --overwrite replaces it, "
                 "another --out keeps it"
             )
-    folder = _resumable_folder(out, signature)
-    preparation = _Preparation(recipe, corpus, val_corpus, folder, workers, progress)
-    summary = preparation.run()
-    write_card(folder, recipe, summary, command)
-    record = {"signature": signature, "command": command, **summary.to_dict()}
-    write_durably(folder / RECIPE_FILE, (json.dumps(record, indent=1) + "\n").encode())
-    shutil.rmtree(folder / _BLOCKS_FOLDER)
-    (folder / _SIGNATURE_FILE).unlink()
-    put_in_place(folder, out)
-    return summary
+    return False
 
 
 def _resumable_folder(out: Path, signature: str) -> Path:
@@ -141,7 +167,13 @@ class _Preparation:
     val_corpus: Corpus | None
     folder: Path
     workers: Workers
-    progress: Progress
+    report: Progress
+    claim: Claim
+
+    def progress(self, phase: str, done: Done) -> None:
+        """Between two pieces of work: ask whether the place is this process's still, and tell how far it is."""
+        self.claim.check()
+        self.report(phase, done)
 
     def run(self) -> Summary:
         tokenizer = self._tokenizer()

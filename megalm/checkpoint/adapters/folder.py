@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -14,12 +13,13 @@ from pathlib import Path
 
 from megalm.checkpoint.durable import flush
 from megalm.checkpoint.store import TEMPORARY_PREFIX
-from megalm.data.place import cannot_be_renamed, real_path
+from megalm.data.place import cannot_be_renamed, is_lock, owner_lock, real_path
 from megalm.errors import ConfigError
+from megalm.ownership import owned
 
 _UNIQUE_BYTES = 4
 _UNIQUE = rf"[0-9a-f]{{{2 * _UNIQUE_BYTES}}}"
-"""What tells the temporary folders of two conversions to one place apart."""
+"""What tells the temporary folders of conversions to one place apart."""
 
 
 def check_absent(folder: Path) -> None:
@@ -30,7 +30,7 @@ def check_absent(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"DST {folder}: exists and is no folder; choose another")
-    if folder.is_dir() and any(not entry.name.startswith(f"{TEMPORARY_PREFIX}") for entry in folder.iterdir()):
+    if folder.is_dir() and not all(_is_conversions(entry, folder) for entry in folder.iterdir()):
         raise ConfigError(f"DST {folder}: exists and is not empty; choose another, or remove it first")
 
 
@@ -41,71 +41,42 @@ def new_folder(folder: Path) -> Iterator[Path]:
     A link is followed: what it leads to is written, and the link stays. An empty folder that cannot be renamed over (a
     disk is mounted there, say) is filled instead.
 
-    What earlier conversions left there, when they were killed, is removed first; those that still run are let alone.
+    One conversion at a time writes to one place. What earlier ones left there, when they were killed, is removed first.
 
     Raises:
-        ConfigError: the path exists and is not an empty folder, from the start or at the end.
+        ConfigError: the path exists and is not an empty folder, from the start or at the end; or another conversion is
+            writing there.
     """
     check_absent(folder)
     folder = real_path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    home = folder if folder.is_dir() and cannot_be_renamed(folder) else folder.parent
-    temporary, lock = _locked_folder(home, folder.name)
-    try:
-        yield temporary
-        _flush_tree(temporary)
-        if home == folder:
-            _fill(temporary, folder)
-        else:
-            _take_place(temporary, folder)
-        flush(home)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
+    remedy = "wait for it to end, or choose another"
+    with owned(owner_lock(folder), f"DST {folder}", remedy) as ownership:
+        check_absent(folder)  # another has just ended
+        home = folder if folder.is_dir() and cannot_be_renamed(folder) else folder.parent
+        temporary = _temporary_folder(home, folder.name)
+        try:
+            yield temporary
+            _flush_tree(temporary)
+            ownership.claim.check()
+            if home == folder:
+                _fill(temporary, folder)
+            else:
+                _take_place(temporary, folder)
+            flush(home)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
-def _locked_folder(home: Path, name: str) -> tuple[Path, int]:
-    """A temporary folder of this conversion's own, and the descriptor whose lock says that its owner lives."""
+def _temporary_folder(home: Path, name: str) -> Path:
+    """A folder of this conversion's own, once those that others have left are gone."""
     prefix = f"{TEMPORARY_PREFIX}{name}-"
-    parent = os.open(home, os.O_RDONLY)
-    try:
-        # Between its making and its locking, a folder looks like one whose owner is dead.
-        can_lock = _lock(parent, wait=True)
-        if can_lock:
-            for left in home.iterdir():
-                if re.fullmatch(re.escape(prefix) + _UNIQUE, left.name):
-                    _remove_if_dead(left)
-        temporary = home / (prefix + secrets.token_hex(_UNIQUE_BYTES))
-        temporary.mkdir()
-        lock = os.open(temporary, os.O_RDONLY)
-        _lock(lock)
-        return temporary, lock
-    finally:
-        os.close(parent)
-
-
-def _remove_if_dead(folder: Path) -> None:
-    """Remove a folder that a conversion left, unless its owner holds the lock."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # it took its place, or is none of ours
-        return
-    try:
-        if _lock(descriptor):
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Lock what is open; False where another has it, or where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
+    for left in home.iterdir():
+        if re.fullmatch(re.escape(prefix) + _UNIQUE, left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = home / (prefix + secrets.token_hex(_UNIQUE_BYTES))
+    temporary.mkdir()
+    return temporary
 
 
 def _take_place(temporary: Path, folder: Path) -> None:
@@ -120,18 +91,22 @@ def _take_place(temporary: Path, folder: Path) -> None:
 
 def _fill(temporary: Path, folder: Path) -> None:
     """Move all that was written into a folder that stays."""
-    others = [entry for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY_PREFIX)]
-    if others:
+    if not all(_is_conversions(entry, folder) for entry in folder.iterdir()):
         raise _appeared(folder)
     for entry in sorted(temporary.iterdir()):
         entry.rename(folder / entry.name)
     temporary.rmdir()
 
 
+def _is_conversions(entry: Path, folder: Path) -> bool:
+    """Whether an entry of a folder is what conversions to it work with."""
+    return entry.name.startswith(TEMPORARY_PREFIX) or is_lock(entry, real_path(folder))
+
+
 def _appeared(folder: Path) -> ConfigError:
     return ConfigError(
-        f"DST {folder}: appeared while this was being converted, perhaps by another conversion, and was left as it "
-        "is; choose another, or remove it first"
+        f"DST {folder}: appeared while this was being converted, and was left as it is; choose another, or remove it "
+        "first"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import shlex
 import subprocess
 import tempfile
@@ -20,13 +21,15 @@ from megalm.errors import DataError
 PIPE = "pipe:"
 _FILE = "{file}"
 _GIB = 2**30
+_TRIES = 5
 
 
 @dataclass(frozen=True)
 class PipeStore:
     """What ``pipe:COMMAND`` prints; ``{file}`` in it becomes the name of the file, quoted for the shell.
 
-    The ranks of a machine share the cache: of those that need a shard, one fetches it.
+    The ranks of a machine, of all its runs, share the cache: of those that need a shard, one fetches it. Where machines
+    share it too, and locks of files do not hold between them, each may fetch: what is in its place is whole.
 
     Attributes:
         command: with its prefix, as a user gives it.
@@ -73,10 +76,15 @@ class PipeStore:
         key = hashlib.sha256(f"{self.command}\0{self.folder}{name}\0{size}".encode()).hexdigest()
         path = folder / f"{key}.shard"
         with _only_one(folder / f"{key}.lock"):
-            if not path.exists() or path.stat().st_size != size:
-                self._fetch(name, size, path)
-            os.utime(path)  # used just now
-            return map_file(path)
+            for _ in range(_TRIES):
+                if _size_of(path) != size:
+                    self._fetch(name, size, path)
+                if (file := _map_if_there(path)) is not None:
+                    return file
+        raise DataError(
+            f"{self.path_of(name)}: was removed from {folder} each time that it had been fetched: the runs that share "
+            "this cache need more than data.cache_gib; give them more, or data.cache_dir each of its own"
+        )
 
     def _fetch(self, name: str, size: int, path: Path) -> None:
         limit = int(self.cache.max_gib * _GIB)
@@ -87,7 +95,8 @@ class PipeStore:
             )
         with _only_one(path.parent / "eviction.lock"):
             _make_room(path.parent, limit - size)
-        temporary = path.with_suffix(".tmp")  # left by a killed process, it is written anew
+        # Left by a killed process of this machine, it is written anew.
+        temporary = path.with_suffix(f".{platform.node()}.tmp")
         try:
             with temporary.open("wb") as file:
                 self._run(name, file.fileno())
@@ -120,6 +129,26 @@ class PipeStore:
         if folder.stat().st_uid != os.getuid():
             raise DataError(f"data.cache_dir={folder}: belongs to another user; give data.cache_dir")
         return folder
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _map_if_there(path: Path) -> MappedFile | None:
+    """Map a file; None where another run that needed room has just removed it."""
+    try:
+        os.utime(path)  # used just now
+        return map_file(path)
+    except FileNotFoundError:
+        return None
+    except DataError:
+        if path.exists():
+            raise
+        return None
 
 
 def _make_room(folder: Path, limit: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megalm.data.dataset import inspect_dataset
 from megalm.data.executors import Workers, local_workers
 from megalm.data.prepare import prepare
 from megalm.data.recipe import Recipe
-from megalm.errors import DataError
+from megalm.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -107,3 +108,27 @@ def test_a_file_that_vanishes_is_named(corpus: Path, tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"07\.txt: cannot be read: No such file"):
         run(corpus, tmp_path / "d", progress=vanish)
+
+
+def test_one_preparation_at_a_time_writes_to_one_place(corpus: Path, tmp_path: Path) -> None:
+    out, refused = tmp_path / "d", []
+
+    def begin_another(*_) -> None:
+        if not refused:
+            with pytest.raises(ConfigError) as error:
+                run(corpus, out)
+            refused.append(str(error.value))
+
+    run(corpus, out, progress=begin_another)
+    assert refused[0].startswith(f"--out {out}: in use by another process: host ")
+    assert f"pid {os.getpid()}, " in refused[0] and refused[0].endswith("; wait for it to end, or give another --out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "d"]
+
+
+def test_a_preparation_whose_place_is_anothers_by_now_stops(corpus: Path, tmp_path: Path) -> None:
+    def take_over(*_) -> None:
+        shutil.rmtree(tmp_path / ".d.owner", ignore_errors=True)
+
+    with pytest.raises(ConfigError, match="its lock .*was removed"):
+        run(corpus, tmp_path / "d", progress=take_over)
+    assert not (tmp_path / "d").exists()

@@ -11,6 +11,7 @@ from megalm.data.postprocessor import with_marks
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.tokenizer_training import train_byte_level_bpe
 from megalm.data.vocabulary import Relation, Vocabulary, relation
+from megalm.ownership import beside, owned
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "train_tokenizer.py"
 
@@ -64,6 +65,15 @@ def test_lines_of_a_corpus_are_documents(tool, text: Path, tmp_path: Path, capsy
     out = tmp_path / "a.json"
     assert tool.main([str(text), "--split-on", "line", "--vocab-size", "270", "--out", str(out)]) == 0
     assert "trained on 50 documents" in capsys.readouterr().out
+
+
+def test_one_training_at_a_time_writes_to_one_file(tool, text: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "tokenizer.json"
+    with owned(beside(out), "first", "wait"):
+        assert tool.main([str(text), "--vocab-size", "300", "--out", str(out)]) == 2
+        assert f"--out {out}: in use by another process: host " in capsys.readouterr().err
+        assert tool.main([str(text), "--vocab-size", "300", "--out", str(tmp_path / "other.json")]) == 0
+    assert not out.exists()
 
 
 def test_all_mistakes_at_once(tool, tmp_path: Path, capsys) -> None:

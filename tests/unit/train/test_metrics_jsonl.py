@@ -4,7 +4,8 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from megalm.errors import DataError
+from megalm.errors import ConfigError, DataError
+from megalm.ownership import owned
 from megalm.train.callbacks.base import CheckpointMetrics, Outcome, StepMetrics
 from megalm.train.callbacks.metrics_jsonl import (
     MetricsJsonl,
@@ -143,3 +144,19 @@ def test_a_damaged_line_in_the_middle_is_named(path):
 def test_a_missing_file_is_named(path):
     with pytest.raises(DataError, match="cannot be read"):
         read_metrics(path)
+
+
+def test_a_run_that_was_passed_over_adds_no_row(make_context, make_step, tmp_path, path):
+    with owned(tmp_path / "owner.lock", "run.name=try1", "wait") as ownership:
+        log = MetricsJsonl(ownership.claim)
+        log.on_start(make_context())
+        log.on_step(make_step(1))
+        before = path.read_bytes()
+        (tmp_path / "owner.lock" / ownership.claim.token).unlink()
+        with pytest.raises(ConfigError, match="was removed"):
+            log.on_step(make_step(2))
+        log.on_end(Outcome.FAILED)
+        log.close()
+        with pytest.raises(ConfigError, match="was removed"):
+            MetricsJsonl(ownership.claim).on_start(make_context(start_step=0))
+    assert path.read_bytes() == before

@@ -16,6 +16,8 @@ from megalm.checkpoint.store import checkpoints_set_aside, complete_checkpoints
 from megalm.config.schema import Checkpoint, Config, Data, Model, Optim, Run, Train
 from megalm.core.groups import ParallelContext
 from megalm.core.sharding import ShardSpec, StatePiece
+from megalm.errors import CheckpointError, ConfigError
+from megalm.ownership import owned
 from megalm.train.callbacks.base import ValidationMetrics
 from megalm.train.progress import Progress
 from megalm.train.saving import RunState, Saver, is_fault_of_disk
@@ -111,6 +113,23 @@ def test_what_is_kept_is_what_the_config_says(config: Config, tmp_path: Path) ->
         saver.finish()
     saver.close()  # older ones are deleted while training goes on
     assert [info.step for info in complete_checkpoints(tmp_path / "checkpoints")] == [2, 3, 5]
+
+
+def test_a_run_that_was_passed_over_saves_nothing_more(config: Config, tmp_path: Path, slow_disk) -> None:
+    with owned(tmp_path / "owner.lock", "run.name=try1", "wait") as ownership:
+        saver = Saver(config, ParallelContext.single(), tmp_path, claim=ownership.claim)
+        saver._agree = lambda error: error  # without a process group
+        _start(saver, torch.zeros(4), _state(1))
+        assert saver.finish() is not None
+        _start(saver, torch.zeros(4), _state(2))
+        (tmp_path / "owner.lock" / ownership.claim.token).unlink()  # while it is written
+        with pytest.raises(CheckpointError, match=r"step 2 was not saved: run.name=try1: its lock .* was removed"):
+            saver.finish()
+        with pytest.raises(ConfigError, match="was removed"):
+            _start(saver, torch.zeros(4), _state(3))
+        with pytest.raises(ConfigError, match="was removed"):  # before what another has begun to write is cleared away
+            Saver(config, ParallelContext.single(), tmp_path, claim=ownership.claim)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_full_disk_passes_and_a_lost_tensor_does_not() -> None:

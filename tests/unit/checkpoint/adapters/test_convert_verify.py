@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -162,7 +163,7 @@ def test_an_error_on_the_way_leaves_nothing(run: Path, monkeypatch: pytest.Monke
     before = threading.active_count()
     with pytest.raises(OSError, match="No space left"):
         convert_quietly("megalm", "hf", run, run.parent / "deep" / "hf", shard_bytes=10_000)
-    assert list((run.parent / "deep").iterdir()) == []
+    assert not (run.parent / "deep").exists()
     assert threading.active_count() == before
 
 
@@ -186,7 +187,18 @@ def test_what_a_killed_conversion_left_is_removed(run: Path) -> None:
     assert sorted(path.name for path in run.parent.iterdir()) == [anothers.name, "hf", "run"]
 
 
-def test_two_conversions_to_one_place_leave_each_other_alone(run: Path) -> None:
+def test_a_second_conversion_to_one_place_is_refused_at_once(run: Path) -> None:
+    target = run.parent / "hf"
+    with new_folder(target) as first:
+        assert first.stat().st_mode == run.stat().st_mode
+        with pytest.raises(ConfigError, match=f"^DST {target}: in use by another process: .*pid {os.getpid()},.*wait"):
+            convert_quietly("megalm", "hf", run, target)
+        (first / "file").write_text("first")
+    assert (target / "file").read_text() == "first"
+    assert sorted(path.name for path in run.parent.iterdir()) == ["hf", "run"]
+
+
+def test_what_appears_while_a_conversion_runs_is_left_alone(run: Path) -> None:
     target = run.parent / "hf"
     held = {}
     with (
@@ -194,9 +206,8 @@ def test_two_conversions_to_one_place_leave_each_other_alone(run: Path) -> None:
         new_folder(target) as slow,
     ):
         (slow / "file").write_text("slow")
-        assert slow.stat().st_mode == run.stat().st_mode
-        convert_quietly("megalm", "hf", run, target)
-        assert (slow / "file").read_text() == "slow"
+        convert_quietly("megalm", "hf", run, run.parent / "other")
+        (run.parent / "other").rename(target)
         held = {file.name: file.read_bytes() for file in target.iterdir()}
     assert {file.name: file.read_bytes() for file in target.iterdir()} == held
     assert sorted(path.name for path in run.parent.iterdir()) == ["hf", "run"]

@@ -14,6 +14,7 @@ from megalm.data.shard_writer import ShardWriter
 from megalm.data.shards import TokenShards
 from megalm.data.store import Cache, MissingFile, open_store
 from megalm.data.store.http import HttpStore
+from megalm.data.store.local import map_file
 from megalm.data.store.pipe import PipeStore
 from megalm.errors import DataError
 from tests.web_server import Server, serve
@@ -177,6 +178,27 @@ def test_ranks_of_a_machine_fetch_a_shard_once(tmp_path: Path) -> None:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
     assert (tmp_path / "log").read_text().count("once") == 1
+
+
+def test_a_shard_that_another_run_removes_to_make_room_is_fetched_again(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "shard").write_bytes(b"12345")
+    store = pipe(f"cat {tmp_path}/{{file}}", tmp_path)
+    mapped, removed = [], []
+
+    def remove_first(path: Path):
+        mapped.append(path)
+        if len(mapped) <= 2:
+            path.unlink()
+            removed.append(path)
+        return map_file(path)
+
+    monkeypatch.setattr("megalm.data.store.pipe.map_file", remove_first)
+    assert store.open("shard", 5).view(0, 5).tobytes() == b"12345"
+    assert len(removed) == 2
+
+    monkeypatch.setattr("megalm.data.store.pipe.os.utime", lambda path: path.unlink())
+    with pytest.raises(DataError, match=r"was removed from .*data\.cache_gib"):
+        store.open("shard", 5)
 
 
 def test_the_cache_stays_within_its_bound(tmp_path: Path) -> None:
