@@ -162,7 +162,7 @@ def _convert(source: WeightSource, request: Request, watcher: Watcher, started: 
             what = WRITERS[request.target_format](transfer, folder, request, tokenizer)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             if request.verify:
-                verified = _verify(source, dtype, folder, request, watcher)
+                verified = _verify(source, dtype, folder, request, watcher, tokenizer)
         except BaseException:
             transfer.call_off()
             raise
@@ -187,7 +187,14 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.2f} MB"
 
 
-def _verify(source: WeightSource, dtype: torch.dtype, folder: Path, request: Request, watcher: Watcher) -> list[str]:
+def _verify(
+    source: WeightSource,
+    dtype: torch.dtype,
+    folder: Path,
+    request: Request,
+    watcher: Watcher,
+    tokenizer: Tokenizer | None,
+) -> list[str]:
     from megalm.checkpoint.adapters.verify import Side, compare_logits, compare_tensors
 
     expected = Transfer(source, dtype)
@@ -201,10 +208,24 @@ def _verify(source: WeightSource, dtype: torch.dtype, folder: Path, request: Req
                 Side(expected, request.source if uncast else None),
                 Side(target, folder if request.target_format == "hf" else None, is_new=True),
             )
+            found += _verify_tokenizer(source, target, tokenizer)
     except CheckpointError as error:
         message = str(error).replace(str(folder), str(request.target))
         raise CheckpointError(f"--verify: {message}") from None
     return [f"verified: {len(expected.shapes)} tensors, equal byte for byte after a round trip", *found]
+
+
+def _verify_tokenizer(source: WeightSource, target: WeightSource, tokenizer: Tokenizer | None) -> list[str]:
+    from megalm.checkpoint.adapters.verify_tokenizer import compare_by_library, compare_ids, compare_tokenizers
+
+    written, _ = _tokenizer_of(target)
+    places = source.info.path, target.info.path
+    found = compare_tokenizers(tokenizer, written, source_at=places[0], target_at=places[1])
+    compare_ids(source.info.ids, target.info.ids)
+    by_library = None
+    if tokenizer is not None and source.info.format == target.info.format == "hf":
+        by_library = compare_by_library(*places)
+    return [f"{found}: as they were" if tokenizer is not None else found, *([by_library] if by_library else [])]
 
 
 def _tokenizer_of(source: WeightSource) -> tuple[Tokenizer | None, list[str]]:

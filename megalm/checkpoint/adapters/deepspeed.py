@@ -27,6 +27,7 @@ from megalm.checkpoint.adapters.megatron_args import model_from_args
 from megalm.checkpoint.adapters.megatron_weights import MegatronWeights, RankTensors, Tensors
 from megalm.checkpoint.adapters.safe_path import safe_file
 from megalm.checkpoint.adapters.safe_pickle import Header, load
+from megalm.checkpoint.adapters.token_ids import TokenIds
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, full_shapes
 from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.schema import Model
@@ -72,6 +73,7 @@ class DeepSpeedSource(WeightSource):
             step=_count(states[0].get("global_steps")),
             tokenizer=path,
             notes=(*_notes(ranks[0]), *self._weights.notes),
+            ids=TokenIds.of_folder(path, safe_file),
         )
 
     def read(self, name: str) -> Tensor:

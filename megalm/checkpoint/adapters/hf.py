@@ -26,6 +26,7 @@ from megalm.checkpoint.adapters.hf_files import (
 from megalm.checkpoint.adapters.hf_names import Architecture, foreign_shapes, read_architecture, sort_names
 from megalm.checkpoint.adapters.json_fields import read_json
 from megalm.checkpoint.adapters.mapping import Rule, missing_and_extra
+from megalm.checkpoint.adapters.token_ids import TokenIds
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, full_shapes
 from megalm.config.schema import Model
 from megalm.config.violation import spoken_list
@@ -67,6 +68,7 @@ class HfSource(WeightSource):
             dtype=DTYPES[self._stored[next(iter(self._rules.values())).foreign[0]].dtype],
             tokenizer=path,
             notes=notes,
+            ids=TokenIds.of_folder(path, safe_file),
         )
 
     def read(self, name: str) -> Tensor:
@@ -119,7 +121,7 @@ def _read_config(path: Path) -> Architecture:
 
 
 def _generation_notes(path: Path) -> list[str]:
-    """What a folder says of how to generate, which is said to megalm's ``generate`` each time."""
+    """What a folder says of how to generate, which is kept for exports; ``megalm generate`` is told it each time."""
     file = safe_file(path, GENERATION_FILE)
     if not file.exists():
         return []
@@ -128,7 +130,8 @@ def _generation_notes(path: Path) -> list[str]:
     except CheckpointError as error:
         return [f"left out {GENERATION_FILE}: {error}"]
     names = [name for name in values if name not in _NOT_OF_GENERATION and not name.startswith("_")]
-    return [f"left out {GENERATION_FILE}: {spoken_list(names, 'and')}"] if names else []
+    kept = f"kept for exports, and not what megalm generate goes by: {spoken_list(names, 'and')}"
+    return [f"{GENERATION_FILE}: {kept}"] if names else []
 
 
 def _dtype_problems(tensors: Mapping[str, Stored]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ from megalm.checkpoint.adapters.hf import CONFIG_FILE, GENERATION_FILE
 from megalm.checkpoint.adapters.hf_families import family_of
 from megalm.checkpoint.adapters.hf_family import Family
 from megalm.checkpoint.adapters.hf_files import INDEX_FILE, WEIGHTS_FILE
+from megalm.checkpoint.adapters.library_tokenizer import save_for_library
 from megalm.checkpoint.adapters.mapping import Rule
 from megalm.checkpoint.adapters.parallel import run_all
-from megalm.checkpoint.adapters.tokenizer_files import save_for_library, special_ids
+from megalm.checkpoint.adapters.token_ids import TokenIds
 from megalm.checkpoint.adapters.transfer import Transfer
 from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec
 from megalm.config.schema import Model
@@ -65,16 +67,17 @@ def write_hf(transfer: Transfer, folder: Path, *, tokenizer: Tokenizer | None, s
         places = {name: file for file, shard in files.items() for entry in shard for name in entry.specs}
         total = sum(entry.nbytes for shard in shards for entry in shard)
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
-    ids = special_ids(tokenizer, model)
-    _write_json(folder / CONFIG_FILE, _config(family, model, transfer.info.dtype, ids))
-    if model.causal:
-        _write_json(folder / GENERATION_FILE, {name: value for name, value in ids.items() if value is not None})
+    ids = transfer.info.ids or TokenIds.of_tokenizer(tokenizer, model)
+    _write_json(folder / CONFIG_FILE, _config(family, model, transfer.info.dtype, ids.config))
     if tokenizer is not None:
         save_for_library(tokenizer, folder, model)
+    (folder / GENERATION_FILE).unlink(missing_ok=True)  # a tokenizer's own, which may say less
+    if ids.generation is not None:
+        _write_json(folder / GENERATION_FILE, dict(ids.generation))
     return family
 
 
-def _config(family: Family, model: Model, dtype: torch.dtype, ids: dict[str, int | None]) -> dict[str, Any]:
+def _config(family: Family, model: Model, dtype: torch.dtype, ids: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megalm.checkpoint.adapters.checks import check_architecture, config_around
 from megalm.checkpoint.adapters.parallel import run_all
+from megalm.checkpoint.adapters.token_ids import TokenIds
 from megalm.checkpoint.adapters.transfer import Transfer
 from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, declared_of, full_shapes
 from megalm.checkpoint.manifest import WEIGHT, Manifest
@@ -37,6 +39,8 @@ CONFIG_FILE = "config.yaml"
 
 IMPORTED = "imported"
 """Where a manifest's ``training`` says what its weights were converted from."""
+IDS = "ids"
+"""And there, the ids of special tokens that the model came with."""
 
 
 class RunSource(WeightSource):
@@ -63,6 +67,7 @@ class RunSource(WeightSource):
             dtype=_stored_dtype(manifest),
             step=manifest.step,
             tokenizer=tokenizer_folder(checkpoint.path),
+            ids=TokenIds.of_record(_imported(manifest).get(IDS)),
         )
 
     def read(self, name: str) -> Tensor:
@@ -131,7 +136,11 @@ def write_run(transfer: Transfer, folder: Path, *, name: str, tokenizer: Tokeniz
         topology={"tp": tp, "pp": pp, "virtual_stages": 1, "cp": 1, "dp": 1},
         data={},
         training={
-            IMPORTED: {"format": info.format, "dtype": str(info.dtype).removeprefix("torch.")},
+            IMPORTED: {
+                "format": info.format,
+                "dtype": str(info.dtype).removeprefix("torch."),
+                **({} if info.ids is None else {IDS: info.ids.to_record()}),
+            },
             **({} if tokenizer is None else {TOKENIZER: tokenizer_record(tokenizer)}),
         },
     )
@@ -204,6 +213,11 @@ def _model_of(manifest: Manifest, path: Path) -> Model:
 
 def _stored_dtype(manifest: Manifest) -> torch.dtype:
     """What the weights were before they were imported; fp32 where megalm has trained them."""
-    imported = manifest.training.get(IMPORTED)
-    name = imported.get("dtype") if isinstance(imported, dict) and "progress" not in manifest.training else None
+    name = _imported(manifest).get("dtype")
     return {str(dtype): dtype for dtype in DTYPE_NAMES}.get(f"torch.{name}", torch.float32)
+
+
+def _imported(manifest: Manifest) -> dict[str, Any]:
+    """What is known of where weights were imported from; nothing of weights that megalm has trained since."""
+    imported = manifest.training.get(IMPORTED)
+    return imported if isinstance(imported, dict) and "progress" not in manifest.training else {}

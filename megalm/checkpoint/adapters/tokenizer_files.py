@@ -1,4 +1,4 @@
-"""Tokenizers as published models bring them ▶ megalm's, and megalm's as the library's ``AutoTokenizer`` loads them."""
+"""Tokenizers as published models bring them ▶ megalm's."""
 
 from __future__ import annotations
 
@@ -6,37 +6,25 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megalm.config.schema import Model
-from megalm.data.roles import END_OF_TEXT, MASKS, START
-from megalm.data.settings_files import SETTINGS_FILE
+from megalm.checkpoint.adapters.library_tokenizer import ORIGINAL_HASH, TEMPLATES_FOLDER
+from megalm.checkpoint.adapters.token_ids import TokenIds
+from megalm.data.roles import END_OF_TEXT, START
+from megalm.data.settings_files import GENERATION_FILE, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.data.tokenizer_training import WORDPIECE_SPECIAL
 from megalm.errors import DataError
 
-_BPE_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_OPENAI = ("encoder.json", "vocab.bpe")
+_BPE_PAIRS = (("vocab.json", "merges.txt"), _OPENAI)
 """Vocabulary and merges of a byte-level BPE: as Hugging Face, and as OpenAI call the files."""
 _WORDPIECE_FILE = "vocab.txt"
 _SENTENCEPIECE_FILE = "tokenizer.model"
 _ADDED_FILE = "added_tokens.json"
-_ROLES_FILE = "special_tokens_map.json"
 
 _END = "[SEP]"
-_ORIGINAL_HASH = "megalm_tokenizer_sha256"
-"""Where an export notes the tokenizer that it has added the ends of a text to."""
-
-_ROLES = {
-    "bos_token": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
-    "unk_token": ("[UNK]", "<unk>"),
-    "pad_token": ("[PAD]", "<pad>", "<|padding|>"),
-    "cls_token": (START,),
-    "sep_token": (_END,),
-    "mask_token": MASKS,
-}
-"""What the library calls roles ▶ what published tokenizers call the tokens that have them."""
 
 
 @dataclass(frozen=True)
@@ -66,49 +54,10 @@ def find_tokenizer(folder: Path | None, *, safe: Callable[[Path, str], Path]) ->
         if definition is None:
             return FoundTokenizer(None, f"no tokenizer: {_why_none(folder)}")
         settings = _configured(safe(folder, SETTINGS_FILE))
-        definition = _without_processor(definition, settings.get(_ORIGINAL_HASH))
-        read = partial(_text_beside, folder, safe)
-        return FoundTokenizer(Tokenizer.parse(definition, str(folder), read=read))
+        definition = _without_processor(definition, settings.get(ORIGINAL_HASH))
+        return FoundTokenizer(Tokenizer.parse(definition, str(folder), read=_Beside(folder, safe)))
     except DataError as error:
         return FoundTokenizer(None, f"left out the tokenizer: {error}")
-
-
-def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
-    """Write ``tokenizer.json`` and the ``tokenizer_config.json`` that ``AutoTokenizer`` wants."""
-    tokenizer.save(folder)
-    end = tokenizer.roles.end
-    processed = None if model.causal else _with_processor(tokenizer.definition)
-    if processed is not None:
-        (folder / TOKENIZER_FILE).write_text(processed, encoding="utf-8")
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.sequence_length,
-        "clean_up_tokenization_spaces": False,
-        # Version 4 of the library would give token types to every model: GPT-2 embeds them as words, Llama refuses.
-        "model_input_names": ["input_ids", *(["token_type_ids"] if model.token_types else []), "attention_mask"],
-        "eos_token": end,
-        **_roles(tokenizer),
-    }
-    if model.causal:
-        settings.setdefault("bos_token", end)
-    if processed is not None:
-        settings[_ORIGINAL_HASH] = tokenizer.sha256
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
-
-
-def _with_processor(definition: str) -> str | None:
-    """A definition that makes of a text what an encoder is trained on, with its start and its end; None: as it is.
-
-    megalm puts both there itself, so that what it trains says nothing of them.
-    """
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_str(definition)
-    if tokenizer.post_processor is not None:
-        return None
-    _mark_ends(tokenizer)
-    return None if tokenizer.post_processor is None else str(tokenizer.to_str())
 
 
 def _without_processor(definition: str, original: object) -> str:
@@ -126,23 +75,38 @@ def _without_processor(definition: str, original: object) -> str:
     return text if hashlib.sha256(text.encode()).hexdigest() == original else definition
 
 
-def _text_beside(folder: Path, safe: Callable[[Path, str], Path], name: str) -> str | None:
-    file = safe(folder, name)
-    return _text(file) if file.exists() else None
+class _Beside:
+    """Texts of the files beside a tokenizer, by their names.
 
+    What a run has no place for is said in a file that it has: chat templates of other names than ``default`` lie in a
+    folder of their own, and ends of a text may be named in the model's ``config.json`` alone.
+    """
 
-def special_ids(tokenizer: Tokenizer | None, model: Model) -> dict[str, int | None]:
-    """The ids that ``config.json`` names; None where the tokenizer has no such token."""
-    if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    ids = {role: tokenizer.special_tokens[token] for role, token in _roles(tokenizer).items()}
-    end = tokenizer.eos_id if model.causal else None
-    return {"bos_token_id": ids.get("bos_token", end), "eos_token_id": end, "pad_token_id": ids.get("pad_token")}
+    def __init__(self, folder: Path, safe: Callable[[Path, str], Path]) -> None:
+        self._folder, self._safe = folder, safe
 
+    def __call__(self, name: str) -> str | None:
+        """The text of a file; None: it is not there."""
+        file = self._safe(self._folder, name)
+        text = _text(file) if file.exists() else None
+        if name == SETTINGS_FILE:
+            return self._settings(text)
+        if name == GENERATION_FILE and text is None:
+            ids = TokenIds.of_folder(self._folder, self._safe)
+            return json.dumps({"eos_token_id": ids.ends}) if ids is not None and len(ids.ends) > 1 else None
+        return text
 
-def _roles(tokenizer: Tokenizer) -> dict[str, str]:
-    found = {role: [name for name in names if name in tokenizer.special_tokens] for role, names in _ROLES.items()}
-    return {role: names[0] for role, names in found.items() if names}
+    def _settings(self, text: str | None) -> str | None:
+        if text is None and (self._folder / _OPENAI[0]).exists() and not (self._folder / TOKENIZER_FILE).exists():
+            return json.dumps({"tokenizer_class": "GPT2Tokenizer"})  # OpenAI's own files: no others are called so
+        others = self._folder / TEMPLATES_FOLDER
+        named = [] if others.is_symlink() else sorted(others.glob("*.jinja"))
+        default = self._safe(self._folder, TEMPLATE_FILE)
+        if not named or not default.exists():
+            return text
+        files = {"default": default} | {file.stem: self._safe(others, file.name) for file in named}
+        templates = [{"name": name, "template": _text(file)} for name, file in files.items()]
+        return json.dumps({**json.loads(text or "{}"), "chat_template": templates}, indent=2, ensure_ascii=False)
 
 
 def _definition(folder: Path, safe: Callable[[Path, str], Path]) -> str | None:
@@ -168,7 +132,7 @@ def _with_added(definition: str, folder: Path, safe: Callable[[Path, str], Path]
     """
     import tokenizers
 
-    roles, numbers = (_configured(safe(folder, file)) for file in (_ROLES_FILE, _ADDED_FILE))
+    roles, numbers = (_configured(safe(folder, file)) for file in (SPECIAL_FILE, _ADDED_FILE))
     described = _configured(safe(folder, SETTINGS_FILE)).get("added_tokens_decoder")
     described = described if isinstance(described, dict) else {}
     special = set(filter(None, map(_content, _flat(roles.values()))))
@@ -240,11 +204,11 @@ def wordpiece(vocabulary: Path, *, lowercase: bool) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     _mark_special(tokenizer, WORDPIECE_SPECIAL)
-    _mark_ends(tokenizer)
+    mark_ends(tokenizer)
     return str(tokenizer.to_str())
 
 
-def _mark_ends(tokenizer: Any) -> None:
+def mark_ends(tokenizer: Any) -> None:
     """Let the library begin a text with ``[CLS]`` and end it with ``[SEP]``, where the tokenizer has both."""
     from tokenizers import processors
 

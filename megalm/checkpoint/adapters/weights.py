@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalm.checkpoint.adapters.token_ids import TokenIds
 from megalm.config.schema import Engine, Model, Objective
 from megalm.core.context_parallel import ContextParallel
 from megalm.core.groups import Group
@@ -35,6 +36,7 @@ class SourceInfo:
         step: optimizer steps that the weights have seen; 0 where the format does not say.
         tokenizer: folder that holds ``tokenizer.json`` or other files of the tokenizer; None: there is none.
         notes: what a user should know, one line each: what the format holds and a conversion leaves out.
+        ids: of special tokens, as the model's Hugging Face folder gave them; None: it has none, or was trained since.
     """
 
     format: str
@@ -44,6 +46,7 @@ class SourceInfo:
     step: int = 0
     tokenizer: Path | None = None
     notes: tuple[str, ...] = field(default=())
+    ids: TokenIds | None = None
 
 
 class WeightSource(ABC):

@@ -133,7 +133,7 @@ def test_what_changes_no_logits_and_has_no_place_is_noted(tmp_path: Path) -> Non
     notes = convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again").notes
     assert notes[:2] == (
         "left out embd_pdrop=0.3: megalm drops as much of the embedding as resid_pdrop=0",
-        "left out generation_config.json: temperature and top_k",
+        "generation_config.json: kept for exports, and not what megalm generate goes by: temperature and top_k",
     )
 
 
