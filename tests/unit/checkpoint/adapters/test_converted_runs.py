@@ -103,7 +103,14 @@ def test_steps_and_origin_are_kept(exported: Path, tmp_path: Path) -> None:
     manifest = read_manifest(locate(tmp_path / "out").path)
     tokenizer = Tokenizer.load(exported / "tokenizer.json")
     assert manifest.training == {
-        "imported": {"format": "hf", "dtype": "bfloat16"},
+        "imported": {
+            "format": "hf",
+            "dtype": "bfloat16",
+            "ids": {
+                "config": {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": None},
+                "generation": {"eos_token_id": tokenizer.eos_id},
+            },
+        },
         "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
     }
     assert load_run_config(tmp_path / "out").engine.dtype == "bf16"

@@ -47,7 +47,8 @@ def test_the_librarys_tokenizer_gives_megalms_ids(bpe: Tokenizer, wordpiece: Tok
         assert theirs.mask_token_id == tokenizer.mask_id
         config = transformers.AutoConfig.from_pretrained(tmp_path / f"{name}-hf")
         if model.causal:
-            assert (config.bos_token_id, config.eos_token_id) == (tokenizer.eos_id, tokenizer.eos_id)
+            assert (config.bos_token_id, config.eos_token_id) == (None, tokenizer.eos_id), "nothing begins its texts"
+            assert theirs.bos_token is None
             generation = transformers.GenerationConfig.from_pretrained(tmp_path / f"{name}-hf")
             assert generation.eos_token_id == tokenizer.eos_id
         else:
