@@ -104,8 +104,9 @@ def _content(wikitext: str, opening: re.Match[str], name: str, endless: set[str]
 def _comment(wikitext: str, position: int, start: int) -> tuple[int, int]:
     """Where the text before a comment ends, and where it goes on; a comment that fills its lines goes with them."""
     end = wikitext.find("-->", start)
-    if end < 0:
-        return start, start + 4  # without an end: its mark alone goes
+    inside = wikitext[start + 4 : end]
+    if end < 0 or ("<!--" in inside and _HEADING_LINE.search(inside)):
+        return start, start + 4  # without an end of its own: its mark alone goes
     end += 3
     line = wikitext.rfind("\n", 0, start) + 1
     rest = _REST_OF_LINE.match(wikitext, end)

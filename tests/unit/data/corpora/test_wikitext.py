@@ -105,6 +105,8 @@ def test_bold_and_italics_end_with_their_line(wikitext: str, prose: str) -> None
         ("A <ref name=x open <br>b", "A name=x open\nb"),
         ("A <gallery>\nFile:x", "A\nFile:x"),
         ("A <!-- text goes on", "A text goes on"),
+        ("A <!-- text\n\n== H ==\ngoes on<!-- hidden -->.", "A text\n\nH\n\ngoes on."),
+        ("A <!-- \n== Hidden ==\nsection -->\nend", "A\nend"),
         ("A }} text ]] with [[ends and [[x|links]] alone", "A text with ends and links alone"),
         ("A {{quote|text without an end", "A text without an end"),
         ("{{Infobox city\n| name = X\n| size = 12\n\n'''X''' is a city.", "X is a city."),
