@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from megalm.data.left_out import NAMES, SHARE, LeftOutTotals
 from megalm.data.recipe import Recipe

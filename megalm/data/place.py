@@ -55,7 +55,7 @@ def is_vacant(path: Path) -> bool:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Move what was put together in :func:`partial_folder` to ``path``; an older dataset goes when this one is whole."""
+    """Move what was put together in :func:`partial_folder` to ``path``; an older one goes when it is whole."""
     folder = real_path(path)
     if partial.parent == folder:
         _fill(partial, folder)
@@ -87,7 +87,9 @@ def check_apart(path: Path, inputs: Sequence[str], files: Iterable[Path] = ()) -
         if given in folder.parents:
             raise DataError(f"--out {shown(path)}: lies inside --input {shown(name)}, which would read it; {right}")
         if folder in given.parents:
-            raise DataError(f"--out {shown(path)}: --input {shown(name)} lies inside it, and would be replaced; {right}")
+            raise DataError(
+                f"--out {shown(path)}: --input {shown(name)} lies inside it, and would be replaced; {right}"
+            )
     for around in sorted({file.parent for file in files}):
         given = real_path(around)
         if given == folder or folder in given.parents:
@@ -104,7 +106,7 @@ def check_place(path: Path) -> None:
 
 
 def cannot_be_renamed(folder: Path) -> bool:
-    """Whether a folder that exists must stay: this process is in it, a disk is mounted there, or its parent is closed."""
+    """Whether a folder must stay: this process is in it, a disk is mounted there, or its parent is closed."""
     return folder == Path.cwd() or _is_fixed(folder)
 
 
@@ -112,7 +114,7 @@ def _is_filled(folder: Path) -> bool:
     """Whether the folder stays, and its contents change."""
     return folder.is_dir() and (
         cannot_be_renamed(folder)
-        or (not (folder / RECIPE_FILE).exists() and not any(name in _PARTS for name in os.listdir(folder)))
+        or (not (folder / RECIPE_FILE).exists() and not any(entry.name in _PARTS for entry in folder.iterdir()))
     )
 
 

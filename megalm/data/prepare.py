@@ -228,9 +228,9 @@ class _Preparation:
         self.progress("training the tokenizer", done)
 
     def _tokenise(self, tokenizer: Tokenizer) -> tuple[int, int]:
-        """Results of all blocks that have none yet; returns how many the validation corpus has, and the training corpus.
+        """Results of all blocks that have none yet; returns how many each corpus has, validation first.
 
-        Those of the validation corpus come first: what is like them is then removed from the training data.
+        What is like validation documents is then removed from the training data.
         """
         work = self._work(tokenizer)
         done = Done(self.corpus.total_bytes + (self.val_corpus.total_bytes if self.val_corpus is not None else 0))

@@ -1,4 +1,4 @@
-"""Which of a user's files were read, and which were not and why: what the console and the data card say of them. No torch."""
+"""Which of a user's files were not read, and why: what the console and the data card say of them. No torch."""
 
 from __future__ import annotations
 

@@ -46,8 +46,18 @@ _LIBRARY = {
 That for npm is not among them: what it matches goes on to the end of the line.
 """
 _NEAR_RUNS = frozenset(
-    "cloudant discord github_token gitlab_token ibm_cloud_iam ibm_cos_hmac mailchimp softlayer telegram_token "
-    "twilio".split()
+    [
+        "cloudant",
+        "discord",
+        "github_token",
+        "gitlab_token",
+        "ibm_cloud_iam",
+        "ibm_cos_hmac",
+        "mailchimp",
+        "softlayer",
+        "telegram_token",
+        "twilio",
+    ]
 )
 """Plugins whose hints most texts hold: they search only around long runs of letters and digits, which prose has not."""
 _MIXED = frozenset({"artifactory", "ibm_cloud_iam"})

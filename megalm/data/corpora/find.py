@@ -1,4 +1,4 @@
-"""Which files a user means: those named, and those below folders; every other one is counted with the reason. No torch."""
+"""Which files a user means: those named, and those below folders; any other is counted with the reason. No torch."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def check_layout(head: bytes) -> None:
         return
     if text[0] == "[":
         raise NotText("a JSON array, not JSON Lines", "one record a line: jq -c '.[]' FILE > FILE.jsonl")
-    if first.strip() == "{" or (not _is_json(first) and _begins_with_json(text)):
+    if first.strip() == "{" or (not _is_json(first) and _first_value_ends(text) > len(first)):
         raise NotText("JSON over many lines, not JSON Lines", "one record a line: jq -c . FILE > FILE.jsonl")
 
 
@@ -102,9 +102,9 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _begins_with_json(text: str) -> bool:
+def _first_value_ends(text: str) -> int:
+    """Where the value that a text begins with ends; 0: it begins with none."""
     try:
-        json.JSONDecoder().raw_decode(text)
+        return json.JSONDecoder().raw_decode(text)[1]
     except (ValueError, RecursionError):
-        return False
-    return True
+        return 0

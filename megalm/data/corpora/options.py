@@ -35,7 +35,7 @@ class CorpusOptions:
         prompt: field of a record, or text with ``{fields}``, that is shown and not learnt.
         completion: the same, for what is learnt.
         encoding: of files without a byte-order mark; None: UTF-8.
-        undecodable: what becomes of a record that is not in its file's encoding: ``refuse`` stops, ``reject`` counts it.
+        undecodable: what a record does that is not in its file's encoding: ``refuse`` stops, ``reject`` counts it.
         hf_config: configuration of a ``datasets`` dataset.
         hf_split: split of a ``datasets`` dataset.
     """

@@ -189,7 +189,7 @@ class RecordCorpus(Files):
         return Records(self.reader, self.reading, self.blank_lines)
 
     def _look(self, path: Path, text: Text) -> None:
-        """Refuse a file whose beginning is in another encoding before hours are spent on others; NotText: no records."""
+        """Refuse a file that begins in another encoding before hours are spent on others; NotText: no records."""
         head = text.head()
         try:
             head.decode(UTF_8)

@@ -18,7 +18,7 @@ from megalm.data.names import shown
 from megalm.data.tally import FileTally
 from megalm.errors import DataError
 
-__all__ = ["Files", "Stream", "Text", "find_files", "files_fingerprint", "open_stream", "open_text", "size_of"]
+__all__ = ["Files", "Stream", "Text", "files_fingerprint", "find_files", "open_stream", "open_text", "size_of"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Text(Stream):
     mark: int
 
     def head(self) -> bytes:
-        """The first bytes of the text, as far as one read gives them; nothing has been read yet, and nothing is after."""
+        """The first bytes of the text, as far as one read gives them; the file stands where it stood."""
         return cast(io.BufferedReader, self.content).peek(HEAD_BYTES)
 
     @property

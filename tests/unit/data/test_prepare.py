@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from megalm.data.blocks import is_validation
 from megalm.data.clean import Cleaning
 from megalm.data.corpora import CorpusOptions
@@ -119,9 +120,7 @@ def test_empty_and_undecodable_documents_are_counted(tmp_path: Path) -> None:
         "not UTF-8": {
             "files": 1,
             "bytes": 4,
-            "examples": [
-                f"{folder / 'latin'} (byte 3 is 0xe9; --encoding names another, such as latin-1 or cp1252)"
-            ],
+            "examples": [f"{folder / 'latin'} (byte 3 is 0xe9; --encoding names another, such as latin-1 or cp1252)"],
         }
     }
     assert counts.notes == {}

@@ -82,7 +82,10 @@ def test_a_validation_corpus_of_its_own_is_counted_apart(tmp_path: Path) -> None
 
 
 def test_texts_on_both_sides_are_said_and_removed_from_training_if_asked(tmp_path: Path) -> None:
-    train, val = write(tmp_path / "c", [*TEXTS, TEXTS[3]]), write(tmp_path / "v", [TEXTS[3], TEXTS[4], TEXTS[4], "held"])
+    train, val = (
+        write(tmp_path / "c", [*TEXTS, TEXTS[3]]),
+        write(tmp_path / "v", [TEXTS[3], TEXTS[4], TEXTS[4], "held"]),
+    )
     settings = {"val_fraction": 0.0, "val_inputs": (str(val),)}
     kept = run(train, tmp_path / "kept", **settings)
     assert kept.notes == {"also in validation (kept; --dedup exact removes them)": 3}

@@ -162,7 +162,9 @@ def test_records_in_latin_1_are_refused_or_read_right(corpus: str, pack, lines_b
     path.write_bytes(pack((before + line).encode("latin-1")))
     options = {"split_on": "line"} if corpus == "text" else {}
     offset = len(before) + line.index("é")
-    expected = rf"a\.jsonl: not UTF-8; byte {offset:,} is 0xe9; --encoding names another, such as latin-1 .*--undecodable"
+    expected = (
+        rf"a\.jsonl: not UTF-8; byte {offset:,} is 0xe9; --encoding names another, such as latin-1 .*--undecodable"
+    )
     with pytest.raises(DataError, match=expected):
         read(corpus, path, **options)
 
@@ -202,6 +204,12 @@ def test_json_that_is_no_json_lines_is_called_that(content: str, reason: str, tm
     assert (texts, rules, reasons(files)) == ([], [], {reason: 1})
 
 
+def test_a_first_line_that_is_no_json_is_a_bad_line_not_a_bad_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"},\n{"text": "b"}\n')
+    texts, rules, files = read("jsonl", tmp_path)
+    assert (texts, rules, reasons(files)) == (["b"], ["malformed JSON"], {})
+
+
 def test_odd_records(tmp_path: Path) -> None:
     rows = [
         '\ufeff{"text": "a mark, and CRLF"}',
@@ -214,7 +222,12 @@ def test_odd_records(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes("\r\n".join(rows).encode())
     texts, rules, _ = read("jsonl", tmp_path)
     assert texts == ["a mark, and CRLF", "a score"]
-    assert rules == ["a field twice in one JSON object", "field text is no text", "JSON that is no object", "malformed JSON"]
+    assert rules == [
+        "a field twice in one JSON object",
+        "field text is no text",
+        "JSON that is no object",
+        "malformed JSON",
+    ]
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
@@ -240,7 +253,9 @@ def test_the_same_file_again_is_said_and_read_once(tmp_path: Path) -> None:
     texts, _, files = read("text", tmp_path, tmp_path / "c.txt", tmp_path, tmp_path / "b.txt")
     assert texts == ["words", "words"]
     assert reasons(files) == {"the same file again": 8}
-    assert files.line().startswith(f"8 the same file again (such as {tmp_path / 'a.txt'} (read as {tmp_path / 'b.txt'}))")
+    assert files.line().startswith(
+        f"8 the same file again (such as {tmp_path / 'a.txt'} (read as {tmp_path / 'b.txt'}))"
+    )
 
 
 def test_hidden_empty_and_special_files_are_counted(tmp_path: Path) -> None:
@@ -258,7 +273,9 @@ def test_hidden_empty_and_special_files_are_counted(tmp_path: Path) -> None:
     expected = ("empty", "hidden", "hidden folder (not looked into)", "pipe, no file", "socket, no file")
     assert reasons(files) == dict.fromkeys(expected, 1)
     assert dict(files.items())["hidden"].bytes == 5
-    with pytest.raises(DataError, match=r"pipe: is a pipe, and files are read more than once; write it to a file first"):
+    with pytest.raises(
+        DataError, match=r"pipe: is a pipe, and files are read more than once; write it to a file first"
+    ):
         read("text", tmp_path / "pipe")
 
 
