@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     if options.json is not None:
-        options.json.touch()  # what cannot be written is known before an hour of measuring
+        Path(options.json).touch()  # what cannot be written is known before an hour of measuring
     reports = []
     for part in PARTS if "all" in options.parts else dict.fromkeys(options.parts):
         reports.append(PARTS[part](options))

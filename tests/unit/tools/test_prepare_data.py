@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,17 @@ def test_a_token_that_cannot_end_or_begin_documents_is_refused(tool, beginning: 
         tool.main(["--corpus", "stdlib", "--tokenizer-vocab", "300", "--add-bos", "--out", str(tmp_path / "d")])
     assert stopped.value.code == 2
     assert "--add-bos: a tokenizer that is trained here has no bos" in capsys.readouterr().err
+
+
+def test_a_dataset_is_made_though_nobody_reads_what_is_said(tool, tmp_path: Path, monkeypatch) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"document {number} of twenty, with {number * 7919} as its own word\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    out = tmp_path / "out" / "d"
+    arguments = ["--corpus", "text", "--input", *map(str, sorted(tmp_path.glob("*.txt"))), "--tokenizer-vocab", "280"]
+    with os.fdopen(writing, "w") as broken:
+        monkeypatch.setattr("sys.stdout", broken)
+        monkeypatch.setattr("sys.stderr", broken)
+        assert tool.main([*arguments, "--val-fraction", "0.3", "--workers", "1", "--out", str(out)]) == 0
+    assert tool.main(["--verify", str(out)]) == 0
