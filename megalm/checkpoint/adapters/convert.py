@@ -218,14 +218,15 @@ def _verify(
 def _verify_tokenizer(source: WeightSource, target: WeightSource, tokenizer: Tokenizer | None) -> list[str]:
     from megalm.checkpoint.adapters.verify_tokenizer import compare_by_library, compare_ids, compare_tokenizers
 
+    compare_ids(source.info.ids, target.info.ids)
+    if tokenizer is None:
+        return []
     written, _ = _tokenizer_of(target)
     places = source.info.path, target.info.path
-    found = compare_tokenizers(tokenizer, written, source_at=places[0], target_at=places[1])
-    compare_ids(source.info.ids, target.info.ids)
-    by_library = None
-    if tokenizer is not None and source.info.format == target.info.format == "hf":
-        by_library = compare_by_library(*places)
-    return [f"{found}: as they were" if tokenizer is not None else found, *([by_library] if by_library else [])]
+    found = [f"{compare_tokenizers(tokenizer, written, source_at=places[0], target_at=places[1])}: as they were"]
+    if source.info.format == target.info.format == "hf":
+        found += filter(None, [compare_by_library(*places)])
+    return found
 
 
 def _tokenizer_of(source: WeightSource) -> tuple[Tokenizer | None, list[str]]:

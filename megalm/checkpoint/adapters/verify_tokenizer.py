@@ -16,14 +16,12 @@ _SAMPLES = ("It's 7 o'clock; naïve ☃ snowmen.\n\n\tdef f(x): return x**2", " 
 """Texts that the library's tokenizers are compared by."""
 
 
-def compare_tokenizers(source: Tokenizer | None, target: Tokenizer | None, *, source_at: Path, target_at: Path) -> str:
+def compare_tokenizers(source: Tokenizer, target: Tokenizer | None, *, source_at: Path, target_at: Path) -> str:
     """What was found of a tokenizer in a source and in what was written, read again; in words.
 
     Raises:
         CheckpointError: naming everything in which they differ.
     """
-    if source is None:
-        return "no tokenizer to compare"
     if target is None:
         raise CheckpointError("the tokenizer was written, and cannot be read again")
     found = relation(Vocabulary.of(source, source_at), Vocabulary.of(target, target_at))
