@@ -114,6 +114,8 @@ def owned_plan(
             remedy = "wait for it to end, stop it, or choose another run.name"
             lock = owned(folder / OWNER_LOCK, f"run.name={config.run.name}", remedy, say=say, cancelled=cancelled)
             try:
+                if folder.is_symlink():  # to another disk, say, where nothing is yet
+                    folder.resolve().mkdir(parents=True, exist_ok=True)
                 ownerships.append(held.enter_context(lock))
             except OSError as error:
                 raise ConfigError(

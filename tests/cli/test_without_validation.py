@@ -45,8 +45,11 @@ def test_it_trains_with_validation_off_and_says_so_otherwise(data: Path, tmp_pat
     assert main(["train", *TINY, *given, "train.validate_every=1"]) == 2
     expected = f"train.validate_every=1: {data} was prepared without validation documents; train.validate_every=0"
     assert expected in capsys.readouterr().err
+    (tmp_path / "a").symlink_to(tmp_path / "disk" / "a")  # a run folder on another disk, where nothing is yet
     code, output = run(given)
     assert code == 0, output
+    assert (tmp_path / "a").is_symlink()
+    assert (tmp_path / "disk" / "a" / "metrics.jsonl").exists()
     assert f"{data}: prepared without validation documents, so this run is not validated" in output
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
