@@ -167,5 +167,10 @@ def _refusal(start: StartPoint, place: str, model: Vocabulary, data: Vocabulary,
             f"begin a new one with another run.name, checkpoint.finetune_from={start.path} and "
             f"checkpoint.extend_vocab=true, or {again}"
         )
+    if relation(data, model) is Relation.GROWN:
+        return (
+            f"{said}; the model's has {spoken(added_tokens(data, model))}, and a run's tokenizer is that of its data; "
+            f"{again}"
+        )
     fresh = "or train a new model on these data" if _resumes(start) else "or leave out what it starts from"
     return f"{said}; the same ids mean other words there; {again}, {fresh}"

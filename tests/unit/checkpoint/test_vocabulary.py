@@ -145,6 +145,13 @@ def test_documents_that_begin_otherwise_than_the_models_are_said(tmp_path: Path)
         ] * said
 
 
+def test_data_from_before_tokens_were_added_would_take_them_from_the_run(tmp_path: Path) -> None:
+    tokenizer = grown()
+    write_random_run(tmp_path / "run", replace(GPT2, vocab_size=tokenizer.vocab_size), tokenizer=tokenizer)
+    with pytest.raises(CheckpointError, match=r"the model's has 2 tokens added .*; prepare the data again with"):
+        match(tmp_path / "run", write_data(tmp_path / "data", TOKENIZER))
+
+
 def test_a_model_that_has_rows_for_them_keeps_its_shape(tmp_path: Path) -> None:
     write_random_run(tmp_path / "run", replace(GPT2, vocab_size=320), tokenizer=TOKENIZER)
     data = write_data(tmp_path / "data", grown())

@@ -101,6 +101,7 @@ def test_the_refusal_names_both_and_what_helps() -> None:
     grown = Vocabulary.parse(with_tokens(DEFINITIONS["bpe"], MARKS), "data/tokenizer.json")
     other = Vocabulary.parse(DEFINITIONS["wordpiece"], "data/tokenizer.json")
     check_same(model, model, "data.path=data", "so nothing")
+    check_same(grown, model, "data.path=data", "so nothing")  # data from before the tokens were added
     with pytest.raises(DataError) as error:
         check_same(model, other, "data.path=data", "so its perplexity would mean nothing")
     assert str(error.value) == (
