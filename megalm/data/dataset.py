@@ -14,7 +14,7 @@ from megalm.data.beside import files_beside
 from megalm.data.index import INDEX_FILE, Index, check_files, check_marks, read_index
 from megalm.data.place import RECIPE_FILE, partial_folder
 from megalm.data.roles import USUAL_START, Marks
-from megalm.data.store import Cache, MissingFile, Store, open_store
+from megalm.data.store import Cache, MissingFile, RefusedFile, Store, open_store
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.errors import DataError
 
@@ -118,8 +118,8 @@ def splits_of(store: Store) -> tuple[str, ...]:
     """
     try:
         store.below("val").read(INDEX_FILE)
-    except MissingFile:
-        with suppress(MissingFile, ValueError):
+    except (MissingFile, RefusedFile):  # some servers refuse what is not there
+        with suppress(MissingFile, RefusedFile, ValueError):
             if "val" not in json.loads(store.read(RECIPE_FILE)).get("splits", SPLITS):
                 return ("train",)
     return SPLITS

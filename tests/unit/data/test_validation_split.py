@@ -51,6 +51,13 @@ def test_no_validation_where_none_is_wanted(tmp_path: Path) -> None:
     assert with_validation(open_datasets(Data(path=(str(tmp_path / "d"),)))) == ()
 
 
+def test_none_behind_a_command_either(tmp_path: Path) -> None:
+    run(write(tmp_path / "c", TEXTS), tmp_path / "d", val_fraction=0.0)
+    store = open_store(f"pipe:cat {tmp_path / 'd'}/{{file}}")
+    assert splits_of(store) == ("train",)
+    assert inspect_dataset(store).val_tokens == 0
+
+
 def test_a_lost_validation_split_is_not_taken_for_none(tmp_path: Path) -> None:
     run(write(tmp_path / "c", TEXTS), tmp_path / "d", val_fraction=0.3)
     shutil.rmtree(tmp_path / "d" / "val")
