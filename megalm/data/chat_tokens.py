@@ -1,4 +1,4 @@
-"""Conversations ▶ tokens: the marks of a chat template are tokens where the template or a prompt writes them. No torch."""
+"""Conversations ▶ tokens: marks of a chat template are tokens where the template or a prompt writes them. No torch."""
 
 from __future__ import annotations
 

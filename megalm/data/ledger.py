@@ -122,8 +122,8 @@ class Steps:
         """
         if step <= self.earlier_steps:
             raise DataError(
-                f"--step {step}: the record of this run begins with step {self.earlier_steps + 1}; ask in the folder of "
-                "the run that it went on from"
+                f"--step {step}: the record of this run begins with step {self.earlier_steps + 1}; ask in the folder "
+                "of the run that it went on from"
             )
         if step <= self.last:
             number = step - self.earlier_steps - 1

@@ -1,7 +1,7 @@
 """Batches of one data-parallel replica. What changes is the number of samples that the trainer has taken, nothing else.
 
-Shapes: B rows of this replica, S sequence length, V vocabulary. Replica ``r`` of ``n`` takes the samples ``g`` with ``g mod n = r``,
-so the union over replicas does not depend on ``n``.
+Shapes: B rows of this replica, S sequence length, V vocabulary. Replica ``r`` of ``n`` takes the samples ``g`` with
+``g mod n = r``, so the union over replicas does not depend on ``n``.
 """
 
 from __future__ import annotations

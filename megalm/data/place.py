@@ -121,9 +121,7 @@ def _is_filled(folder: Path) -> bool:
 def _is_fixed(folder: Path) -> bool:
     """Whether no process can rename a folder that exists, and what lies beside it may be another machine's."""
     around = folder.parent
-    return (
-        os.path.ismount(folder) or folder.stat().st_dev != around.stat().st_dev or not os.access(around, os.W_OK)
-    )
+    return os.path.ismount(folder) or folder.stat().st_dev != around.stat().st_dev or not os.access(around, os.W_OK)
 
 
 def is_lock(entry: Path, folder: Path) -> bool:

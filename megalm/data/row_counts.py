@@ -31,7 +31,7 @@ class RowCounts:
 
     @classmethod
     def of(cls, chunk_tokens: int, packed_length: int) -> RowCounts:
-        """For the one length of a packed split, or else for those that users take: the chunk, halved again and again."""
+        """For the one length of a packed split, or else for those that users take: the chunk, halved repeatedly."""
         if packed_length:
             return cls((packed_length,))
         lengths = [chunk_tokens]

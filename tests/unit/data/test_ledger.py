@@ -44,9 +44,7 @@ def corpora(tmp_path_factory) -> Corpora:
 @pytest.fixture(scope="module")
 def seen(corpora: Corpora) -> list[dict[int, set[str]]]:
     """By step, the documents of each sample, from the tokens that a loader gave."""
-    loader = TrainLoader(
-        corpora, SETTINGS, objective=CausalLM(), batch_size=BATCH, dp_rank=0, dp_size=1, seed=3
-    )
+    loader = TrainLoader(corpora, SETTINGS, objective=CausalLM(), batch_size=BATCH, dp_rank=0, dp_size=1, seed=3)
     steps = []
     for _ in range(STEPS):
         batch = loader.next()

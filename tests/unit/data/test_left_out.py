@@ -47,7 +47,8 @@ def test_blocks_counted_apart_give_what_they_give_together() -> None:
 def page(i: int) -> str:
     words = " ".join(f"word{i}n{j}" for j in range(20))
     return (
-        f"<page><title>Page {i}</title><ns>0</ns><revision><text>{words}.&lt;ref&gt;a b&lt;/ref&gt;\n{{|\n| cell {i}\n|}}\n"
+        f"<page><title>Page {i}</title><ns>0</ns><revision><text>{words}.&lt;ref&gt;a b&lt;/ref&gt;\n"
+        f"{{|\n| cell {i}\n|}}\n"
         f"{{{{Box {i % 3}|one two|}}}}</text></revision></page>"
     )
 

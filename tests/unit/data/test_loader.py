@@ -156,9 +156,7 @@ def test_changed_data_is_refused_and_every_difference_named(dataset: Corpora) ->
     assert "run.seed=2: the checkpoint was trained with 1" in lines[0]
 
 
-def test_a_corrupt_chunk_reaches_the_trainer_every_time_and_the_thread_ends(
-    dataset: Corpora, tmp_path: Path
-) -> None:
+def test_a_corrupt_chunk_reaches_the_trainer_every_time_and_the_thread_ends(dataset: Corpora, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in Path(dataset.shards[0].store.location).iterdir():

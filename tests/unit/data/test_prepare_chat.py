@@ -23,7 +23,9 @@ def rows(*, system: bool = False) -> list[dict]:
     chats = []
     for number in range(40):
         chat = [{"role": "user", "content": f"two and {number}"}, {"role": "assistant", "content": f"are {number + 2}"}]
-        chats.append({"messages": [{"role": "system", "content": "Add."}, *chat] if system and not number % 4 else chat})
+        chats.append(
+            {"messages": [{"role": "system", "content": "Add."}, *chat] if system and not number % 4 else chat}
+        )
     return chats
 
 
@@ -70,7 +72,11 @@ def test_without_a_template_chatml_is_used_and_stored_for_generation_and_export(
 
 def test_prompts_and_completions_need_no_template_and_leave_none(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(MODELS["qwen"].definition, encoding="utf-8")
-    run(tmp_path, tmp_path / "tokenizer.json", [{"prompt": f"{n} and one ", "completion": f"{n + 1}"} for n in range(40)])
+    run(
+        tmp_path,
+        tmp_path / "tokenizer.json",
+        [{"prompt": f"{n} and one ", "completion": f"{n + 1}"} for n in range(40)],
+    )
     assert tokenizer_of([open_store(str(tmp_path / "out"))]).chat is None
 
 

@@ -129,6 +129,6 @@ def test_a_preparation_whose_place_is_anothers_by_now_stops(corpus: Path, tmp_pa
     def take_over(*_) -> None:
         shutil.rmtree(tmp_path / ".d.owner", ignore_errors=True)
 
-    with pytest.raises(ConfigError, match="its lock .*was removed"):
+    with pytest.raises(ConfigError, match=r"its lock .*was removed"):
         run(corpus, tmp_path / "d", progress=take_over)
     assert not (tmp_path / "d").exists()

@@ -23,7 +23,8 @@ DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="
 <page><title>Kitty</title><ns>0</ns><revision><text>#redirect [[Cat]]</text></revision></page>
 <page><title>Talk:Cat</title><ns>1</ns><revision><text>I like cats</text></revision></page>
 <page><title>Nothing</title><ns>0</ns><revision><text>{{stub}}</text></revision></page>
-<page><title>Dog &amp; bone</title><ns>0</ns><revision><text>A dog &lt;ref&gt;a book&lt;/ref&gt;barks.</text></revision></page>
+<page><title>Dog &amp; bone</title><ns>0</ns>
+<revision><text>A dog &lt;ref&gt;a book&lt;/ref&gt;barks.</text></revision></page>
 </mediawiki>"""
 
 
@@ -101,8 +102,10 @@ GERMAN = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" xml:lan
 <namespace key="-2">Medium</namespace><namespace key="6">Datei</namespace><namespace key="10">Vorlage</namespace>
 <namespace key="14">Kategorie</namespace><namespace key="0" /></namespaces></siteinfo>
 <page><title>Vorher</title><ns>0</ns><revision><text>Ein anderer Artikel.</text></revision></page>
-<page><title>Stadt</title><ns>0</ns><revision><text>[[Datei:A.jpg|mini|links|200px|hochkant=1.2|Das [[Haus]] im Winter]]
-Der Ort bleibt.[[Bild:B.jpg|rechts|x]] {{Vorlage:nowrap|12 km}} weit.[[Kategorie:Ort]][[en:City]]</text></revision></page>
+<page><title>Stadt</title><ns>0</ns><revision>
+<text>[[Datei:A.jpg|mini|links|200px|hochkant=1.2|Das [[Haus]] im Winter]]
+Der Ort bleibt.[[Bild:B.jpg|rechts|x]] {{Vorlage:nowrap|12 km}} weit.[[Kategorie:Ort]][[en:City]]</text>
+</revision></page>
 <page><title>Ort</title><ns>0</ns><revision><text>#WEITERLEITUNG [[Stadt]]</text></revision></page>
 <page><title>Daten</title><ns>0</ns><revision><model>json</model><text>{}</text></revision></page>
 </mediawiki>"""
