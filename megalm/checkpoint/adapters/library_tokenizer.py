@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.config.schema import Model
+from megalm.data.postprocessor import with_marks
 from megalm.data.settings_files import ROLES, SETTINGS_FILE, TEMPLATE_FILE
 from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -23,7 +24,7 @@ def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
     settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     if "tokenizer_class" not in settings:
         settings = _new_settings(tokenizer, model) | settings
-    processed = None if model.causal else _with_processor(tokenizer.definition)
+    processed = _with_start(tokenizer) if model.causal else _with_processor(tokenizer.definition)
     settings.pop(ORIGINAL_HASH, None)
     if processed is not None:
         (folder / TOKENIZER_FILE).write_text(processed, encoding="utf-8")
@@ -59,6 +60,15 @@ def _save_templates(template: str, settings: Mapping[str, Any], folder: Path) ->
             (folder / TEMPLATES_FOLDER).mkdir(exist_ok=True)
             (folder / TEMPLATES_FOLDER / f"{name}.jinja").write_text(one["template"], encoding="utf-8")
     return named
+
+
+def _with_start(tokenizer: Tokenizer) -> str | None:
+    """A definition that puts around a text what the model's documents have; None: it does that as it is.
+
+    Version 5 of the library looks at the definition alone, and not at ``add_bos_token``.
+    """
+    made = with_marks(tokenizer.definition, tokenizer.roles.before, tokenizer.roles.after)
+    return None if made == tokenizer.definition else made
 
 
 def _with_processor(definition: str) -> str | None:

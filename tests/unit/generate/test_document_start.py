@@ -96,8 +96,6 @@ def test_data_generation_evaluation_and_export_begin_alike(
 
     convert_quietly("megalm", "hf", run, tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    if add_bos is False:
-        return
     assert theirs(PROMPT).input_ids == [*start, *tokenizer.encode(PROMPT)]
     assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
     convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again")
