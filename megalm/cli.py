@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,14 @@ def _dispatch(arguments: list[str]) -> int:
     own = argparse.ArgumentParser(prog=f"megalm {name}", description=command.help, allow_abbrev=False)
     command.add_options(own)
     own.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=_OVERRIDES_HELP)
-    options = own.parse_intermixed_args(rest)
+    options = own.parse_intermixed_args([_override_of(argument) for argument in rest])
     check_text([*options.overrides, *([options.prompt] if "prompt" in options else [])])
     return command.run(options)
+
+
+def _override_of(argument: str) -> str:
+    """``--train.steps=3`` is no option to be refused with the usage of all, but a setting to be spelled right."""
+    return f"+{argument.lstrip('-')}" if re.match(r"--?[a-z_]+\.[a-z_0-9]+(=|$)", argument) else argument
 
 
 def _main_parser() -> argparse.ArgumentParser:

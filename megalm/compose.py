@@ -6,6 +6,7 @@ Overrides are checked against the schema first, so that a misspelling gets a sug
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +124,11 @@ def _parse_override(text: str, problems: list[Violation]) -> Override | None:
     from hydra.errors import HydraException
 
     key, separator, value = text.partition("=")
+    if (meant := _as_meant(key, separator, value)) is not None:
+        sign = {"+": "leave out the plus: ", "-": "leave out the dashes: "}.get(key[:1], "write ")
+        right = f"{sign}{meant}"
+        problems.append(Violation("override", text, "not how a setting is written", right))
+        return None
     if not key.strip() or not (separator or key.startswith("~")):
         problems.append(Violation("override", text, "not an override", "field=value, such as train.steps=200"))
         return None
@@ -139,6 +145,23 @@ def _parse_override(text: str, problems: list[Violation]) -> Override | None:
         # `run.name=007` means the text 007, not the number 7.
         return OverridesParser.create().parse_override(f"{key}='{value}'")
     return override
+
+
+_SIGNS = re.compile(r"^(\+\+|\+|--?)?\s*([\w.]+)\s*$")
+
+
+def _as_meant(key: str, separator: str, value: str) -> str | None:
+    """The setting that habits from other tools mean: ``+train.steps=3``, ``--train.steps=3``, ``train.steps 3``."""
+    if not separator:
+        key, _, value = key.strip().partition(" ")
+    match, value = _SIGNS.match(key), value.strip()
+    if match is None or (separator and match[0] == match[2]):
+        return None
+    name = match[2]
+    if name not in field_paths() and name not in group_options():
+        return None
+    quoted = f"'{value}'" if " " in value and value[0] not in "'\"[{" else value
+    return f"{name}={quoted or 'VALUE'}"
 
 
 def _problem_with(override: Override, options: dict[str, list[str]]) -> Violation | None:

@@ -5,8 +5,8 @@
     tools/inspect_checkpoint.py runs/quickstart/checkpoints/step-00000200 --verify
     tools/inspect_checkpoint.py runs/quickstart --diff runs/other
 
-Exit codes: 0 done, 1 the two differ, 2 bad arguments, 3 no such checkpoint, or a damaged one; 141 the reader of its
-output has left.
+Exit codes: 0 done, or equal but for names, 1 the two differ, 2 bad arguments, 3 no such checkpoint, or a damaged one;
+141 the reader of its output has left.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _find_faults(console: Console, info: CheckpointInfo) -> list[str]:
 
 def _diff(console: Console, first: CheckpointInfo, second: CheckpointInfo) -> int:
     """Say what differs; the exit code."""
-    from megalm.checkpoint.compare import setting_differences, tensor_differences
+    from megalm.checkpoint.compare import is_label, setting_differences, tensor_differences
     from megalm.checkpoint.reader import CheckpointReader
 
     readers = CheckpointReader(first.path), CheckpointReader(second.path)
@@ -104,7 +104,10 @@ def _diff(console: Console, first: CheckpointInfo, second: CheckpointInfo) -> in
         console.print(f"tensors: all {total} are equal, in {', '.join(readers[0].manifest.kinds)}")
     if not settings:
         console.print("settings: equal")
-    return DIFFERENT if settings or tensors else ExitCode.DONE
+    matters = [setting for setting in settings if not is_label(setting.name)]
+    if settings and not matters and not tensors:
+        console.print("same weights and state: the settings that differ name and show a run, and change nothing in it")
+    return DIFFERENT if matters or tensors else ExitCode.DONE
 
 
 def _summary(path: Path, manifest: Manifest) -> Table:

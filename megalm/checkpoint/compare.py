@@ -37,6 +37,15 @@ class TensorDifference:
     what: str
 
 
+_LABELS = ("run.name", "run.dir", "megalm_version", "report.", "logging.", "launch.", "cluster.", "checkpoint.")
+"""Settings, or whole sections, that name, show, place or keep a run."""
+
+
+def is_label(name: str) -> bool:
+    """Whether a setting, by its dotted name, changes nothing in what a run computes."""
+    return name.startswith(_LABELS)
+
+
 def setting_differences(first: Manifest, second: Manifest) -> list[SettingDifference]:
     """Everything of the manifests but the tensors, field by field, by dotted names."""
     mine, theirs = _flat(_settings(first)), _flat(_settings(second))

@@ -27,6 +27,7 @@ from megalm.checkpoint.store import (
 )
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
+from megalm.config.violation import format_value
 from megalm.errors import CheckpointError
 
 RESUMED_FROM = "resumed_from"
@@ -244,19 +245,35 @@ def _check_phase(config: Config, manifest: Manifest, path: Path) -> None:
 
 
 def _check_model(config: Config, manifest: Manifest, path: Path, *, except_for: frozenset[str] = frozenset()) -> None:
-    """Every field of the model must be what the checkpoint was trained with; all differences are named."""
+    """Every field of the model must be what the checkpoint was trained with; all differences are named.
+
+    A resumed run may be trained anew under another name; weights that a new run begins with are as they are.
+    """
     saved = manifest.config.get("model", {})
-    problems = [
-        f"model.{name}={value}: {path} was trained with {saved.get(name)}; set model.{name}={saved.get(name)}, or "
-        "choose another run.name"
+    different = {
+        name: value
         for name, value in config_to_dict(config)["model"].items()
         if name != "vocab_size" and name not in except_for and saved.get(name) != value
-    ]
+    }
     vocab_size, is_fixed = config.model.vocab_size, not config.checkpoint.extend_vocab
     if vocab_size is not None and is_fixed and saved.get("vocab_size") not in (None, vocab_size):
-        problems.append(f"model.vocab_size={vocab_size}: {path} was trained with {saved['vocab_size']}")
-    if problems:
-        raise CheckpointError("\n".join(problems))
+        different["vocab_size"] = vocab_size
+    if not different:
+        return
+    sources = ("init_from", "finetune_from")
+    source = next((name for name in sources if except_for and getattr(config.checkpoint, name) is not None), None)
+    whole = " ".join(f"model.{name}={format_value(saved.get(name))}" for name in different)
+    problems = [
+        f"model.{name}={format_value(value)}: {path} was trained with {format_value(saved.get(name))}; set "
+        f"model.{name}={format_value(saved.get(name))}{'' if source else ', or choose another run.name'}"
+        for name, value in different.items()
+    ]
+    if source:
+        problems.append(
+            f"checkpoint.{source}={getattr(config.checkpoint, source)}: weights of another model; give its settings, "
+            f"{whole}, or leave checkpoint.{source} out"
+        )
+    raise CheckpointError("\n".join(problems))
 
 
 def _lost_steps(config: Config, run_dir: Path) -> tuple[str, ...]:

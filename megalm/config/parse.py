@@ -28,6 +28,9 @@ PATHS = frozenset(
 )
 """Fields that name places of this machine: ``~`` at their beginning is the home folder."""
 
+_MOST_BITS = 1024
+"""Of an integer: as far as float64 goes, and short enough to be spelled in messages."""
+
 _WORDS: dict[Any, str] = {
     int: "an integer",
     float: "a finite number",
@@ -168,13 +171,15 @@ def _describe_value(value: Any) -> str:
         return "true or false"
     if value == []:
         return "an empty list"
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return "beyond any range"
     return {int: "an integer", str: "text", list: "a list", type(None): "null"}.get(type(value), type(value).__name__)
 
 
 def _int(value: Any) -> tuple[bool, Any]:
     if isinstance(value, float) and value.is_integer():
         return True, int(value)
-    return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= _MOST_BITS, value
 
 
 def _float(value: Any) -> tuple[bool, Any]:

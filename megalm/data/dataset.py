@@ -173,6 +173,11 @@ def _read_tokenizer(store: Store) -> bytes:
         ) from None
 
 
+def _looked_for(folder: Path) -> str:
+    """Where a relative path has led, which another working folder than the run's may have changed."""
+    return "" if folder.is_absolute() else f" in {Path.cwd()}, where this command was started"
+
+
 def check_folder(store: Store) -> None:
     """Raise DataError if a local folder is not there, or is no dataset."""
     folder = Path(store.location)
@@ -182,7 +187,8 @@ def check_folder(store: Store) -> None:
         unfinished = partial_folder(folder)
         hint = f" ({unfinished} was left by a preparation that was cut off)" if unfinished.exists() else ""
         raise DataError(
-            f"data.path={folder}: no such folder{hint}; prepare one with tools/prepare_data.py --out {folder}"
+            f"data.path={folder}: no such folder{_looked_for(folder)}{hint}; prepare one with tools/prepare_data.py "
+            f"--out {folder}, or name it as data.path=FOLDER"
         )
     if not any((folder / split).exists() for split in SPLITS):
         raise DataError(

@@ -110,7 +110,9 @@ class Trainer:
             self._callbacks.on_step(metrics)
             if diverged is not None:
                 self._finish_save(tolerant=True)
-                raise diverged
+                has_saved = self._saver.has_checkpoints
+                left = "the last checkpoint is from before" if has_saved else "no checkpoint was saved"
+                raise DivergedError(f"{diverged}; {left}")
             if end.stop is not None and self.progress.step < steps:
                 self._save_and_stop(end.stop)
                 return end.stop
@@ -310,7 +312,7 @@ def divergence(metrics: StepMetrics) -> DivergedError | None:
         return None
     return DivergedError(
         f"step {metrics.step}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}: training diverged and "
-        "stopped; the last checkpoint is from before. Try a smaller optim.lr or a longer optim.warmup_tokens"
+        "stopped. Try a smaller optim.lr or a longer optim.warmup_tokens"
     )
 
 

@@ -23,7 +23,13 @@ from megalm.checkpoint.adapters.hf_files import (
     safe_file,
     same_tensor,
 )
-from megalm.checkpoint.adapters.hf_names import Architecture, foreign_shapes, read_architecture, sort_names
+from megalm.checkpoint.adapters.hf_names import (
+    Architecture,
+    foreign_shapes,
+    missing_head,
+    read_architecture,
+    sort_names,
+)
 from megalm.checkpoint.adapters.json_fields import read_json
 from megalm.checkpoint.adapters.mapping import Rule, missing_and_extra
 from megalm.checkpoint.adapters.token_ids import TokenIds
@@ -81,6 +87,8 @@ class HfSource(WeightSource):
     def _check_tensors(self, path: Path, model: Model, ignored: frozenset[str]) -> None:
         """Prove by the headers that the tensors are those of the model."""
         present = {name: tensor.shape for name, tensor in self._stored.items()}
+        if (headless := missing_head(self.family, model, present)) is not None:
+            raise CheckpointError(f"{path}: {headless}")
         problems = missing_and_extra(list(self._rules.values()), full_shapes(model), present, ignored=ignored)
         if not problems:
             problems = _dtype_problems({name: self._stored[name] for name in foreign_shapes(self.family, model)})

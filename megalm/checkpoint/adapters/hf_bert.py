@@ -28,6 +28,7 @@ class BertFamily(Family):
     architecture = "BertForMaskedLM"
     prefix = "bert."
     head_prefixes = ("cls.",)
+    head_title = "masked-word head"
     renamed = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}  # noqa: RUF012
     word_embedding = "embeddings.word_embeddings.weight"
     ignored = (r"bert\.embeddings\.(position_ids|token_type_ids)",)

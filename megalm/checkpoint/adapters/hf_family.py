@@ -32,6 +32,7 @@ class Family(ABC):
         prefix: begins the names of all tensors but the head's; some published files leave it out.
         word_embedding: name of the word embedding, without the prefix.
         head_prefixes: begin the names of the head's tensors.
+        head_title: how people name the head.
         renamed: older spellings in published files, patterns ▶ replacements.
         ignored: tensors that are constants of the architecture.
         left_out: tensors that megalm has no place for, patterns ▶ what they are.
@@ -43,6 +44,7 @@ class Family(ABC):
     prefix: ClassVar[str]
     word_embedding: ClassVar[str]
     head_prefixes: ClassVar[tuple[str, ...]] = ("lm_head.",)
+    head_title: ClassVar[str] = "output projection"
     renamed: ClassVar[dict[str, str]] = {}
     ignored: ClassVar[tuple[str, ...]] = ()
     left_out: ClassVar[dict[str, str]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalm.checkpoint.adapters.checks import check_architecture
 from megalm.checkpoint.adapters.hf_families import FAMILIES
@@ -16,7 +17,7 @@ from megalm.checkpoint.adapters.json_fields import Fields, read_json
 from megalm.checkpoint.adapters.mapping import Shape
 from megalm.checkpoint.adapters.weights import full_shapes
 from megalm.config.schema import Model
-from megalm.config.violation import spoken_list
+from megalm.config.violation import format_value, spoken_list
 from megalm.errors import CheckpointError
 
 
@@ -45,7 +46,9 @@ def read_architecture(file: Path) -> Architecture:
     model_type = fields.values.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        fields.problem("model_type", f"megalm converts {spoken_list(FAMILIES, 'and')}")
+        lacks = what_megalm_lacks(fields.values)
+        has = f"the model has {spoken_list(lacks, 'and')}, which megalm has not; " if lacks else ""
+        fields.problem("model_type", f"{has}megalm converts {spoken_list(FAMILIES, 'and')}")
         fields.check()
     assert family is not None
     if "quantization_config" in fields:
@@ -55,6 +58,38 @@ def read_architecture(file: Path) -> Architecture:
     fields.check()
     check_architecture(file, model)
     return Architecture(family, model, tuple(notes))
+
+
+_LACKING: dict[str, tuple[str, ...]] = {
+    "a mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"),
+    "an encoder and a decoder": ("is_encoder_decoder", "decoder_layers", "num_decoder_layers"),
+    "state-space layers": ("state_size", "ssm_cfg", "mamba_d_state", "d_state", "mamba_num_heads", "ssm_state_size"),
+    "latent attention (MLA)": ("kv_lora_rank", "q_lora_rank"),
+    "attention in a sliding window": ("sliding_window", "attention_window", "sliding_window_pattern", "window_size"),
+    "layers of different kinds": ("layer_types", "layers_block_type", "attn_layer_period", "hybrid_override_pattern"),
+    "linear attention": ("linear_num_key_heads", "attention_hidden_size", "lin_attn_config"),
+    "soft-capped logits": ("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap"),
+    "relative position biases": ("relative_attention_num_buckets", "alibi", "relative_attention"),
+    "images, audio or several modalities": ("vision_config", "audio_config", "text_config", "image_token_id"),
+}
+"""What megalm's models do not have ▶ the fields of a ``config.json`` that tell of it."""
+
+
+def what_megalm_lacks(values: Mapping[str, Any]) -> list[str]:
+    """What the architecture of a ``config.json`` has and megalm has not, as its fields tell, each with the field."""
+    found = []
+    for what, names in _LACKING.items():
+        name = next((name for name in names if _is_there(values.get(name))), None)
+        if name is not None:
+            found.append(f"{what} ({name}={format_value(values[name])})")
+    return found
+
+
+def _is_there(value: Any) -> bool:
+    """Whether a field tells of something: models write null, false, 0 or 1 expert where they have it not."""
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return len(set(value)) > 1
+    return bool(value) and value not in (1, "none")
 
 
 @dataclass(frozen=True)
@@ -120,6 +155,17 @@ def sort_names(path: Path, family: Family, model: Model, found: Mapping[str, Sha
         twice,
         frozenset(ignored | set(twice.values())),
         tuple(f"left out {what} ({spoken_list(names, 'and')})" for what, names in notes.items()),
+    )
+
+
+def missing_head(family: Family, model: Model, present: Iterable[str]) -> str | None:
+    """That none of the head's tensors is there, as in a model saved without one; None: some are, or it needs none."""
+    wanted = [name for name in foreign_shapes(family, model) if name.startswith(family.head_prefixes)]
+    if not wanted or any(name.startswith(family.head_prefixes) for name in present):
+        return None
+    return (
+        f"has no {family.head_title} ({wanted[0].rpartition('.')[0]}…): a bare model, or one with a head for another "
+        f"task; convert a {family.architecture}, which predicts tokens"
     )
 
 
