@@ -89,7 +89,7 @@ def _is_there(value: Any) -> bool:
     """Whether a field tells of something: models write null, false, 0 or 1 expert where they have it not."""
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return len(set(value)) > 1
-    return bool(value) and value not in (1, "none")
+    return value is True or (bool(value) and value not in (1, "none"))
 
 
 @dataclass(frozen=True)
