@@ -11,6 +11,8 @@ from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, find_latest
 from megalm.compose import load_run_config
 from megalm.config.schema import Config
+from megalm.config.support import LARGEST_INT
+from megalm.config.violation import format_value
 from megalm.data.batch_size import BatchSize
 from megalm.data.dataset import open_datasets
 from megalm.data.ledger import DocumentSpan, Ledger, Reading, SampleSource, Steps
@@ -42,6 +44,8 @@ def show_lines(
         raise ConfigError("megalm data show: give either --step N or --document NAME")
     if step is not None and step < 1:
         raise ConfigError(f"--step {step}: steps count from 1")
+    if step is not None and step > LARGEST_INT:
+        raise ConfigError(f"--step {format_value(step)}: no run has as many steps; at most {LARGEST_INT}")
     config = load_run_config(run_dir, overrides)
     steps = _steps(config, Path(run_dir))
     datasets = open_datasets(config.data)

@@ -129,8 +129,12 @@ class Steps:
             number = step - self.earlier_steps - 1
             return range(self.recorded[number - 1] if number else self.earlier_samples, self.recorded[number])
         start = self.samples
-        for _ in range(step - self.last - 1):
-            start += self.planned.at(start)
+        for left in range(step - self.last - 1, 0, -1):
+            size = self.planned.at(start)
+            if size == self.planned.final:  # which it stays
+                start += left * size
+                break
+            start += size
         return range(start, start + self.planned.at(start))
 
     def step_of(self, sample: int) -> int:

@@ -210,6 +210,21 @@ def test_a_bare_bert_is_told_that_it_has_no_masked_word_head() -> None:
     assert "no masked-word head" in str(missing_head(BertFamily(), model, bare))
 
 
+def test_a_step_far_away_is_found_at_once_or_refused(capsys) -> None:
+    from megalm.data.batch_size import BatchSize
+    from megalm.data.ledger import Steps
+
+    planned = BatchSize(final=8, start=4, increment=4, ramp_tokens=1024, sequence_length=64)
+    steps = Steps([4, 8], planned)
+    start = 8
+    for step in (3, 4, 5, 6, 7):
+        assert steps.samples_of(step).start == start
+        start += planned.at(start)
+    assert steps.samples_of(2**31 - 1).start == start + 8 * (2**31 - 1 - 8)
+    assert main(["data", "show", "no-run", "--step", str(10**30)]) == 2
+    assert "at most 2147483647" in capsys.readouterr().err
+
+
 def test_labels_of_a_run_are_no_difference() -> None:
     from megalm.checkpoint.compare import is_label
 
