@@ -119,7 +119,7 @@ def _with_tried_fixes(
             fixes.append(Fix(fix.field, _nearest(best, current)))
     if fixes or violation.right:
         return replace(violation, fixes=tuple(fixes))
-    return replace(violation, right="no single value mends it: change the fields named here together", fixes=())
+    return replace(violation, right="one value is not enough: change the fields named here together", fixes=())
 
 
 def _after(job: Job, path: str, value: Any) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 
 from megalm.config.cross_rules import needs
 from megalm.config.field_rules import Job, divisors
@@ -67,7 +68,11 @@ def batch_ramp_splits_evenly(job: Job) -> Iterator[Violation]:
                 size,
                 f"not a multiple of dp*micro_batch_size = {unit // train.micro_batch_size}*{train.micro_batch_size} "
                 f"= {unit} on {job.world_size} ranks",
-                fixes=(Fix(field, _nearest(fitting, size)), Fix(field, (None,))),
+                fixes=(
+                    Fix(field, _nearest(fitting, size)),
+                    Fix("train.micro_batch_size", _micro_batches(job)),
+                    Fix(field, (None,)),
+                ),
             )
 
 
@@ -135,6 +140,16 @@ def _unit(job: Job) -> int | None:
     parallel = job.config.parallel
     replicas, rest = divmod(job.world_size, parallel.tp * parallel.pp * parallel.cp)
     return None if rest or not replicas else replicas * job.config.train.micro_batch_size
+
+
+def _micro_batches(job: Job) -> tuple[int, ...]:
+    """Micro-batches that split every size of the ramp evenly, whose change leaves the run's numbers alone."""
+    train, unit = job.config.train, _unit(job)
+    if not unit:
+        return ()
+    sizes = (train.batch_ramp_start, train.batch_ramp_increment, train.global_batch_size)
+    common, replicas = gcd(*(size for size in sizes if size)), unit // train.micro_batch_size
+    return () if common % replicas else divisors(common // replicas)
 
 
 def _ramp_starts(job: Job) -> tuple[int, ...]:

@@ -155,7 +155,7 @@ def test_defaults_are_in_bounds_and_among_the_choices() -> None:
         (
             {"train__batch_ramp_start": 6, "train__batch_ramp_tokens": 100, "train__global_batch_size": 24},
             "train.batch_ramp_start=6: not a multiple of dp*micro_batch_size = 2*2 = 4 on 8 ranks; "
-            "train.batch_ramp_start=4, 8, 12 or 24",
+            "train.batch_ramp_start=4, 8, 12 or 24, or train.micro_batch_size=1 or 3",
         ),
         (
             {
@@ -217,6 +217,18 @@ def test_a_ramp_and_a_cooldown_that_fit() -> None:
     assert lines_of(**ramp, train__global_batch_size=16, train__batch_ramp_increment=12) == []
     assert lines_of(**ramp, train__global_batch_size=4) == []
     assert lines_of(optim__schedule="wsd", optim__cooldown_tokens=10**9, optim__cooldown="sqrt") == []
+
+
+def test_a_micro_batch_that_splits_every_size_of_a_ramp_leaves_the_ramp_alone() -> None:
+    sizes = {"train__batch_ramp_start": 6, "train__batch_ramp_increment": 2, "train__global_batch_size": 24}
+    ramp = {**sizes, "train__batch_ramp_tokens": 100}
+    assert all("train.micro_batch_size=1" in line for line in lines_of(**ramp))
+    assert len(lines_of(**ramp)) == 2
+    assert lines_of(**ramp, train__micro_batch_size=1) == []
+    (line,) = lines_of(
+        **{**ramp, "train__batch_ramp_start": 9, "train__batch_ramp_increment": 3, "train__micro_batch_size": 1}
+    )[:1]
+    assert "micro_batch_size=" not in line.partition("; ")[2], "two replicas share no odd batch"
 
 
 def test_a_named_checkpoint_and_initial_weights_exclude_each_other() -> None:
