@@ -64,9 +64,8 @@ def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Confi
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"run={run_dir}: holds no {CONFIG_FILE}; the folder of a run, such as runs/quickstart"
-        ) from None
+        wrong = f"holds no {CONFIG_FILE}" if path.parent.is_dir() else "no such folder"
+        raise ConfigError(f"run={run_dir}: {wrong}; the folder of a run, such as runs/quickstart") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"run={run_dir}: cannot read {CONFIG_FILE} ({_one_line(error)}); a run's own file") from None
     mapping = config_to_dict(config_from_dict(saved))

@@ -179,7 +179,7 @@ class Data:
     weights: tuple[float, ...] = ()
     """Share of each dataset in the samples, relative to the others; empty: as they are large."""
     max_epochs: tuple[float, ...] = ()
-    """Most times that the run may read each dataset (0: any number); empty: no limits."""
+    """How often the run may read each dataset at most (0: any number); empty: no limits."""
     phase: int = 0
     """Counts deliberate changes of the data: a resumed run whose phase is higher than its checkpoint's reads the new
     data from their beginning. Within a phase a change is refused."""

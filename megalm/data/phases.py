@@ -186,10 +186,11 @@ def too_many_epochs(
     earlier = before or [Fraction()] * len(paths)
     for path, limit, epochs, past in zip(paths, limits, order.epochs_after(samples), earlier, strict=False):
         if limit and past + epochs > limit:
+            smaller = ", give it a smaller weight," if len(paths) > 1 else ""
             again = f" ({float(past):.2f} of them in earlier phases)" if past else ""
             problems.append(
                 f"data.max_epochs: the run reads {path} {float(past + epochs):.2f} times{again}, the limit is "
-                f"{limit:g}; train for fewer steps, give it a smaller weight, or raise the limit"
+                f"{limit:g}; train for fewer steps{smaller} or raise the limit"
             )
     return problems
 

@@ -218,6 +218,7 @@ def test_a_limit_of_epochs_counts_what_the_run_has_read_with_any_batch() -> None
     assert _epoch_violations(now, datasets, saved, history) == []
     (problem,) = _epoch_violations(with_(now, train={"steps": 13}), datasets, saved, history)
     assert problem.startswith("data.max_epochs: the run reads A 1.05 times, the limit is 1")
+    assert problem.endswith("; train for fewer steps or raise the limit"), "one corpus has no weight to change"
     next_phase = with_(now, data={"phase": 1}, model={"sequence_length": 64}, train={"steps": 10})
     assert _epoch_violations(next_phase, datasets, saved, history) == []
     (problem,) = _epoch_violations(with_(next_phase, train={"steps": 11}), datasets, saved, history)

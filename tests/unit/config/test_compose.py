@@ -221,6 +221,8 @@ def test_a_saved_run_refuses_groups_and_misspellings(tmp_path: Path) -> None:
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config\.yaml; the folder of a run"):
         load_run_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"quickstat: no such folder; the folder of a run"):
+        load_run_config(tmp_path / "quickstat")
     (tmp_path / CONFIG_FILE).write_text("a: [", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"cannot read config\.yaml"):
         load_run_config(tmp_path)
