@@ -10,6 +10,7 @@ import numpy as np
 
 from megalm.data.blocks import BlockResult
 from megalm.data.corpora.files import finer_split
+from megalm.data.corpora.options import NO_FIELD, how_to_name_fields
 from megalm.data.document import Corpus
 from megalm.data.duplicates import Duplicates
 from megalm.data.index import Index
@@ -25,15 +26,22 @@ EXACT_ACROSS = "exact duplicate of a validation document"
 ALSO_IN_VALIDATION = "also in validation (kept; --dedup exact removes them)"
 
 
-def nothing_left(corpus: Corpus, totals: Totals, *, option: str = "--input") -> str:
+def nothing_left(recipe: Recipe, corpus: Corpus, totals: Totals, *, option: str = "--input") -> str:
     """Why there is no document, with what stood in the way of each."""
-    reasons = [f"{n} {rule}" for rule, n in totals.removed.most_common()]
+    fieldless = [rule for rule in totals.removed if rule.startswith(NO_FIELD)]
+    reasons = [
+        f"{n} {rule}, such as {totals.examples[rule][0]}" if rule in fieldless else f"{n} {rule}"
+        for rule, n in totals.removed.most_common()
+    ]
     left_out = FileTally(corpus.files_left_out.to_dict())
     left_out.update(totals.files)
     if left_out.total():
         reasons.append(f"files left out: {left_out.line()}")
     why = ", ".join(reasons) or "none was found"
-    return f"{corpus.source}: no document is left ({why}); give other {option} or fewer filters"
+    rights = [how_to_name_fields(recipe.corpus)] if fieldless else []
+    if len(fieldless) < max(len(reasons), 1):
+        rights.append(f"give other {option} or fewer filters")
+    return f"{corpus.source}: no document is left ({why}); {', or '.join(rights)}"
 
 
 def empty_split(recipe: Recipe, corpus: Corpus, documents: int, split: str) -> str:
@@ -107,8 +115,13 @@ class ValidationTexts:
 
 @dataclass
 class Totals:
-    """What became of all documents."""
+    """What became of all documents.
 
+    Attributes:
+        pack: tokens of the sequences that documents are fitted into; 0: into none, so that none is too long.
+    """
+
+    pack: int = 0
     read: int = 0
     documents: int = 0
     bytes: int = 0
@@ -152,6 +165,9 @@ class Totals:
         self.tokens += int(block.lengths[kept].sum())
         self.text_bytes += int(block.text_bytes[kept].sum())
         self.lengths.add(block.lengths[kept])
+        cut = int((block.lengths[kept] > self.pack).sum()) if self.pack else 0
+        if cut:
+            self.notes[f"longer than --pack {self.pack}, cut into pieces that do not see one another"] += cut
         return kept
 
     def summary(self, corpus: Corpus, recipe: Recipe, tokenizer: Tokenizer, indexes: dict[str, Index]) -> Summary:

@@ -25,7 +25,7 @@ from megalm.data.left_out import LeftOutTotals
 from megalm.data.tally import EXAMPLES, FileTally, RejectedFile
 from megalm.data.tokenizer import Tokenizer
 
-CONVERSATIONS = "turns of conversations, put together by the chat template"
+CONVERSATIONS = "conversations, whose turns the chat template puts together"
 """What the card counts documents by that a chat template was used for."""
 
 
@@ -212,9 +212,7 @@ class _Reading:
             else:
                 outcome = document
             if isinstance(outcome, Rejected):
-                self.removed[outcome.rule] += 1
-                examples = self.examples.setdefault(outcome.rule, [])
-                examples += [outcome.name] if len(examples) < EXAMPLES else []
+                self._reject(outcome)
             else:
                 self.notes.update(outcome.notes)
                 yield outcome.document
@@ -225,12 +223,17 @@ class _Reading:
         for document in self.cleaned(work, block):
             outcome = tokenizer.rendered(document)
             if isinstance(outcome, Rejected):
-                self.removed[outcome.rule] += 1
+                self._reject(outcome)
                 continue
             self.notes.update([CONVERSATIONS] if document.is_conversation else [])
             documents.append(outcome)
             texts.append(document.text)
         return documents, texts
+
+    def _reject(self, rejected: Rejected) -> None:
+        self.removed[rejected.rule] += 1
+        examples = self.examples.setdefault(rejected.rule, [])
+        examples += [rejected.name] if len(examples) < EXAMPLES else []
 
 
 def _size(document: Document) -> int:

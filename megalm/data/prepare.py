@@ -276,7 +276,7 @@ class _Preparation:
 
     def _assemble(self, tokenizer: Tokenizer, validation: int, training: int) -> Summary:
         work, splits = self._work(tokenizer), self._splits(tokenizer)
-        totals, val_totals, texts = Totals(), Totals(), ValidationTexts()
+        totals, val_totals, texts = Totals(self.recipe.pack), Totals(self.recipe.pack), ValidationTexts()
         with Duplicates(self.folder / "duplicates.sqlite") as found:
             duplicates = found if self.recipe.exact_duplicates else None
             for number in range(validation + training):
@@ -306,9 +306,9 @@ class _Preparation:
     def _check_splits(self, splits: dict[str, SplitWriter], totals: Totals, val_totals: Totals) -> None:
         """Raise DataError if there is nothing to train on, or nothing to validate on where that is wanted."""
         if totals.documents == 0:
-            raise DataError(nothing_left(self.corpus, totals))
+            raise DataError(nothing_left(self.recipe, self.corpus, totals))
         if self.val_corpus is not None and val_totals.documents == 0:
-            raise DataError(nothing_left(self.val_corpus, val_totals, option="--val-input"))
+            raise DataError(nothing_left(self.recipe, self.val_corpus, val_totals, option="--val-input"))
         for split, one in splits.items():
             if one.writer.documents == 0 and not one.has_open_rows:
                 raise DataError(empty_split(self.recipe, self.corpus, totals.documents, split))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.data.corpora.jsonl import lookup
-from megalm.data.corpora.options import CorpusOptions
+from megalm.data.corpora.options import NO_FIELD, CorpusOptions
 from megalm.data.corpora.streams import Files, files_fingerprint, find_files, size_of
 from megalm.data.document import Block, Corpus, Document, Rejected
 from megalm.data.names import shown
@@ -92,7 +92,7 @@ class Rows:
     def documents(self) -> Iterator[Document | Rejected]:
         """The rows."""
         for name, text in self.texts:
-            yield Rejected(name, f"no field {self.field}") if text is None else Document.plain(name, text)
+            yield Rejected(name, NO_FIELD + self.field) if text is None else Document.plain(name, text)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def hf_corpus(options: CorpusOptions) -> Corpus:
 
 def _document(name: str, record: dict[str, Any], field: str) -> Document | Rejected:
     text = lookup(record, field)
-    return Document.plain(name, text) if isinstance(text, str) else Rejected(name, f"no field {field}")
+    return Document.plain(name, text) if isinstance(text, str) else Rejected(name, NO_FIELD + field)
 
 
 def _parquet(path: Path) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalm.data.corpora.contents import NotText
-from megalm.data.corpora.options import CorpusOptions
+from megalm.data.corpora.options import NO_FIELD, CorpusOptions
 from megalm.data.corpora.records import RecordCorpus
 from megalm.data.corpora.streams import find_files
 from megalm.data.document import Corpus, Document, Rejected
@@ -45,7 +45,7 @@ class JsonText:
             return record
         text = lookup(record, self.field)
         if text is None:
-            return Rejected(name, f"no field {self.field}")
+            return Rejected(name, NO_FIELD + self.field)
         if not isinstance(text, str):
             return Rejected(name, f"field {self.field} is no text")
         return Document.plain(name, text)

@@ -9,6 +9,8 @@ from megalm.data.names import shown
 from megalm.errors import DataError
 
 UNDECODABLE = ("refuse", "reject")
+NO_FIELD = "no field "
+"""How the reason begins why a record that lacks a field is left out."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,13 @@ class CorpusOptions:
                 shown = value[0] if field.name == "inputs" else value
                 hint = "; --corpus text reads files" if corpus == "stdlib" else ""
                 raise DataError(f"{option_name(field.name)} {shown}: the {corpus} corpus takes no such option{hint}")
+
+
+def how_to_name_fields(corpus: str) -> str:
+    """What to do where records have other fields than those that were looked for."""
+    if corpus == "sft":
+        return "--prompt and --completion name the fields, or hold their names in braces; messages holds a conversation"
+    return "--text-field names the field that holds the text"
 
 
 def option_name(field: str) -> str:

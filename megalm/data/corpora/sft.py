@@ -11,7 +11,7 @@ from typing import Any
 
 from megalm.data.chat import ASSISTANT
 from megalm.data.corpora.jsonl import SUFFIXES, check_layout, lookup, read_record
-from megalm.data.corpora.options import CorpusOptions, option_name
+from megalm.data.corpora.options import NO_FIELD, CorpusOptions, option_name
 from megalm.data.corpora.records import RecordCorpus
 from megalm.data.corpora.streams import find_files
 from megalm.data.document import Corpus, Document, Rejected, Segment
@@ -23,6 +23,8 @@ _ROLES = frozenset({"system", "developer", "user", ASSISTANT, "tool"})
 @dataclass(frozen=True)
 class SupervisedRecord:
     """A record is a conversation (``messages``) or has a prompt and a completion.
+
+    One that is both is a conversation, unless other fields were asked for than the usual ones.
 
     Attributes:
         prompt: name of a field, or text with ``{fields}`` in it.
@@ -37,17 +39,24 @@ class SupervisedRecord:
         record = read_record(name, data)
         if isinstance(record, Rejected):
             return record
-        if "messages" in record:
+        if "messages" in record and not self._names_what(record):
             return _conversation(name, record["messages"])
         texts = []
         for template in (self.prompt, self.completion):
-            text = _fill(template, record)
-            if text is None:
-                return Rejected(name, f"no {template!r}")
-            texts.append(text)
+            for field in _fields(template):
+                if not isinstance(lookup(record, field), str):
+                    missing = lookup(record, field) is None
+                    return Rejected(name, NO_FIELD + field if missing else f"field {field} is no text")
+            texts.append(_fill(template, record))
         if not texts[1].strip():
             return Rejected(name, "empty completion")
         return Document(name, (Segment(texts[0], learnt=False), Segment(texts[1])))
+
+    def _names_what(self, record: dict[str, Any]) -> bool:
+        """Whether fields other than the usual ones were asked for, and a record has them."""
+        if (self.prompt, self.completion) == (CorpusOptions.prompt, CorpusOptions.completion):
+            return False
+        return all(lookup(record, field) is not None for field in _fields(self.prompt) + _fields(self.completion))
 
 
 def sft_corpus(options: CorpusOptions) -> Corpus:
@@ -68,19 +77,20 @@ def sft_corpus(options: CorpusOptions) -> Corpus:
     )
 
 
-def _fill(template: str, record: dict[str, Any]) -> str | None:
-    """The text that a field or template gives; None where a field is missing or no text."""
+def _fields(template: str) -> list[str]:
+    """The fields that a template needs: itself, where it is the name of one."""
     if "{" not in template:
-        value = lookup(record, template)
-        return value if isinstance(value, str) else None
+        return [template]
+    return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+
+
+def _fill(template: str, record: dict[str, Any]) -> str:
+    """The text that a template gives for a record, which has all its fields."""
+    if "{" not in template:
+        return str(lookup(record, template))
     parts = []
     for literal, field, _, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if field is not None:
-            value = lookup(record, field)
-            if not isinstance(value, str):
-                return None
-            parts.append(value)
+        parts += [literal] if field is None else [literal, lookup(record, field)]
     return "".join(parts)
 
 

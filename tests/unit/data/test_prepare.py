@@ -326,6 +326,9 @@ def test_the_data_card_counts_rows_with_nothing_to_learn(tmp_path: Path, pack: i
             assert data["splits"][split]["rows"][str(length)] == {"rows": len(shards), "nothing_to_learn": nothing}
             assert f"| {split} | {length:,} | {len(shards):,} | {nothing:,} |" in card
     assert summary.rows["train"].empty[64] > 20
+    long = sum(counted for what, counted in summary.notes.items() if "cut" in what)
+    assert long == (66 if pack else 0), "two of three prompts are longer than a row"
+    assert (f"| longer than --pack 64, cut into pieces that do not see one another | {long} |" in card) == bool(pack)
     assert any("nothing to learn" in line for line in summary_lines("d", summary, 1.0))
 
 

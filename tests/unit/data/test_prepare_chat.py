@@ -53,6 +53,8 @@ def test_conversations_that_the_template_refuses_are_counted_by_its_reason(tmp_p
     summary = run(tmp_path, MODELS["gemma"].write(tmp_path / "model"), rows(system=True))
     assert summary.removed == {"the chat template refuses it: System role not supported": 10}
     assert (summary.read, summary.documents) == (40, 30)
+    (named,) = summary.examples.values()
+    assert named[0] == f"{tmp_path / 'chats.jsonl'}@0"
 
 
 def test_without_a_template_chatml_is_used_and_stored_for_generation_and_export(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -100,6 +101,22 @@ def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:
     (folder / "a").write_text("\n")
     with pytest.raises(DataError, match=r"no document is left \(1 empty\)"):
         run(folder, tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "end"),
+    [
+        ("jsonl", {"body": "words"}, r"\(2 no field text, such as .*a\.jsonl@0\); --text-field names the field .*text"),
+        ("sft", {"q": "2+2", "a": "4"}, r"\(2 no field prompt, such as .*a\.jsonl@0\); --prompt and --completion name"),
+        ("jsonl", {"text": ""}, r"\(2 empty\); give other --input or fewer filters"),
+    ],
+)
+def test_records_with_other_fields_are_told_from_filters(name: str, record: dict, end: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(2 * (json.dumps(record) + "\n"))
+    recipe = Recipe(name, CorpusOptions((str(path),)), tokenizer_vocab=280, chunk_tokens=32)
+    with pytest.raises(DataError, match="no document is left " + end):
+        prepare(recipe, tmp_path / "d", workers=Workers(None, 1), overwrite=False, progress=lambda *_: None, command="")
 
 
 def test_a_file_that_vanishes_is_named(corpus: Path, tmp_path: Path) -> None:

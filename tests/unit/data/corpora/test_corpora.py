@@ -157,12 +157,24 @@ def test_prompts_completions_and_templates(tmp_path: Path) -> None:
     )
     found = read("sft", tmp_path)
     assert [(s.text, s.learnt) for s in found[0].segments] == [("2+2=", False), ("4", True)]
-    assert [d.rule for d in found[1:]] == ["empty completion", "no 'completion'"]
+    assert [d.rule for d in found[1:]] == ["empty completion", "no field completion"]
     (tmp_path / "b.jsonl").write_text('{"d": "talk", "s": "short", "n": {"t": "news"}}\n')
     (document,) = read("sft", tmp_path / "b.jsonl", prompt="{n.t}: {d}\n\nSummary:\n", completion="s")
     assert document.segments[0].text == "news: talk\n\nSummary:\n"
     with pytest.raises(DataError, match=r"--prompt '\{d': .*expected '\}'"):
         read("sft", tmp_path, prompt="{d")
+
+
+def test_fields_that_are_asked_for_come_before_messages(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    both = {"messages": chat, "prompt": "p", "completion": "c", "q": "2+2=", "a": "4"}
+    rows = [both, {"messages": chat}, {**both, "a": 4}, {"q": "only"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read("sft", tmp_path, prompt="{q}", completion="a")
+    assert [s.text for s in found[0].segments] == ["2+2=", "4"]
+    assert found[1].is_conversation, "where a record has none of the fields"
+    assert [d.rule for d in found[2:]] == ["field a is no text", "no field a"]
+    assert read("sft", tmp_path)[0].is_conversation, "without a wish, messages are what is learnt from"
 
 
 def test_of_a_conversation_only_answers_are_learnt(tmp_path: Path) -> None:
