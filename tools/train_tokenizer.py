@@ -62,6 +62,8 @@ def _make(options: argparse.Namespace) -> int:
         ownership.claim.check()
         _save(tokenizer, out)
     print(f"{out}: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{trained_on}")
+    if options.vocab_size is not None and tokenizer.vocab_size < options.vocab_size:
+        print(f"--vocab-size {options.vocab_size}: the text is enough for {tokenizer.vocab_size:,} tokens only")
     start = " ".join(tokenizer.roles.before)
     begin = f"begin with {start} and " if start else ""
     names = [*tokenizer.special_tokens]

@@ -46,6 +46,8 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
         )
     lines += _rows(summary)
     lines += ["", f"Tokenizer: {summary.vocab_size:,} tokens, sha256 `{summary.tokenizer_sha256}`.", ""]
+    if (smaller := smaller_tokenizer(summary)) is not None:
+        lines += [f"{smaller}.", ""]
     lines += [f"Each document {document_marks(summary)}.", ""]
     lines += _what_changed(summary)
     if summary.validation is not None:
@@ -54,6 +56,14 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
     quantiles = ", ".join(f"{share} {tokens:,}" for share, tokens in _quantiles(summary.lengths).items())
     lines += ["## Tokens per document", "", f"{quantiles} (to within a fifth).", "", f"![lengths]({LENGTHS_FILE})"]
     return "\n".join(lines) + "\n"
+
+
+def smaller_tokenizer(summary: Summary) -> str | None:
+    """That the text was too little for the tokenizer that was asked for; None where it was not."""
+    asked = summary.recipe.tokenizer_vocab
+    if asked is None or summary.vocab_size >= asked:
+        return None
+    return f"--tokenizer-vocab {asked}: the text is enough for a tokenizer of {summary.vocab_size:,} tokens only"
 
 
 def document_marks(summary: Summary) -> str:

@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalm.data.card import CARD_FILE, document_marks
+from megalm.data.card import CARD_FILE, document_marks, smaller_tokenizer
 from megalm.data.left_out import SHARE
 from megalm.data.prepare import Done
 from megalm.data.summary import Summary
@@ -84,6 +84,8 @@ def summary_lines(out: str, summary: Summary, seconds: float) -> list[str]:
         f"{seconds:.1f} s, {summary.bytes / _MEGA / seconds:.1f} MB/s, {summary.tokens / _MEGA / seconds:.2f} Mtok/s",
         *_change_lines(summary, ""),
     ]
+    if (smaller := smaller_tokenizer(summary)) is not None:
+        lines.append(smaller)
     if summary.validation is not None:
         own = summary.validation
         lines.append(f"validation: {own.documents:,} documents of {own.source}, {own.bytes / _MEGA:.1f} MB")

@@ -349,3 +349,14 @@ def test_the_data_card_counts_and_shows(corpus: Path, tmp_path: Path) -> None:
     picture = (tmp_path / "d" / "document_lengths.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert int.from_bytes(picture[16:20], "big") == 960
+
+
+def test_a_text_too_small_for_the_vocabulary_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three one two three\n")
+    few = run(tmp_path / "a.txt", tmp_path / "d", tokenizer_vocab=5000, val_fraction=0.0)
+    said = f"--tokenizer-vocab 5000: the text is enough for a tokenizer of {few.vocab_size} tokens only"
+    assert 257 <= few.vocab_size < 300
+    assert said in summary_lines("d", few, 1.0)
+    assert f"{said}.\n" in (tmp_path / "d" / "data_card.md").read_text()
+    enough = run(tmp_path / "a.txt", tmp_path / "e", tokenizer_vocab=258, val_fraction=0.0)
+    assert not any("--tokenizer-vocab" in line for line in summary_lines("e", enough, 1.0))

@@ -64,7 +64,12 @@ def test_marks_are_added_to_a_tokenizer_that_a_model_knows(tool, text: Path, tmp
 def test_lines_of_a_corpus_are_documents(tool, text: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "a.json"
     assert tool.main([str(text), "--split-on", "line", "--vocab-size", "270", "--out", str(out)]) == 0
-    assert "trained on 50 documents" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "trained on 50 documents" in printed
+    assert "the text is enough" not in printed
+    assert tool.main([str(text), "--vocab-size", "9000", "--out", str(out)]) == 0
+    few = Tokenizer.load(out).vocab_size
+    assert f"--vocab-size 9000: the text is enough for {few} tokens only\n" in capsys.readouterr().out
 
 
 def test_one_training_at_a_time_writes_to_one_file(tool, text: Path, tmp_path: Path, capsys) -> None:
