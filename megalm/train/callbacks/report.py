@@ -53,7 +53,9 @@ class ClosingReport(Callback):
         self._print(f"curve    {path}")
 
     def _perplexity(self, context: RunContext) -> None:
-        validations = validation_rows(read_metrics(context.run_dir / FILE_NAME))
+        """Of the validation after the last step; an earlier one is no result of the run, and may be of other data."""
+        rows = validation_rows(read_metrics(context.run_dir / FILE_NAME))
+        validations = [row for row in rows if row["step"] == context.total_steps]
         if not validations:
             return
         from megalm.data.tokenizer import Tokenizer

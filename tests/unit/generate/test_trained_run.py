@@ -207,7 +207,7 @@ def test_what_is_no_run_is_said(run_dir, tmp_path):
         generate(run_dir, "x", temperature=-1)
 
 
-def report_of(context, outcome, with_record=True):
+def report_of(context, outcome, with_record=True, validated=60):
     if with_record:
         record = MetricsJsonl()
         record.on_start(context)
@@ -215,9 +215,9 @@ def report_of(context, outcome, with_record=True):
             record.on_step(step_metrics(step))
         record.on_validation(
             ValidationMetrics(
-                step=2,
-                samples=2,
-                tokens=2,
+                step=validated,
+                samples=validated,
+                tokens=validated,
                 val_loss=0.5,
                 val_perplexity=1.6487,
                 val_accuracy=0.871,
@@ -263,6 +263,13 @@ def context(config, run_dir):
         device="CPU",
         parameters=30_000,
     )
+
+
+def test_a_validation_before_the_last_step_is_no_result_of_the_run(context):
+    """As where a new phase of data, which has no validation documents, follows one that was validated."""
+    text = report_of(context, Outcome.DONE, validated=48)
+    assert "result" not in text
+    assert "    one two three four five six" in text
 
 
 def test_the_closing_report_shows_curve_quality_and_sample(context, run_dir, capfd):
