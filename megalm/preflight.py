@@ -22,7 +22,8 @@ from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.rules import violations, world_size_of
 from megalm.config.schema import Config
 from megalm.config.unused import unused_settings
-from megalm.data.dataset import DatasetInfo, inspect_dataset, inspect_datasets, open_datasets
+from megalm.data.dataset import DatasetInfo, inspect_dataset, inspect_datasets, open_datasets, tokenizer_of
+from megalm.data.index import read_index
 from megalm.data.order import BlendedOrder
 from megalm.data.phases import DataState, too_many_epochs
 from megalm.errors import ConfigError, DataError
@@ -166,6 +167,7 @@ def make_plan(
         raise ConfigError(problems)
     notes = [
         *_validation_notes(datasets),
+        *_turn_notes(config),
         *_what_is_new(config, ranks, manifest, history),
         *length_notes(config, history),
     ]
@@ -230,6 +232,21 @@ def _validation_notes(datasets: Sequence[DatasetInfo]) -> tuple[str, ...]:
         return ()
     what = "this run is not validated" if len(without) == len(datasets) else "validation is on the others"
     return (f"{' '.join(without)}: prepared without validation documents, so {what}",)
+
+
+def _turn_notes(config: Config) -> tuple[str, ...]:
+    """That turns of conversations end like documents, so that attention would be cut within a conversation."""
+    stores = open_datasets(config.data) if config.data.reset_at_documents else ()
+    if not any(read_index(store.below("train")).masked for store in stores):
+        return ()
+    tokenizer = tokenizer_of(stores)
+    if tokenizer.chat is None or tokenizer.chat.turn_end_id != tokenizer.eos_id:
+        return ()
+    return (
+        f"data.reset_at_documents=true: {tokenizer.roles.end} ends each turn of a conversation as well as each "
+        "document, so attention and positions begin anew after every turn; data prepared with another --eos keep "
+        "conversations whole",
+    )
 
 
 def _compiler_violations(config: Config) -> list[str]:

@@ -16,6 +16,7 @@ from megalm.data.recipe import Recipe
 from megalm.data.store import open_store
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
+from megalm.preflight import make_plan
 from tests.chat_models import MODELS
 
 
@@ -86,3 +87,17 @@ def test_conversations_need_marks(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(MODELS["llama-2"].definition, encoding="utf-8")
     with pytest.raises(DataError, match=r"no chat template and no token <\|im_start\|>"):
         run(tmp_path, tmp_path / "tokenizer.json", rows())
+
+
+@pytest.mark.parametrize(("model", "is_said"), [("llama-2", True), ("llama-3", False)])
+def test_turns_that_end_like_documents_are_said_where_documents_are_kept_apart(
+    model: str, is_said: bool, tmp_path: Path
+) -> None:
+    run(tmp_path, MODELS[model].write(tmp_path / "model"), rows())
+    shape = ["model.sequence_length=64", "model.num_heads=2", "model.hidden_size=32", "optim.warmup_tokens=512"]
+    settings = [f"data.path=[{tmp_path / 'out'}]", "data.reset_at_documents=true", f"run.dir={tmp_path}"]
+    batch = ["train.steps=1", "train.global_batch_size=2", "train.micro_batch_size=2", "launch.ranks=1"]
+    plan = make_plan(["experiment=quickstart", "parallel=single", "engine=fp32_zero1", *shape, *settings, *batch])
+    said = [note for note in plan.notes if "ends each turn" in note]
+    assert bool(said) is is_said
+    assert not is_said or said[0].startswith("data.reset_at_documents=true: </s> ends each turn of a conversation")
