@@ -114,16 +114,18 @@ def finer_split(corpus: Corpus, options: CorpusOptions) -> str:
     """Which ``--split-on`` would make more documents of files; empty: none."""
     if not isinstance(corpus, Files) or options.split_on == "line":
         return ""
-    lines = paragraphs = 0
+    files = lines = paragraphs = 0
     for path in corpus.files[:_LOOKED_INTO]:
         try:
             with open_text(path, options.encoding) as text:
                 sample = text.head()
         except NotText:
             continue
+        files += 1
         lines += sum(1 for line in sample.splitlines() if line.strip())
         paragraphs += len(re.findall(rb"\S[^\S\n]*(?:\n[^\S\n]*){2,}(?=\S)", sample)) + 1
+    today = paragraphs if options.split_on == "blank-line" else files
     for name, count in (("blank-line", paragraphs), ("line", lines)):
-        if count >= _ENOUGH and name != options.split_on:
+        if count >= _ENOUGH and count > today:
             return f"--split-on {name} makes {count:,} or more documents of it"
-    return f"--split-on line makes {lines:,} documents of it" if lines > 1 else ""
+    return f"--split-on line makes {lines:,} documents of it" if lines > today else ""

@@ -128,3 +128,10 @@ def test_a_corpus_of_one_document_says_what_would_help(text: str, split_on: str,
         run(corpus, tmp_path / "d", val_fraction=0.001, split_on=split_on)
     assert "smaller" not in str(raised.value)
     assert "--val-fraction 0" in str(raised.value)
+
+
+def test_a_split_that_makes_no_more_documents_is_not_offered(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c", [f"Number {number} on one line." for number in range(12)])
+    with pytest.raises(DataError, match="none of the 12 documents falls into val; a larger fraction or more") as raised:
+        run(corpus, tmp_path / "d", val_fraction=0.0001)
+    assert "--split-on" not in str(raised.value)
