@@ -46,12 +46,12 @@ class Ownership:
     Attributes:
         claim: proof of it.
         descriptor: an open file; processes that inherit it keep ``flock`` held until they have ended, too.
-        made: the folder that was made for the lock; it goes with it if nothing else came into it.
+        made: the folders that were made for the lock, innermost first; they go with it if nothing else came into them.
     """
 
     claim: Claim
     descriptor: int
-    made: Path | None = None
+    made: tuple[Path, ...] = ()
     _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def release(self) -> None:
@@ -65,8 +65,8 @@ class Ownership:
         self.descriptor = -1
         with contextlib.suppress(OSError):  # another may be there by now
             self.claim.lock.rmdir()
-            if self.made is not None:
-                self.made.rmdir()
+            for folder in self.made:
+                folder.rmdir()
 
 
 @contextmanager
@@ -114,9 +114,9 @@ def acquire(
     newcomer = _Newcomer(what, remedy, me or Identity.here(), say, cancelled)
     token = secrets.token_hex(8)
     prepared = lock.with_name(f"{lock.name}.{token}")
-    made = None if lock.parent.exists() else lock.parent
-    if made is not None:
-        made.mkdir(parents=True, exist_ok=True)
+    made = tuple(folder for folder in lock.parents if not folder.exists())
+    if made:
+        lock.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, prepared, ignore_errors=True)
         descriptor = _prepare(prepared, token, newcomer.me)
