@@ -123,13 +123,14 @@ def _train_here(overrides: list[str]) -> int:
 def _check(options: argparse.Namespace) -> int:
     from megalm.compose import compose
     from megalm.config.rules import planned_world_size_of
-    from megalm.preflight import check_config
+    from megalm.preflight import check_config, check_data
     from megalm.summary import note_lines, summary_lines
 
     config = compose(options.overrides)
     world_size = planned_world_size_of(config)
     check_config(config, world_size)
-    print(*summary_lines(config, world_size), *note_lines(config, world_size), "ok", sep="\n")
+    lines = [*summary_lines(config, world_size), check_data(config), *note_lines(config, world_size)]
+    print(*lines, "ok", sep="\n")
     return ExitCode.DONE
 
 
@@ -203,7 +204,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["show"], help="the only one there is")
+    parser.add_argument("action", choices=["show"], help="list what steps have read, or which steps read a document")
     _run_options(parser)
     parser.add_argument("--step", type=int, metavar="N", help="list the documents and shards of this step")
     parser.add_argument("--document", metavar="NAME", help="list the steps so far that saw this document")

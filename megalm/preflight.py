@@ -273,6 +273,26 @@ def check_config(config: Config, world_size: int) -> None:
         raise ConfigError(problems)
 
 
+def check_data(config: Config) -> str:
+    """Whether the datasets of a config can be read and belong together, as far as they are folders of this machine.
+
+    Returns:
+        A line that says what was looked at.
+
+    Raises:
+        ConfigError: they do not fit the config.
+        DataError: one is damaged, or they were made by different tokenizers.
+    """
+    elsewhere = [path for path in config.data.path if not Path(path).is_dir()]
+    if elsewhere:
+        return f"{'data':15}not checked: {', '.join(elsewhere)} is not a folder of this machine"
+    datasets = inspect_datasets(config.data)
+    if problems := _validation_violations(config, datasets):
+        raise ConfigError(problems)
+    tokens = sum(dataset.train_tokens for dataset in datasets)
+    return f"{'data':15}{', '.join(config.data.path)}: {tokens:,} training tokens, all files there"
+
+
 def _datasets_here(config: Config) -> tuple[DatasetInfo, ...]:
     """The datasets of a config where all are whole folders of this machine; nothing is fetched, nothing is raised."""
     try:

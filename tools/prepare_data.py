@@ -36,7 +36,7 @@ from megalm.data.progress import PrepareProgress, summary_lines
 from megalm.data.recipe import Recipe
 from megalm.data.store import open_store
 from megalm.data.tokenizer_training import SMALLEST_VOCABULARY
-from megalm.errors import ExitCode
+from megalm.errors import DataError, ExitCode
 from megalm.guard import guarded
 from megalm.isolation import shield
 
@@ -132,6 +132,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _verify(location: str) -> int:
     store = open_store(location)
+    if store.is_local and not Path(location).is_dir():
+        raise DataError(f"--verify {location}: no such folder; the --out of a preparation is what it reads")
     check_folder(store)
     splits = splits_of(store)
     faults = [fault for split in splits for fault in find_corruption(store.below(split))]

@@ -94,9 +94,8 @@ def summary_lines(out: str, summary: Summary, seconds: float) -> list[str]:
         lines.append(f"each document {document_marks(summary)}")
     if summary.left_out.kinds:
         lines.append(
-            f"left out: {summary.left_out.words:,} words in what is not rendered as text (tables, captions, …); "
-            f"documents that lose more than {SHARE:.0%} of their words: {summary.left_out.over:,}; by name in "
-            f"{out}/{CARD_FILE}"
+            f"left out: {summary.left_out.words:,} words of tables, captions, references and templates, by name "
+            f"in {out}/{CARD_FILE}; {summary.left_out.over:,} documents lost more than {SHARE:.0%} of their words"
         )
     for split, rows in summary.rows.items():
         found = [f"{rows.empty[n]:,} of {rows.rows[n]:,} at {n:,} tokens" for n in rows.lengths if rows.empty[n]]

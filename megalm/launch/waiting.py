@@ -115,6 +115,8 @@ class Patience:
 
 def how_to_be_alone(environ: Mapping[str, str]) -> str:
     """What makes this process one rank of several, and how to go without."""
+    if "TORCHELASTIC_RUN_ID" in environ:  # set by a torchrun that is alive, not left over
+        return "torchrun has started this rank; its --nproc-per-node and --nnodes say how many there are"
     told, unset = variables_of(environ)
     off = " ".join(f"-u {name}" for name in unset)
     return f"{told} are set in this shell; `env {off} megalm train …` starts own ranks"

@@ -223,3 +223,17 @@ def test_python_m_megalm():
     )
     assert result.returncode == 2
     assert result.stderr.startswith("parallel.tp=3: ")
+
+
+def test_check_looks_at_the_data_that_are_here(megalm, tiny_dataset, tmp_path):
+    small = ["model.sequence_length=64", "optim.warmup_tokens=512"]
+    here = megalm("check", "experiment=quickstart", f"data.path={tiny_dataset}", *small)
+    assert here.code == 0, here.err
+    assert "training tokens, all files there" in here.out
+    elsewhere = megalm("check", "experiment=quickstart", f"data.path={tmp_path}/none")
+    assert elsewhere.code == 0
+    assert f"not checked: {tmp_path}/none is not a folder of this machine" in elsewhere.out
+    (tmp_path / "empty").mkdir()
+    broken = megalm("check", "experiment=quickstart", f"data.path=[{tiny_dataset},{tmp_path}/empty]", *small)
+    assert broken.code == 3
+    assert f"data.path={tmp_path}/empty: has no train/ and val/" in broken.err

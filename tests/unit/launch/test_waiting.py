@@ -22,7 +22,7 @@ from megalm.launch import store as store_module
 from megalm.launch.discovery import variables_of
 from megalm.launch.rendezvous import Meeting
 from megalm.launch.store import open_store
-from megalm.launch.waiting import Patience, StoppedError
+from megalm.launch.waiting import Patience, StoppedError, how_to_be_alone
 from megalm.signals import StopRequest
 
 STALE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -227,3 +227,9 @@ def test_ranks_that_come_when_there_is_nothing_to_do_are_told_so() -> None:
     first.dismiss()
     second.gather()
     assert second.receive() == ""
+
+
+def test_torchrun_is_told_of_its_own_options() -> None:
+    told = how_to_be_alone({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"})
+    assert "torchrun" in told and "--nproc-per-node" in told and "env -u" not in told
+    assert "env -u" in how_to_be_alone({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"})

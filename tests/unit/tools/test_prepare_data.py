@@ -124,3 +124,8 @@ def test_a_dataset_is_made_though_nobody_reads_what_is_said(tool, tmp_path: Path
         monkeypatch.setattr("sys.stderr", broken)
         assert tool.main([*arguments, "--val-fraction", "0.3", "--workers", "1", "--out", str(out)]) == 0
     assert tool.main(["--verify", str(out)]) == 0
+
+
+def test_verify_of_no_folder_names_its_option(tool, tmp_path: Path, capsys) -> None:
+    assert tool.main(["--verify", str(tmp_path / "none")]) == 3
+    assert f"--verify {tmp_path}/none: no such folder" in capsys.readouterr().err
