@@ -25,7 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+# The first is not there under PYTHONSAFEPATH; the second is for a checkout that is not installed.
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
 from fuzzing.draw import STEPS, Case, Fields, draw, overrides_of
 from fuzzing.runs import Run, make_datasets, start_all

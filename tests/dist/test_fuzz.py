@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "tools" / "fuzz.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=290, check=False)
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # as some users set it; Python then looks in no script's folder
+    return subprocess.run(command, capture_output=True, text=True, timeout=290, check=False, env=environment)
 
 
 @pytest.mark.slow
