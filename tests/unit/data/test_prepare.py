@@ -174,7 +174,7 @@ def test_killed_half_way_it_leaves_no_dataset_and_can_be_run_again(tmp_path: Pat
         (["--corpus", "stdlib", "--tokenizer-vocab", "10", "--out", "x"], 2, "must be at least 257"),
         (["--corpus", "stdlib", "--tokenizer", "/nowhere.json", "--out", "x"], 3, "cannot be read"),
         (["--corpus", "stdlib", "--tokenizer-vocab", "300", "--out", "x", "--val-fraction", "2"], 2, "between 0 and 1"),
-        (["--verify", "/nowhere"], 3, "no such folder; prepare one"),
+        (["--verify", "/nowhere"], 3, "--verify /nowhere: no such folder"),
     ],
 )
 def test_mistakes_get_one_line_and_an_exit_code(arguments, code, message, tmp_path: Path) -> None:
