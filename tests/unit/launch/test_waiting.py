@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from torch.distributed import HashStore
@@ -44,6 +46,24 @@ def rank_of(rank: int, world_size: int = 2, port: int = 29511, launcher: str = "
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def store() -> HashStore:
+    return HashStore()
+
+
+@pytest.fixture(autouse=True)
+def _no_wait_outlives_its_test(monkeypatch: pytest.MonkeyPatch, store: HashStore) -> Iterator[None]:
+    """A thread inside the store that wakes while the interpreter winds down would abort the process of the tests."""
+    monkeypatch.setattr(store_module, "START_TIMEOUT", timedelta(seconds=3))
+    yield
+    for key in ("plan", "cuda-asked-all", "ended-all"):
+        store.set(key, "")
+    for thread in threading.enumerate():
+        if thread.name == "waiting":
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -90,9 +110,9 @@ def test_something_else_that_listens_where_rank_0_is_to_be(lines: list[str]) -> 
 
 
 @pytest.mark.parametrize("wait", [Meeting.receive, lambda meeting: meeting.all_agree("cuda", True)])
-def test_every_wait_for_others_hears_signals(wait, lines: list[str]) -> None:
+def test_every_wait_for_others_hears_signals(wait, lines: list[str], store: HashStore) -> None:
     info = rank_of(1)
-    meeting = Meeting(HashStore(), info, Patience(info, signalled("INT"), lines.append, STALE))
+    meeting = Meeting(store, info, Patience(info, signalled("INT"), lines.append, STALE))
     started = time.monotonic()
     with pytest.raises(StoppedError):
         wait(meeting)
@@ -100,11 +120,11 @@ def test_every_wait_for_others_hears_signals(wait, lines: list[str]) -> None:
     assert lines[0].startswith("waiting for ")
 
 
-def test_ranks_that_end_are_not_waited_for_after_a_new_signal() -> None:
+def test_ranks_that_end_are_not_waited_for_after_a_new_signal(store: HashStore) -> None:
     info, stop = rank_of(0), signalled("INT")
     stop._receive(signal.SIGTERM, None)  # what stopped the run
     started = time.monotonic()
-    Meeting(HashStore(), info, Patience(info, stop)).leave_together(60)
+    Meeting(store, info, Patience(info, stop)).leave_together(60)
     assert 0.3 < time.monotonic() - started < 5
 
 
