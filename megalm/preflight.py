@@ -244,7 +244,7 @@ def _turn_notes(config: Config) -> tuple[str, ...]:
         return ()
     return (
         f"data.reset_at_documents=true: {tokenizer.roles.end} ends each turn of a conversation as well as each "
-        "document, so attention and positions begin anew after every turn; data prepared with another --eos keep "
+        "document, so attention and positions start again after every turn; data prepared with another --eos keep "
         "conversations whole",
     )
 

@@ -11,10 +11,10 @@ from megalm.errors import DataError
 
 
 def files_beside(store: Store) -> Callable[[str], str | None]:
-    """What gives the text of a file beside a dataset's tokenizer, by its name; None for what is not there.
+    """What gives the text of a file beside a dataset's tokenizer, by its name; None where there is no such file.
 
     Not every server and command says that a file is not there: some refuse it, and some answer with a page of their
-    own. So elsewhere than in a folder, what is not the kind of file that was asked for is taken not to be there.
+    own. So elsewhere than in a folder, a file of another kind than was asked for counts as missing.
     """
     if store.is_local:
         return partial(_text_of, store)

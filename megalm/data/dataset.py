@@ -118,7 +118,7 @@ def splits_of(store: Store) -> tuple[str, ...]:
     """
     try:
         store.below("val").read(INDEX_FILE)
-    except (MissingFile, RefusedFile):  # some servers refuse what is not there
+    except (MissingFile, RefusedFile):  # some servers refuse files that do not exist
         with suppress(MissingFile, RefusedFile, ValueError):
             if "val" not in json.loads(store.read(RECIPE_FILE)).get("splits", SPLITS):
                 return ("train",)

@@ -38,7 +38,7 @@ class SettingsFiles:
 
     @classmethod
     def read(cls, read: Callable[[str], str | None]) -> SettingsFiles:
-        """Read them by their names with ``read``, which gives None for what is not there.
+        """Read them by their names with ``read``, which gives None for a missing file.
 
         Raises:
             DataError: one is not JSON of the kind that it should be.

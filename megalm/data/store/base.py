@@ -16,7 +16,7 @@ class MissingFile(DataError):  # noqa: N818 - it tells a fact that callers decid
 
 
 class RefusedFile(DataError):  # noqa: N818 - as above
-    """A server does not let a file be read; some say so of what is not there."""
+    """A server does not let a file be read; some say so of files that do not exist."""
 
 
 @dataclass(frozen=True)

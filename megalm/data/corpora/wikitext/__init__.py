@@ -4,7 +4,7 @@
 are taken out (``strip``), then tables, line by line (``tables``); each section is parsed, and its tree rendered
 (``render``, ``text``, ``links``,
 ``templates``); marks of bold and italics are read line by line (``quotes``). What has been rendered
-is text: nothing looks for markup in it again. What is not rendered is counted by name (``losses``).
+is text: nothing looks for markup in it again. Markup that is left out is counted by name (``losses``).
 """
 
 from __future__ import annotations

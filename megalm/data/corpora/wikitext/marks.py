@@ -1,4 +1,4 @@
-"""Control characters that stand for what is not text yet; XML allows none of them, so no article holds any.
+"""Control characters that stand for markup that is not text yet; XML allows none of them, so no article holds any.
 
 Whatever a renderer has found to be text is free of them, and nothing looks at it again.
 """
