@@ -26,10 +26,10 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Many small documents, so that a twentieth of them is a validation split that is never empty and quickly run through.
     """
-    from megalm.data.corpora import CorpusOptions
-    from megalm.data.executors import Workers
-    from megalm.data.prepare import prepare
-    from megalm.data.recipe import Recipe
+    from megalm.data.prepare.corpora import CorpusOptions
+    from megalm.data.prepare.executors import Workers
+    from megalm.data.prepare.recipe import Recipe
+    from megalm.data.prepare.run import prepare
 
     folder = tmp_path_factory.mktemp("data")
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "megalm" / "core").rglob("*.py")))

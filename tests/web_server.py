@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from megalm.data.store.http import HttpStore
+from megalm.data.shards.store.http import HttpStore
 
 
 @dataclass

@@ -13,7 +13,7 @@
 checkpoint writes up to 17 GB to the system's folder for temporary files (TMPDIR chooses another), and removes them.
 cpu      wants a machine that does nothing else: competitors step in turn and ratios are medians of paired steps, but
          threads that wait for a busy core make every figure low. torch.compile needs a C++ compiler, for Hugging Face.
-gpu      wants a device that megalm/hardware.yaml knows, with 80 GB for the largest micro-batches; smaller ones are
+gpu      wants a device that megalm/plan/hardware.yaml knows, with 80 GB for the largest micro-batches; smaller ones are
          tried too. It needs nothing compiled beforehand: torch.compile's kernels are Triton's, which torch's CUDA
          wheels bring, though Triton builds its launcher with the C compiler of the system. Without a device the part
          is skipped, says so, and is no failure.
@@ -34,9 +34,9 @@ sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
 from benchmarks.table import Report
 
-from megalm.arguments import LineParser, user_path
-from megalm.guard import guarded
-from megalm.isolation import shield
+from megalm.config.arguments import LineParser, user_path
+from megalm.launch.guard import guarded
+from megalm.launch.isolation import shield
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megalm.arguments import LineParser, user_path
-from megalm.console import run_on_console
+from megalm.config.arguments import LineParser, user_path
 from megalm.errors import ExitCode
-from megalm.guard import guarded
-from megalm.isolation import shield
+from megalm.launch.console import run_on_console
+from megalm.launch.guard import guarded
+from megalm.launch.isolation import shield
 
 if TYPE_CHECKING:
-    from megalm.checkpoint.adapters.convert import Report
+    from megalm.convert.convert import Report
 
 _SOURCES = ("megalm", "hf", "megatron", "openai-gpt2", "deepspeed")
 _TARGETS = ("megalm", "hf", "megatron")
@@ -55,7 +55,7 @@ def _main(arguments: list[str] | None) -> int:
     if shard_gb is not None and not _SMALLEST_SHARD_GB <= shard_gb <= _LARGEST_SHARD_GB:  # nor is NaN between them
         parser.error(f"--shard-gb {shard_gb:g}: must lie between {_SMALLEST_SHARD_GB} and {_LARGEST_SHARD_GB}")
     # Torch takes a second: mistakes in the arguments do not wait for it.
-    from megalm.checkpoint.adapters.convert import Request, convert
+    from megalm.convert.convert import Request, convert
 
     request = Request(
         source_format=options.source_format,
@@ -110,7 +110,7 @@ class _Bar:
         self._progress.stop()
 
     def begin(self, what: str, total: int) -> Callable[[int], object]:
-        """A phase begins; see :class:`megalm.checkpoint.adapters.convert.Watcher`."""
+        """A phase begins; see :class:`megalm.convert.convert.Watcher`."""
         task = self._progress.add_task(what, total=total)
         return lambda size: self._progress.advance(task, size)
 

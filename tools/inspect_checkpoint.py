@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from megalm.arguments import LineParser, user_path
 from megalm.checkpoint.manifest import Manifest, TensorRecord, combined_hash, read_manifest
 from megalm.checkpoint.store import CheckpointInfo, describe_torn, locate, torn_checkpoints
-from megalm.console import run_on_console
+from megalm.config.arguments import LineParser, user_path
 from megalm.errors import ExitCode
-from megalm.guard import guarded
-from megalm.isolation import shield
+from megalm.launch.console import run_on_console
+from megalm.launch.guard import guarded
+from megalm.launch.isolation import shield
 
 DIFFERENT = 1
 """Exit code of ``--diff``, as of diff(1)."""

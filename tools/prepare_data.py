@@ -23,22 +23,22 @@ import sys
 import time
 from pathlib import Path
 
-from megalm.arguments import LineParser, user_path
-from megalm.console import run_on_console
-from megalm.data.clean import QUALITY, Cleaning
-from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
-from megalm.data.corruption import find_corruption
-from megalm.data.dataset import check_folder, inspect_dataset, splits_of
-from megalm.data.executors import Workers, local_workers, mpi_workers
+from megalm.config.arguments import LineParser, user_path
 from megalm.data.names import shown
-from megalm.data.prepare import prepare
-from megalm.data.progress import PrepareProgress, summary_lines
-from megalm.data.recipe import Recipe
-from megalm.data.store import open_store
-from megalm.data.tokenizer_training import SMALLEST_VOCABULARY
+from megalm.data.prepare.clean import QUALITY, Cleaning
+from megalm.data.prepare.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
+from megalm.data.prepare.executors import Workers, local_workers, mpi_workers
+from megalm.data.prepare.progress import PrepareProgress, summary_lines
+from megalm.data.prepare.recipe import Recipe
+from megalm.data.prepare.run import prepare
+from megalm.data.shards.corruption import find_corruption
+from megalm.data.shards.dataset import check_folder, inspect_dataset, splits_of
+from megalm.data.shards.store import open_store
+from megalm.data.tokenization.training import SMALLEST_VOCABULARY
 from megalm.errors import DataError, ExitCode
-from megalm.guard import guarded
-from megalm.isolation import shield
+from megalm.launch.console import run_on_console
+from megalm.launch.guard import guarded
+from megalm.launch.isolation import shield
 
 _DUPLICATES = ("exact", "near")
 _KINDS = ("bpe", "wordpiece")

@@ -20,20 +20,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megalm.arguments import LineParser, user_path
-from megalm.console import run_on_console
-from megalm.data.clean import Cleaned, Cleaner, Cleaning
-from megalm.data.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
+from megalm.config.arguments import LineParser, user_path
 from megalm.data.document import Document
-from megalm.data.roles import Marks, Roles
-from megalm.data.settings_files import KEPT_FILES
-from megalm.data.shard_writer import write_durably
+from megalm.data.prepare.clean import Cleaned, Cleaner, Cleaning
+from megalm.data.prepare.corpora import CORPORA, SPLITS_ON, UNDECODABLE, CorpusOptions
+from megalm.data.shards.write import write_durably
 from megalm.data.tally import FileTally, RejectedFile
-from megalm.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece, with_special_tokens
+from megalm.data.tokenization.roles import Marks, Roles
+from megalm.data.tokenization.settings_files import KEPT_FILES
+from megalm.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
+from megalm.data.tokenization.training import train_byte_level_bpe, train_wordpiece, with_special_tokens
 from megalm.errors import DataError, ExitCode
-from megalm.guard import guarded
-from megalm.isolation import shield
+from megalm.launch.console import run_on_console
+from megalm.launch.guard import guarded
+from megalm.launch.isolation import shield
 from megalm.ownership import beside, owned
 
 _BLOCK_BYTES = 2**22

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from megalm.arguments import expand_home
+from megalm.config.arguments import expand_home
 from megalm.config.schema import Config
 from megalm.config.violation import Violation, close_matches, spoken_list
 from megalm.errors import ConfigError

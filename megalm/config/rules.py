@@ -15,7 +15,7 @@ from megalm.config.cross_rules import Rule
 from megalm.config.field_rules import Dataset, Job, value_of, with_value
 from megalm.config.schema import Config
 from megalm.config.violation import Fix, Violation
-from megalm.topology import Topology
+from megalm.mesh.topology import Topology
 
 RULES: tuple[Rule, ...] = (
     field_rules.numbers_are_in_range,

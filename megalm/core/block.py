@@ -12,8 +12,8 @@ from abc import abstractmethod
 from torch import Tensor, nn
 
 from megalm.config.schema import Model
-from megalm.core.attention import SelfAttention
-from megalm.core.context_parallel import ContextParallel
+from megalm.core.attention.context_parallel import ContextParallel
+from megalm.core.attention.self_attention import SelfAttention
 from megalm.core.dropout import Dropout
 from megalm.core.mlp import make_mlp
 from megalm.core.norm import make_norm

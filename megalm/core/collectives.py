@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.core.groups import Group
+from megalm.mesh.groups import Group
 
 
 class Pending:

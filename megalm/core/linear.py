@@ -41,9 +41,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megalm.core.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
-from megalm.core.groups import Group
 from megalm.core.sharding import Init, ParallelModule, ShardSpec, even_range
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.mesh.groups import Group
 
 SEQUENCE = 1
 """The dim of an activation that sequence parallelism splits."""

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from megalm.core.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from megalm.core.embedding import VocabParallelEmbedding
-from megalm.core.groups import Group
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.mesh.groups import Group
 
 CPU_BLOCK = 2**20
 """Logits that the CPU turns into gradients at a time: 4 MiB in fp32, which stay in cache from one pass to the next.

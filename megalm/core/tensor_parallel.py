@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megalm.core.groups import ALONE, Group
 from megalm.core.weight_gradients import WeightGradients
+from megalm.mesh.groups import ALONE, Group
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalm.config.schema import Objective
-from megalm.data.order import derive_key
-from megalm.data.tokenizer import Tokenizer
+from megalm.data.stream.order import derive_key
+from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import DataError
 
 _Int = NDArray[np.int64]

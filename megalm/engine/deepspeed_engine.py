@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.config.schema import Config
-from megalm.core.groups import ParallelContext
 from megalm.core.pipeline.runner import PipelineResult, PipelineRunner, Stages
 from megalm.core.sharding import DeclaredParameter, ShardSpec, StatePiece, declared_parameters
 from megalm.engine.gradients import FlatLayout, GradientBuckets
@@ -35,7 +34,8 @@ from megalm.engine.loss_scale import LossScale
 from megalm.engine.optimizer import ParameterGroup, make_adamw, parameter_groups
 from megalm.engine.zero import PartitionedAdamW, ReplicatedAdamW, ZeroOptimizer
 from megalm.engine.zero3 import Root, Zero3AdamW
-from megalm.models.gpt import GPT, MicroBatch
+from megalm.mesh.groups import ParallelContext
+from megalm.models.transformer import MicroBatch, Transformer
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class DeepSpeedEngine:
         config: the run; dtype, ZeRO stage, optimizer, schedule and micro-batch size are read.
     """
 
-    def __init__(self, stage: GPT, context: ParallelContext, config: Config) -> None:
+    def __init__(self, stage: Transformer, context: ParallelContext, config: Config) -> None:
         self.stage = stage
         self.context = context
         self.parameters = declared_parameters(stage)
@@ -187,7 +187,7 @@ class StateSource(Protocol):
 
 
 def _make_optimizer(
-    stage: GPT, groups: list[ParameterGroup], context: ParallelContext, config: Config
+    stage: Transformer, groups: list[ParameterGroup], context: ParallelContext, config: Config
 ) -> tuple[ZeroOptimizer, Stages[MicroBatch]]:
     """The ZeRO stage that the config names, and how the runner calls the model under it."""
     zero_stage, clip = config.engine.zero_stage, config.optim.clip_grad_norm

@@ -34,8 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalm.core.groups import Group, ParallelContext
 from megalm.engine.optimizer import ParameterGroup
+from megalm.mesh.groups import Group, ParallelContext
 
 MIB = 2**20
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalm.core.context_parallel import ContextParallel
+from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.documents import Documents
-from megalm.core.groups import ParallelContext
 from megalm.core.place import Place
-from megalm.data.loader import Batch
-from megalm.models.gpt import MicroBatch
+from megalm.data.stream.loader import Batch
+from megalm.mesh.groups import ParallelContext
+from megalm.models.transformer import MicroBatch
 
 
 def training_micro_batches(

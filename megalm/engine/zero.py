@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megalm.core.groups import ParallelContext
 from megalm.core.pipeline.runner import Gradients
 from megalm.core.sums import sum_of_squares
 from megalm.engine.gradients import FlatLayout, GradientBuckets
 from megalm.engine.optimizer import ParameterGroup
+from megalm.mesh.groups import ParallelContext
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of AdamW per element, as torch names it."""

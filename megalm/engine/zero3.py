@@ -15,22 +15,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalm.core.groups import ParallelContext
 from megalm.core.pipeline.runner import PlainGradients
 from megalm.core.sums import sum_of_squares
 from megalm.engine.zero import MOMENTS, ReducedGradients, ZeroOptimizer, adamw_state
-from megalm.models.gpt import GPT, MicroBatch
+from megalm.mesh.groups import ParallelContext
+from megalm.models.transformer import MicroBatch, Transformer
 
 
 class Root(nn.Module):
     """A model as DeepSpeed wants it: one module that is called, for its hooks to run at the ends of a micro-batch."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
-        """As :meth:`GPT.run`."""
+        """As :meth:`Transformer.run`."""
         return self.model.run(stage, hidden, micro_batch)
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from megalm.data.dataset import AS_THE_MODELS, open_datasets, other_marks, with_validation
-from megalm.data.loader import Batch, label_counts, validation_batches
 from megalm.data.objectives import make_objective
-from megalm.data.sequences import Corpora
-from megalm.data.vocabulary import Vocabulary, check_same
+from megalm.data.shards.dataset import AS_THE_MODELS, open_datasets, other_marks, with_validation
+from megalm.data.shards.vocabulary import Vocabulary, check_same
+from megalm.data.stream.loader import Batch, label_counts, validation_batches
+from megalm.data.stream.sequences import Corpora
 from megalm.engine.micro_batches import evaluation_place
 from megalm.errors import DataError
-from megalm.generate.load import TrainedModel, load_full_model
+from megalm.runs.load import TrainedModel, load_full_model
 
 
 def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
         end otherwise than those that the run was trained with.
 
     Raises:
-        ConfigError, CheckpointError, DataError: see :func:`megalm.generate.load.load_full_model`; and the data are not
+        ConfigError, CheckpointError, DataError: see :func:`megalm.runs.load.load_full_model`; and the data are not
             there, or were made by another tokenizer.
     """
     trained = load_full_model(run_dir, overrides)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megalm.errors import ConfigError
 from megalm.generate.generation import generate_tokens
-from megalm.generate.load import TrainedModel, load_full_model
 from megalm.generate.sampling import Sampling
+from megalm.runs.load import TrainedModel, load_full_model
 
 
 def run_generate(
@@ -33,7 +33,7 @@ def run_generate(
         overrides: ``field=value`` changes to the run's config.
 
     Raises:
-        ConfigError, CheckpointError, DataError: see :func:`megalm.generate.load.load_full_model`.
+        ConfigError, CheckpointError, DataError: see :func:`megalm.runs.load.load_full_model`.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
     trained = load_full_model(run_dir, overrides)

@@ -18,11 +18,11 @@ from pathlib import Path
 from types import FrameType
 
 from megalm.errors import ExitCode
-from megalm.isolation import child_environment
 from megalm.launch.interfaces import loopback_alone
+from megalm.launch.isolation import child_environment
 from megalm.launch.logs import log_path
+from megalm.launch.signals import INTERRUPTS_TO_KILL, STOP_SIGNALS
 from megalm.launch.store import free_port_listener
-from megalm.signals import INTERRUPTS_TO_KILL, STOP_SIGNALS
 
 _ORDERLY = (ExitCode.DONE, ExitCode.REQUEUE, ExitCode.INTERRUPTED)
 """Exit codes after which the other ranks are on their way out too, with things to finish."""

@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from megalm.console import LastingStream
 from megalm.errors import ConfigError
+from megalm.launch.console import LastingStream
 from megalm.launch.discovery import MPIRUN, RankInfo
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from megalm.errors import ExitCode, MegalmError
 from megalm.launch.discovery import SRUN, RankInfo, variables_of
-from megalm.signals import StopRequest
+from megalm.launch.signals import StopRequest
 
 Result = TypeVar("Result")
 

@@ -11,12 +11,12 @@ from megalm.checkpoint.extension import ExtendedReader
 from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.manifest import WEIGHT, Manifest, combined_hash
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.checkpoint.start import RESUMED_FROM, StartMode, StartPoint
-from megalm.core.groups import ParallelContext
 from megalm.core.sharding import StatePiece
-from megalm.data.loader import TrainLoader
+from megalm.data.stream.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.errors import CheckpointError
+from megalm.mesh.groups import ParallelContext
+from megalm.runs.start import RESUMED_FROM, StartMode, StartPoint
 from megalm.train.progress import Progress
 
 PARENT = "parent"

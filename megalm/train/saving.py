@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 
 from megalm.checkpoint.save import Save
-from megalm.checkpoint.start import StartMode, StartPoint
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, Retention, find_latest, prune, remove_leftovers, set_aside
 from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
-from megalm.core.groups import ParallelContext
 from megalm.core.sharding import StatePiece
 from megalm.engine.lr_schedule import LearningRate
-from megalm.history import SCHEDULE, schedule_to_dict
+from megalm.mesh.groups import ParallelContext
 from megalm.ownership import Claim
+from megalm.runs.history import SCHEDULE, schedule_to_dict
+from megalm.runs.start import StartMode, StartPoint
 from megalm.train.callbacks.base import CheckpointMetrics, ValidationMetrics, warn
 from megalm.train.progress import Progress
 

@@ -1,4 +1,4 @@
-"""Builds a trainer on one rank, in the one order that works: layout, model, engine, data, start point, callbacks."""
+"""Trains on one rank; the trainer is built in the one order that works: layout, model, engine, data, start, callbacks."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from pathlib import Path
 
 import torch
 
-from megalm.changes import changes_since
-from megalm.checkpoint.start import StartPoint, await_visible, run_folder
-from megalm.checkpoint.vocabulary import TOKENIZER, tokenizer_record
 from megalm.config.rules import topology_of
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
-from megalm.core.groups import ParallelContext
-from megalm.data.batch_size import BatchSize
-from megalm.data.dataset import open_datasets, tokenizer_of, with_validation
-from megalm.data.loader import TrainLoader
 from megalm.data.objectives import make_objective
-from megalm.data.sequences import Corpora
+from megalm.data.shards.dataset import open_datasets, tokenizer_of, with_validation
+from megalm.data.stream.batch_size import BatchSize
+from megalm.data.stream.loader import TrainLoader
+from megalm.data.stream.sequences import Corpora
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
-from megalm.hardware import match_device, peak_flops
-from megalm.history import history_of, schedule_for
+from megalm.errors import DivergedError, ExitCode
 from megalm.launch import RankInfo
+from megalm.launch.signals import StopRequest
+from megalm.mesh.groups import ParallelContext
 from megalm.models.counts import flops_per_token, parameter_count
-from megalm.models.gpt import build_gpt
+from megalm.models.transformer import build_transformer
 from megalm.ownership import Claim
-from megalm.signals import StopRequest
-from megalm.train.attempts import keep_config
-from megalm.train.callbacks.base import Attempt, Callback, CallbackList, RunContext
+from megalm.plan.hardware import match_device, peak_flops
+from megalm.runs.attempts import keep_config
+from megalm.runs.changes import changes_since
+from megalm.runs.history import history_of, schedule_for
+from megalm.runs.start import StartPoint, await_visible, run_folder
+from megalm.runs.vocabulary import TOKENIZER, tokenizer_record
+from megalm.train.callbacks.base import Attempt, Callback, CallbackList, Outcome, RunContext
 from megalm.train.callbacks.console import ConsoleLog
 from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
 from megalm.train.callbacks.report import ClosingReport
@@ -38,6 +39,30 @@ from megalm.train.restoring import Restored, restore
 from megalm.train.saving import Saver
 from megalm.train.trainer import Trainer, Utilisation
 from megalm.train.validation import Validator
+
+_OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
+
+
+def run_training(
+    config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint, claim: Claim | None = None
+) -> ExitCode:
+    """What every rank runs, in an initialised process group: set up, train, and say how it ended."""
+    trainer, callbacks = build_trainer(config, rank, stop, start, claim)
+    outcome = Outcome.FAILED
+    try:
+        outcome = trainer.fit()
+    except DivergedError:
+        outcome = Outcome.DIVERGED
+        raise
+    except Exception:
+        trainer.linger()
+        raise
+    finally:
+        try:
+            callbacks.on_end(outcome)
+        finally:
+            callbacks.close()
+    return _OUTCOMES[outcome]
 
 
 def build_trainer(
@@ -65,7 +90,7 @@ def build_trainer(
     vocab_size = config.model.vocab_size or train_data.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
 
-    stage = build_gpt(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
+    stage = build_transformer(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
     _assert_nothing_lost(context, stage.unique_parameters(), config)
     engine = DeepSpeedEngine(stage, context, config)
     loader = TrainLoader(

@@ -13,24 +13,20 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megalm.checkpoint.start import StartPoint
 from megalm.config.schema import Config
-from megalm.core.groups import ParallelContext
-from megalm.data.loader import TrainLoader
+from megalm.data.stream.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine, StepResult
 from megalm.engine.lr_schedule import LearningRate
 from megalm.engine.micro_batches import training_micro_batches
-from megalm.errors import CheckpointError, DivergedError, ExitCode
-from megalm.launch import RankInfo
-from megalm.ownership import Claim
-from megalm.signals import StopRequest
+from megalm.errors import CheckpointError, DivergedError
+from megalm.launch.signals import StopRequest
+from megalm.mesh.groups import ParallelContext
 from megalm.train.callbacks.base import CallbackList, CheckpointMetrics, Outcome, StepMetrics, ValidationMetrics
 from megalm.train.metrics import StepTimer, mfu, peak_memory_gib, perplexity, tokens_per_second
 from megalm.train.progress import Progress
 from megalm.train.saving import RunState, Saver, is_fault_of_disk
 from megalm.train.validation import Validator
 
-_OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
 _STOPS = (None, Outcome.REQUEUE, Outcome.INTERRUPTED)
 """What a stop request means, in ascending precedence; ranks agree on the largest index."""
 
@@ -277,30 +273,6 @@ class Trainer:
     def _report(self, metrics: CheckpointMetrics | None) -> None:
         if metrics is not None:
             self._callbacks.on_checkpoint(metrics)
-
-
-def run_training(
-    config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint, claim: Claim | None = None
-) -> ExitCode:
-    """What every rank runs, in an initialised process group: set up, train, and say how it ended."""
-    from megalm.train.setup import build_trainer
-
-    trainer, callbacks = build_trainer(config, rank, stop, start, claim)
-    outcome = Outcome.FAILED
-    try:
-        outcome = trainer.fit()
-    except DivergedError:
-        outcome = Outcome.DIVERGED
-        raise
-    except Exception:
-        trainer.linger()
-        raise
-    finally:
-        try:
-            callbacks.on_end(outcome)
-        finally:
-            callbacks.close()
-    return _OUTCOMES[outcome]
 
 
 def divergence(metrics: StepMetrics) -> DivergedError | None:

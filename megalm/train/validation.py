@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from megalm.config.schema import Config
-from megalm.core.groups import ParallelContext
-from megalm.data.loader import label_counts, validation_batches
 from megalm.data.objectives import DataObjective
-from megalm.data.sequences import Corpora
+from megalm.data.stream.loader import label_counts, validation_batches
+from megalm.data.stream.sequences import Corpora
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.micro_batches import validation_micro_batch
+from megalm.mesh.groups import ParallelContext
 
 _MICRO_BATCHES_PER_STAGE = 4
 """Micro-batches per pass and stage: enough to keep the forward-only pipeline full, few enough to hold at once."""

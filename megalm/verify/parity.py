@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalm.config.schema import Config
-from megalm.core.context_parallel import ContextParallel
+from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.documents import Documents
 from megalm.core.dtype import DTYPES
-from megalm.core.groups import ParallelContext
 from megalm.core.place import Place
-from megalm.data.loader import Batch
+from megalm.data.stream.loader import Batch
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.micro_batches import training_micro_batches
 from megalm.engine.zero import NORM_EPSILON
-from megalm.models.gpt import MicroBatch, build_full_model, build_gpt
-from megalm.topology import Topology
+from megalm.mesh.groups import ParallelContext
+from megalm.mesh.topology import Topology
+from megalm.models.transformer import MicroBatch, build_full_model, build_transformer
 
 _EOS_ID = 0
 """Ends a document of the synthetic batches, where a config's attention begins anew with each."""
@@ -141,7 +141,7 @@ def train_on_layout(config: Config, topology: Topology) -> Trace:
     """All steps of a config on this rank; collective over a gloo world of ``topology.world_size`` ranks."""
     context = ParallelContext.create(topology)
     _, _, vocab_size = _sizes(config)
-    stage = build_gpt(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
+    stage = build_transformer(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
     engine = DeepSpeedEngine(stage, context, config)
     initial = _put_in_full(engine)
     losses, norms = [], []

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megalm.checkpoint.start import run_folder
-from megalm.compose import compose
+from megalm.config.compose import compose
 from megalm.config.rules import planned_world_size_of
 from megalm.config.schema import Config
 from megalm.errors import ExitCode
-from megalm.preflight import check_config
+from megalm.plan.preflight import check_config
+from megalm.runs.start import run_folder
 from megalm.verify.certificate import Certificate, Row
 from megalm.verify.parity import Trace, differences, train_on_layout, train_plainly
 from megalm.verify.ranks import RankFailure, run_on_ranks

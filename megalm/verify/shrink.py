@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from megalm.config.rules import topology_of, violations
 from megalm.config.schema import Config, Engine, Model, Parallel
-from megalm.topology import Topology
+from megalm.mesh.topology import Topology
 
 STEPS = 6
 SEQUENCE_LENGTH = 32

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from megalm import __version__
-from megalm.cli import main
+from megalm.cli.main import main
 from tests.unit.config.random_invalid import InvalidConfig, random_invalid
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -179,7 +179,7 @@ def test_a_bug_is_a_traceback_and_70(megalm, monkeypatch):
     def broken(overrides):
         raise ZeroDivisionError("a bug of megalm")
 
-    monkeypatch.setattr("megalm.compose.compose", broken)
+    monkeypatch.setattr("megalm.config.compose.compose", broken)
     result = megalm("check")
     assert result.code == 70
     assert "Traceback" in result.err and "a bug of megalm" in result.err
@@ -203,7 +203,7 @@ def test_random_invalid_configs(megalm, invalid: InvalidConfig):
 
 def test_check_is_quick_and_imports_no_torch():
     code = (
-        "import sys; from megalm.cli import main; "
+        "import sys; from megalm.cli.main import main; "
         "code = main(['check', 'experiment=gpt3_175b', 'cluster.gpus=1024']); "
         "heavy = {'torch', 'deepspeed', 'wandb', 'matplotlib', 'mpi4py'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else code)"

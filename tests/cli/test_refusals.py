@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cli_runs import TINY
 
-from megalm.cli import _run_dir, main
+from megalm.cli.main import _run_dir, main
 from tests.unit.config.random_invalid import SOUND, overrides_of
 
 
@@ -96,7 +96,7 @@ def test_wrong_options_are_refused(arguments: list[str]) -> None:
 @pytest.mark.parametrize("arguments", [["train", "experiment=nothing"], ["--help"]])
 def test_what_only_checks_imports_no_torch(arguments: list[str]) -> None:
     code = (
-        "import sys; from megalm.cli import main; main(sys.argv[1:]);"
+        "import sys; from megalm.cli.main import main; main(sys.argv[1:]);"
         "sys.exit(' '.join({'torch', 'deepspeed', 'wandb'} & sys.modules.keys()) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True)

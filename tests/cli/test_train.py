@@ -171,5 +171,5 @@ def test_launchers_say_a_bad_config_once(run, launcher):
     assert code == (1 if launcher is TORCHRUN else 2), run.output
     assert run.output.count("parallel.tp=4: ") == 1
     assert run.output.count("train.steps=0: ") == 1
-    assert "megalm/worker.py" not in run.output
+    assert "megalm/launch/worker.py" not in run.output
     assert not run.folder.exists()

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from cli_runs import TINY, run
 
-from megalm.cli import main
-from megalm.data.corpora import CorpusOptions
-from megalm.data.executors import Workers
-from megalm.data.prepare import prepare
-from megalm.data.recipe import Recipe
+from megalm.cli.main import main
+from megalm.data.prepare.corpora import CorpusOptions
+from megalm.data.prepare.executors import Workers
+from megalm.data.prepare.recipe import Recipe
+from megalm.data.prepare.run import prepare
 
 ONE = ["parallel=single", "launch.ranks=1", "train.steps=2", "run.name=a", "checkpoint.every=2"]
 

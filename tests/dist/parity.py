@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 
 from megalm.config.schema import Config, Data, Engine, Model, Objective, Optim, Parallel, Run, Train
-from megalm.topology import Topology
+from megalm.mesh.topology import Topology
 from megalm.verify.parity import Trace, train_on_layout
 
 STEPS = 6

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from parity import Layout
 
-from megalm.checkpoint.start import StartMode, StartPoint
+from megalm.runs.start import StartMode, StartPoint
 from megalm.checkpoint.store import find_latest
 from megalm.config.schema import Config
-from megalm.core.groups import ParallelContext
+from megalm.mesh.groups import ParallelContext
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
-from megalm.models.gpt import build_gpt
+from megalm.models.transformer import build_transformer
 from megalm.train.progress import Progress
 from megalm.train.restoring import restore
 from megalm.train.saving import RunState, Saver
@@ -88,7 +88,7 @@ class _NoData:
 def _run(folder: Path, task: Task) -> Curve:
     config = config_of(task.layout, task.learning_rate)
     context = ParallelContext.create(task.layout.topology)
-    stage = build_gpt(config, config.model.vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
+    stage = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
     engine = DeepSpeedEngine(stage, context, config)
     start = StartPoint(StartMode.FRESH)
     if task.source is not None:

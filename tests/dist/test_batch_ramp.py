@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from cli_runs import losses_of, run
 
-from megalm.compose import load_run_config
-from megalm.data.batch_size import BatchSize
+from megalm.config.compose import load_run_config
+from megalm.data.stream.batch_size import BatchSize
 from megalm.engine.lr_schedule import LearningRate
 from megalm.train.callbacks.metrics_jsonl import read_metrics, step_rows
 

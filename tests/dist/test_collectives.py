@@ -35,8 +35,8 @@ def value(rank: int, salt: int, columns: int = 6) -> torch.Tensor:
 
 def probe(names: tuple[str, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     from megalm.core import collectives
-    from megalm.core.groups import ParallelContext
-    from megalm.topology import Topology
+    from megalm.mesh.groups import ParallelContext
+    from megalm.mesh.topology import Topology
 
     context = ParallelContext.create(Topology(tp=WORLD))
     results = {}

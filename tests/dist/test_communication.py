@@ -41,15 +41,15 @@ def record_on_ranks(layouts: list[Layout]) -> list[list[Event]]:
 
 
 def _record(layout: Layout) -> list[Event]:
-    from megalm.core.groups import ParallelContext
+    from megalm.mesh.groups import ParallelContext
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
-    from megalm.models.gpt import build_gpt
+    from megalm.models.transformer import build_transformer
     from megalm.verify.parity import DTYPES, micro_batches_of_rank
 
     config = layout.config()
     context = ParallelContext.create(layout.topology)
     with record() as events:
-        stage = build_gpt(config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype])
+        stage = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype])
         engine = DeepSpeedEngine(stage, context, config)
         batch = micro_batches_of_rank(config, 0, context, stage.cp)
         engine.train_step(batch, config.optim.lr)

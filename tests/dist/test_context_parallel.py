@@ -14,9 +14,9 @@ def check_on_ranks(degree: int) -> list[str]:
     """Runs on every rank; returns what differs."""
     import torch.distributed as dist
 
-    from megalm.core.attend import AttentionCore
-    from megalm.core.context_parallel import ContextParallel
-    from megalm.core.groups import Group
+    from megalm.core.attention.attend import AttentionCore
+    from megalm.core.attention.context_parallel import ContextParallel
+    from megalm.mesh.groups import Group
     from megalm.core.place import Place
 
     rank = dist.get_rank()

@@ -12,9 +12,9 @@ from cli_runs import run, start, steps_of, wait_for_step
 
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, find_latest
-from megalm.compose import load_run_config
-from megalm.data_show import show_lines
-from megalm.history import history_of, schedule_for
+from megalm.config.compose import load_run_config
+from megalm.cli.data_show import show_lines
+from megalm.runs.history import history_of, schedule_for
 from megalm.train.callbacks.metrics_jsonl import attempt_rows, read_metrics, step_rows
 
 LENGTH = 32

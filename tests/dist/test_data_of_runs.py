@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cli_runs import MEGALM, losses_of, run, steps_of
 
-from megalm.data.tokenizer import Tokenizer
+from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.train.callbacks.metrics_jsonl import read_metrics, validation_rows
 from tests.web_server import serve
 

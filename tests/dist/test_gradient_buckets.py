@@ -29,10 +29,10 @@ def log_a_step(layouts: list[Layout]) -> list[list[tuple]]:
 
 
 def _log(layout: Layout) -> list[tuple]:
-    from megalm.core.groups import ParallelContext
+    from megalm.mesh.groups import ParallelContext
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
     from megalm.engine.gradients import GradientBuckets
-    from megalm.models.gpt import build_gpt
+    from megalm.models.transformer import build_transformer
     from megalm.verify.parity import DTYPES, micro_batches_of_rank
 
     events: list[tuple] = []
@@ -52,7 +52,7 @@ def _log(layout: Layout) -> list[tuple]:
 
     config = layout.config()
     context = ParallelContext.create(layout.topology)
-    model = build_gpt(config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype])
+    model = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype])
     engine = DeepSpeedEngine(model, context, config)
     GradientBuckets.before, GradientBuckets.after, GradientBuckets._issue = before, after, issue
     try:
@@ -108,16 +108,16 @@ def overflow_on_ranks() -> list:
     """An fp16 step whose scale overflows, and those after it; returns what this rank saw."""
     from dataclasses import replace
 
-    from megalm.core.groups import ParallelContext
+    from megalm.mesh.groups import ParallelContext
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
-    from megalm.models.gpt import build_gpt
+    from megalm.models.transformer import build_transformer
     from megalm.verify.parity import micro_batches_of_rank
 
     layout = Layout(tp=2, dp=2, dtype="fp16")
     config = layout.config()
     config = replace(config, engine=replace(config.engine, initial_loss_scale=2.0**24, loss_scale_window=3))
     context = ParallelContext.create(layout.topology)
-    model = build_gpt(config, config.model.vocab_size, context=context, dtype=torch.float16)
+    model = build_transformer(config, config.model.vocab_size, context=context, dtype=torch.float16)
     engine = DeepSpeedEngine(model, context, config)
     seen = []
     for step in range(14):
@@ -152,9 +152,9 @@ def resume_in_memory() -> tuple:
     """Six fp16 steps at a stretch, and three with three more in a new engine that loads the first one's state."""
     from dataclasses import replace
 
-    from megalm.core.groups import ParallelContext
+    from megalm.mesh.groups import ParallelContext
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
-    from megalm.models.gpt import build_gpt
+    from megalm.models.transformer import build_transformer
     from megalm.verify.parity import micro_batches_of_rank
 
     layout = Layout(dtype="fp16")
@@ -163,7 +163,7 @@ def resume_in_memory() -> tuple:
     context = ParallelContext.create(layout.topology)
 
     def engine() -> DeepSpeedEngine:
-        model = build_gpt(config, config.model.vocab_size, context=context, dtype=torch.float16)
+        model = build_transformer(config, config.model.vocab_size, context=context, dtype=torch.float16)
         return DeepSpeedEngine(model, context, config)
 
     def run(trained: DeepSpeedEngine, steps: range) -> list[tuple]:

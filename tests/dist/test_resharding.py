@@ -16,7 +16,7 @@ from harness import run_ranks
 from parity import CLIP, MODEL, Layout
 from resharding import SAVED_AT, STEPS, Curve, Task, config_of, run_tasks
 
-from megalm.checkpoint.start import StartMode
+from megalm.runs.start import StartMode
 from megalm.verify.parity import Trace, train_plainly
 from tests.families import bert_of
 

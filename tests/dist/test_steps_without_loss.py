@@ -12,8 +12,8 @@ from cli_runs import run
 from harness import run_ranks
 from parity import MODEL, Layout, train_on_ranks
 
-from megalm.data.shard_writer import ShardWriter
-from megalm.data.tokenizer import Tokenizer
+from megalm.data.shards.write import ShardWriter
+from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.train.callbacks.metrics_jsonl import read_metrics, step_rows, validation_rows
 from megalm.verify import parity
 from megalm.verify.parity import GlobalBatch, Trace, differences, synthetic_batch, train_plainly

@@ -12,7 +12,7 @@ import hanging
 import pytest
 import wrong_layers
 
-from megalm.cli import main
+from megalm.cli.main import main
 from megalm.errors import ExitCode
 from megalm.verify.ranks import RankFailure, run_on_ranks
 

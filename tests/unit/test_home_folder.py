@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megalm.arguments import expand_home
-from megalm.compose import compose, load_run_config, save_config
+from megalm.config.arguments import expand_home
+from megalm.config.compose import compose, load_run_config, save_config
 from megalm.config.parse import PATHS, field_paths
 from megalm.errors import ConfigError
 

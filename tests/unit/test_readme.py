@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megalm.cli import main
-from megalm.compose import compose
+from megalm.cli.main import main
+from megalm.config.compose import compose
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -23,8 +23,6 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.table import Report, Row
-from megalm.checkpoint.adapters.checks import config_around
-from megalm.checkpoint.adapters.weights import full_shapes
 from megalm.checkpoint.manifest import WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.save import save_checkpoint
@@ -32,6 +30,8 @@ from megalm.checkpoint.store import CHECKPOINTS_FOLDER
 from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Model
+from megalm.convert.checks import config_around
+from megalm.convert.weights import full_shapes
 from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.train.saving import HostCopy
 

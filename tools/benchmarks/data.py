@@ -22,17 +22,17 @@ import torch
 
 from benchmarks.table import Report, Row
 from megalm.config.schema import Data
-from megalm.data.batch_size import BatchSize
-from megalm.data.blocks import Work, texts_of_block, tokenise_block
-from megalm.data.clean import Cleaning
-from megalm.data.corpora import CORPORA, CorpusOptions
-from megalm.data.index import INDEX_FILE, Index
-from megalm.data.loader import TrainLoader
 from megalm.data.objectives import CausalLM
-from megalm.data.sequences import Corpora
-from megalm.data.shard_writer import ShardWriter
-from megalm.data.shards import TokenShards, iterate_with_webdataset
-from megalm.data.tokenizer_training import train_byte_level_bpe
+from megalm.data.prepare.blocks import Work, texts_of_block, tokenise_block
+from megalm.data.prepare.clean import Cleaning
+from megalm.data.prepare.corpora import CORPORA, CorpusOptions
+from megalm.data.shards.index import INDEX_FILE, Index
+from megalm.data.shards.read import TokenShards, iterate_with_webdataset
+from megalm.data.shards.write import ShardWriter
+from megalm.data.stream.batch_size import BatchSize
+from megalm.data.stream.loader import TrainLoader
+from megalm.data.stream.sequences import Corpora
+from megalm.data.tokenization.training import train_byte_level_bpe
 
 LENGTH = 2048
 CHUNK = 8192
@@ -182,8 +182,8 @@ _START = """
 import json, sys, time
 started = time.perf_counter()
 import numpy as np
-from megalm.data.order import BlendedOrder
-from megalm.data.shards import TokenShards
+from megalm.data.stream.order import BlendedOrder
+from megalm.data.shards.read import TokenShards
 shards = TokenShards(sys.argv[1], 2048)
 order = BlendedOrder.of([len(shards)], seed=1)
 order(np.arange(1024)), order(np.arange(10**9, 10**9 + 1024))

@@ -1,7 +1,7 @@
 """Training on one CUDA device: model FLOPs utilisation, and what bounds the step.
 
 Utilisation is model FLOPs (``models.counts.flops_per_token``: recomputation is no progress) over the dense bf16 peak of
-``megalm/hardware.yaml``. The time between steps is the device's, from CUDA events.
+``megalm/plan/hardware.yaml``. The time between steps is the device's, from CUDA events.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from benchmarks.cpu import bench_config
 from benchmarks.table import Report, Row
-from megalm.compose import compose
+from megalm.config.compose import compose
 from megalm.config.schema import Model
-from megalm.hardware import devices, match_device
 from megalm.models.counts import flops_per_token
+from megalm.plan.hardware import devices, match_device
 
 TARGETS = {"gpt3_1_3b": 0.50, "gpt3_125m": 0.40}
 """Experiment ▶ least utilisation."""
@@ -54,7 +54,7 @@ def run(options: Options) -> Report:
     name = match_device(torch.cuda.get_device_name())
     peak = devices()[name].peak_flops("bf16") if name else None
     if peak is None:
-        return Report("gpu", skipped=f"{torch.cuda.get_device_name()} has no bf16 peak in megalm/hardware.yaml")
+        return Report("gpu", skipped=f"{torch.cuda.get_device_name()} has no bf16 peak in megalm/plan/hardware.yaml")
     rows: list[Row] = []
     if not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
@@ -107,17 +107,17 @@ def _seconds(model: Model, micro_batch_size: int, compiled: bool, options: Optio
 
 def _make_step(model: Model, micro_batch_size: int, compiled: bool) -> Callable[[], Any]:
     """One optimizer step on random tokens, through the engine that users train with."""
-    from megalm.core.groups import ParallelContext
     from megalm.core.place import Place
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
+    from megalm.mesh.groups import ParallelContext
+    from megalm.mesh.topology import Topology
     from megalm.models.counts import resolve_vocab_size
-    from megalm.models.gpt import MicroBatch, build_gpt
-    from megalm.topology import Topology
+    from megalm.models.transformer import MicroBatch, build_transformer
 
     config = bench_config(model, micro_batch_size=micro_batch_size, global_batch_size=GLOBAL_BATCH, compiled=compiled)
     context = ParallelContext.create(Topology(), "cuda:0")
     vocab = resolve_vocab_size(model)
-    stage = build_gpt(config, vocab, context=context, dtype=torch.bfloat16)
+    stage = build_transformer(config, vocab, context=context, dtype=torch.bfloat16)
     engine = DeepSpeedEngine(stage, context, config)
     length = model.sequence_length
     rows = torch.randint(0, vocab, (GLOBAL_BATCH, length + 1), device=context.device)

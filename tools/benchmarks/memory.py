@@ -81,14 +81,14 @@ def _count(cases: list[Case]) -> list[float]:
 
 def _saved(case: Case, num_layers: int) -> int:
     """Bytes that a forward pass of the model keeps on this rank."""
-    from megalm.core.groups import ParallelContext
     from megalm.core.place import Place
-    from megalm.models.gpt import MicroBatch, build_gpt
-    from megalm.topology import Topology
+    from megalm.mesh.groups import ParallelContext
+    from megalm.mesh.topology import Topology
+    from megalm.models.transformer import MicroBatch, build_transformer
 
     config = _config(case, num_layers)
     context = ParallelContext.create(Topology(tp=case.tp))
-    stage = build_gpt(config, 512, context=context, dtype=torch.bfloat16).train()
+    stage = build_transformer(config, 512, context=context, dtype=torch.bfloat16).train()
     parameters = {p.untyped_storage().data_ptr() for p in stage.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}  # by address; the tensor is held, so that no address is used twice
 

@@ -147,10 +147,10 @@ class _Megalm:
     """megalm's runner over sleeping stages."""
 
     def __init__(self, schedule: str, virtual_stages: int, options: Options) -> None:
-        from megalm.core.groups import ParallelContext
         from megalm.core.pipeline.runner import PipelineRunner
         from megalm.core.weight_gradients import WeightGradients
-        from megalm.topology import Topology
+        from megalm.mesh.groups import ParallelContext
+        from megalm.mesh.topology import Topology
 
         context = ParallelContext.create(Topology(pp=options.ranks, virtual_stages=virtual_stages))
         last = context.topology.num_stages - 1

@@ -13,8 +13,8 @@ from typing import Any
 from fuzzing.draw import CHUNK_TOKENS, Fields, overrides_of
 from megalm.errors import MegalmError
 from megalm.launch.discovery import LOCAL, RankInfo
-from megalm.preflight import Plan, make_plan
-from megalm.signals import StopRequest
+from megalm.launch.signals import StopRequest
+from megalm.plan.preflight import Plan, make_plan
 from megalm.verify.ranks import RankFailure, run_on_ranks
 
 _SECONDS_TO_START, _SECONDS_PER_RUN = 240.0, 60.0
@@ -85,7 +85,7 @@ def train(item: tuple[str, int | None, bool]) -> None:
     """What each rank runs."""
     import torch.distributed as dist
 
-    from megalm.train.trainer import run_training
+    from megalm.train.setup import run_training
 
     text, stop_after, killed = item
     plan = Plan.from_json(text)
@@ -110,10 +110,10 @@ def train(item: tuple[str, int | None, bool]) -> None:
 
 def make_datasets(folder: Path) -> dict[str, str]:
     """A dataset of text and one of prompts and completions, some of them longer than a row; paths by kind."""
-    from megalm.data.corpora import CorpusOptions
-    from megalm.data.executors import Workers
-    from megalm.data.prepare import prepare
-    from megalm.data.recipe import Recipe
+    from megalm.data.prepare.corpora import CorpusOptions
+    from megalm.data.prepare.executors import Workers
+    from megalm.data.prepare.recipe import Recipe
+    from megalm.data.prepare.run import prepare
 
     words = [f"{first}{second}" for first in ("ka", "lo", "mi", "ne") for second in ("ra", "su", "to", "vi", "xe")]
     texts = [" ".join(words[(n * k * k + k) % len(words)] for k in range(20 + n % 30)) for n in range(1, 150)]

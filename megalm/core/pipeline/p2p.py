@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.core.groups import Group
 from megalm.core.pipeline.schedule import Transfer
+from megalm.mesh.groups import Group
 
 Key = tuple[bool, int, int]
 """(is it a gradient, stage that consumes it, micro-batch) of a tensor on its way."""

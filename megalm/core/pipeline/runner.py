@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megalm.core.groups import ParallelContext
 from megalm.core.pipeline.p2p import Mailbox
 from megalm.core.pipeline.schedule import SCHEDULES, Action, Kind, Shape, Tick, forward_only, plan
 from megalm.core.weight_gradients import WeightGradients
+from megalm.mesh.groups import ParallelContext
 
 MicroBatch = TypeVar("MicroBatch")
 MicroBatchIn = TypeVar("MicroBatchIn", contravariant=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from megalm.data.dataset import TOKENIZER_FILE
+from megalm.data.shards.dataset import TOKENIZER_FILE
 from megalm.models.counts import resolve_vocab_size
 from megalm.train.callbacks.base import Callback, Outcome, RunContext, describe_error, warn
 from megalm.train.callbacks.metrics_jsonl import FILE_NAME, read_metrics, step_rows, validation_rows
@@ -58,7 +58,7 @@ class ClosingReport(Callback):
         validations = [row for row in rows if row["step"] == context.total_steps]
         if not validations:
             return
-        from megalm.data.tokenizer import Tokenizer
+        from megalm.data.tokenization.tokenizer import Tokenizer
 
         last = validations[-1]
         if last["val_loss"] is None:

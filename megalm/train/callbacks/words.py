@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megalm.data.batch_size import BatchSize
+from megalm.data.stream.batch_size import BatchSize
 from megalm.train.callbacks.base import CheckpointMetrics, Outcome, RunContext, StepMetrics, ValidationMetrics
 
 

@@ -60,9 +60,9 @@ def make_gpt2(folder: Path) -> torch.nn.Module:
 
 def make_megalm(folder: Path) -> torch.nn.Module:
     import yaml
+    from megalm.models.gpt import build_full_model
 
     from megalm.config.schema import Model
-    from megalm.models.gpt import build_full_model
 
     if dist.get_rank() == 0:
         (folder / "config.yaml").write_text(yaml.safe_dump({"model": MEGALM}))

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.adapters.convert import Report, Request, convert
-from megalm.checkpoint.adapters.run import write_run
-from megalm.checkpoint.adapters.transfer import Transfer
-from megalm.checkpoint.adapters.weights import SourceInfo, WeightSource, full_shapes
 from megalm.config.schema import Model
-from megalm.data.tokenizer import Tokenizer
+from megalm.convert.convert import Report, Request, convert
+from megalm.convert.run import write_run
+from megalm.convert.transfer import Transfer
+from megalm.convert.weights import SourceInfo, WeightSource, full_shapes
+from megalm.data.tokenization.tokenizer import Tokenizer
 
 GPT2 = Model(num_layers=2, hidden_size=24, num_heads=4, ffn_hidden_size=40, vocab_size=101, sequence_length=32)
 NEOX = replace(

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megalm.checkpoint.adapters.weights import WeightSource, full_shapes
+from megalm.convert.weights import WeightSource, full_shapes
 from megalm.core.sharding import declared_parameters
 from megalm.errors import CheckpointError
-from megalm.models.gpt import build_full_model
+from megalm.models.transformer import build_full_model
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 

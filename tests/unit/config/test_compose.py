@@ -11,12 +11,12 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 
-from megalm.compose import CONFIG_FILE, compose, conf_dir, group_options, load_run_config, save_config
+from megalm.config.compose import CONFIG_FILE, compose, conf_dir, group_options, load_run_config, save_config
 from megalm.config.parse import config_from_dict, config_to_dict, field_paths
 from megalm.config.rules import planned_world_size_of, violations
 from megalm.errors import ConfigError
-from megalm.hardware import device_violations, devices
 from megalm.models.counts import parameter_count
+from megalm.plan.hardware import device_violations, devices
 from tests.unit.config.random_invalid import InvalidConfig, random_invalid
 
 EXPERIMENTS = group_options()["experiment"]
@@ -256,7 +256,8 @@ def test_an_installed_package_composes_from_its_own_conf(tmp_path: Path) -> None
     shutil.copytree(conf_dir().parent / "megalm", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(conf_dir(), package / "conf")
     program = (
-        "from megalm.compose import compose, conf_dir; compose(['experiment=quickstart']); print(conf_dir(), end='')"
+        "from megalm.config.compose import compose, conf_dir; "
+        "compose(['experiment=quickstart']); print(conf_dir(), end='')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -273,7 +274,7 @@ def test_an_installed_package_composes_from_its_own_conf(tmp_path: Path) -> None
 def test_composing_needs_no_torch_and_under_a_second() -> None:
     program = (
         "import sys, time; start = time.perf_counter()\n"
-        "from megalm.compose import compose\n"
+        "from megalm.config.compose import compose\n"
         "compose(['experiment=gpt3_175b'])\n"
         "assert 'torch' not in sys.modules\n"
         "print(time.perf_counter() - start)"
@@ -300,7 +301,7 @@ def own_conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "logging: {wandb: offline}\n"
         "cluster: {gpu: h200}\n"
     )
-    monkeypatch.setattr("megalm.compose.conf_dir", lambda: folder)
+    monkeypatch.setattr("megalm.config.compose.conf_dir", lambda: folder)
     return folder
 
 

@@ -21,7 +21,7 @@ from megalm.config.rules import (
 )
 from megalm.config.schema import Config
 from megalm.config.support import BOUNDS, CHOICES, PROVEN
-from megalm.topology import Topology
+from megalm.mesh.topology import Topology
 from tests.unit.config.random_invalid import SOUND, InvalidConfig, nested, random_invalid
 
 LINE = re.compile(r"[a-z_0-9.]+=.*: .+; .+")

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from megalm.config.schema import Model
-from megalm.core.attend import AttentionCore
+from megalm.core.attention.attend import AttentionCore
 from megalm.core.documents import Documents
 from megalm.core.place import Place
-from megalm.models.gpt import build_full_model
+from megalm.models.transformer import build_full_model
 
 EOS = 0
 LENGTHS = ((5, 9, 1, 17), (32,), (20, 12))

@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from megalm.config.schema import Model
-from megalm.core.attend import AttentionCore
+from megalm.core.attention.attend import AttentionCore
 from megalm.core.place import Place
-from megalm.models.gpt import build_full_model
+from megalm.models.transformer import build_full_model
 from tests.families import bert_of
 
 BASE = Model(num_layers=3, hidden_size=48, num_heads=4, sequence_length=20, vocab_size=67)

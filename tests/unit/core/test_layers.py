@@ -14,7 +14,7 @@ from megalm.core.random import initial_values
 from megalm.core.sharding import Init, ShardSpec, declared_parameters, even_range, padded_range
 from megalm.engine.optimizer import make_adamw, parameter_groups
 from megalm.models.counts import parameter_count
-from megalm.models.gpt import MicroBatch, build_full_model
+from megalm.models.transformer import MicroBatch, build_full_model
 
 GPT2 = Model(num_layers=3, hidden_size=48, num_heads=4, sequence_length=20, vocab_size=67)
 LLAMA = replace(

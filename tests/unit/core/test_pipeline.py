@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from megalm.core.groups import ParallelContext
 from megalm.core.pipeline.partition import partition_layers
 from megalm.core.pipeline.runner import PipelineRunner
 from megalm.core.pipeline.schedule import (
@@ -37,7 +36,8 @@ from megalm.core.pipeline.schedule import (
     splits_backward,
 )
 from megalm.core.weight_gradients import WeightGradients
-from megalm.topology import Topology
+from megalm.mesh.groups import ParallelContext
+from megalm.mesh.topology import Topology
 
 VIRTUAL = {"gpipe": (1, 2, 3, 4), "1f1b": (1,), "interleaved_1f1b": (1, 2, 3, 4), "zb_h1": (1,)}
 SETUPS = [(name, p, v) for name in SCHEDULES for p in range(1, 9) for v in VIRTUAL[name]]

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from megalm.config.schema import Config, Data, Engine, Model, Optim, Run, Train
-from megalm.core.groups import ParallelContext
 from megalm.core.place import Place
-from megalm.models.gpt import GPT, MicroBatch, build_gpt
+from megalm.mesh.groups import ParallelContext
+from megalm.models.transformer import MicroBatch, Transformer, build_transformer
 
 MODEL = Model(
     num_layers=4, hidden_size=32, num_heads=4, sequence_length=16, vocab_size=61, dropout=0.2, attention_dropout=0.2
 )
 
 
-def build(engine: Engine, model: Model = MODEL) -> GPT:
+def build(engine: Engine, model: Model = MODEL) -> Transformer:
     config = Config(
         run=Run(name="x"),
         model=model,
@@ -27,10 +27,10 @@ def build(engine: Engine, model: Model = MODEL) -> GPT:
         train=Train(steps=1, micro_batch_size=2, global_batch_size=2),
         engine=engine,
     )
-    return build_gpt(config, 61, context=ParallelContext.single(), dtype=torch.float32).train()
+    return build_transformer(config, 61, context=ParallelContext.single(), dtype=torch.float32).train()
 
 
-def run(gpt: GPT) -> tuple[float, dict[str, torch.Tensor], int]:
+def run(gpt: Transformer) -> tuple[float, dict[str, torch.Tensor], int]:
     """Loss, gradients, and bytes of activations that backward kept."""
     tokens = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(0))
     place = Place(torch.arange(16), torch.tensor([3, 9]))
@@ -50,7 +50,7 @@ def run(gpt: GPT) -> tuple[float, dict[str, torch.Tensor], int]:
     return float(loss.detach()), {name: p.grad for name, p in gpt.named_parameters()}, saved
 
 
-def counted_forwards(gpt: GPT) -> Counter[str]:
+def counted_forwards(gpt: Transformer) -> Counter[str]:
     calls: Counter[str] = Counter()
     for layer, block in gpt.blocks.items():
         block.mlp_norm.register_forward_pre_hook(lambda *_, layer=layer: calls.update([f"block {layer}"]))

@@ -8,7 +8,7 @@ import pytest
 from megalm.config.schema import Objective
 from megalm.data.document import Document
 from megalm.data.objectives import CausalLM, Example, MaskedLM, make_objective
-from megalm.data.tokenizer_training import train_byte_level_bpe, train_wordpiece
+from megalm.data.tokenization.training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
 
 TEXTS = ["the quick brown fox jumps over the lazy dogs and foxes unhappily ever after"] * 4

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megalm.data import place
-from megalm.data.corpora import CorpusOptions
-from megalm.data.dataset import inspect_dataset
-from megalm.data.executors import Workers
-from megalm.data.prepare import prepare
-from megalm.data.recipe import Recipe
+from megalm.data.prepare.corpora import CorpusOptions
+from megalm.data.prepare.executors import Workers
+from megalm.data.prepare.recipe import Recipe
+from megalm.data.prepare.run import prepare
+from megalm.data.shards.dataset import inspect_dataset
 from megalm.errors import DataError
 
 

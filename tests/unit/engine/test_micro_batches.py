@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from megalm.core.context_parallel import ContextParallel
-from megalm.core.groups import Group, ParallelContext
-from megalm.data.loader import Batch
+from megalm.core.attention.context_parallel import ContextParallel
+from megalm.data.stream.loader import Batch
 from megalm.engine.micro_batches import training_micro_batches, validation_micro_batch
-from megalm.topology import Topology
+from megalm.mesh.groups import Group, ParallelContext
+from megalm.mesh.topology import Topology
 
 ROWS, LENGTH, MICRO = 8, 6, 2
 

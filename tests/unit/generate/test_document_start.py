@@ -13,15 +13,15 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import megalm.generate.run as generate_run
 from megalm.config.schema import Data
-from megalm.data.corpora import CorpusOptions
-from megalm.data.dataset import open_datasets, tokenizer_of
-from megalm.data.executors import Workers
-from megalm.data.loader import validation_batches
 from megalm.data.objectives import CausalLM
-from megalm.data.prepare import prepare
-from megalm.data.recipe import Recipe
-from megalm.data.sequences import Corpora
-from megalm.data.tokenizer import Tokenizer
+from megalm.data.prepare.corpora import CorpusOptions
+from megalm.data.prepare.executors import Workers
+from megalm.data.prepare.recipe import Recipe
+from megalm.data.prepare.run import prepare
+from megalm.data.shards.dataset import open_datasets, tokenizer_of
+from megalm.data.stream.loader import validation_batches
+from megalm.data.stream.sequences import Corpora
+from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.evaluate.perplexity import run_evaluate
 from megalm.generate.run import run_generate
 

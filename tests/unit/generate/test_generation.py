@@ -5,7 +5,7 @@ from megalm.config.schema import Model
 from megalm.errors import ConfigError
 from megalm.generate.generation import generate_tokens
 from megalm.generate.sampling import Sampling
-from megalm.models.gpt import build_full_model
+from megalm.models.transformer import build_full_model
 
 GREEDY = Sampling(temperature=0)
 

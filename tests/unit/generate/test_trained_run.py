@@ -11,19 +11,19 @@ import torch
 
 from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.writer import Header, PieceToWrite
-from megalm.compose import save_config
+from megalm.config.compose import save_config
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config, Data, Engine, Launch, Model, Optim, Report, Run, Train
 from megalm.core.sharding import StatePiece, declared_parameters
 from megalm.data.document import Document
-from megalm.data.shard_writer import ShardWriter
-from megalm.data.tokenizer import Tokenizer
-from megalm.data.tokenizer_training import train_byte_level_bpe
+from megalm.data.shards.write import ShardWriter
+from megalm.data.tokenization.tokenizer import Tokenizer
+from megalm.data.tokenization.training import train_byte_level_bpe
 from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.evaluate.perplexity import run_evaluate
-from megalm.generate.load import load_full_model
 from megalm.generate.run import run_generate
-from megalm.models.gpt import build_full_model
+from megalm.models.transformer import build_full_model
+from megalm.runs.load import load_full_model
 from megalm.train.callbacks.base import Outcome, RunContext, StepMetrics, ValidationMetrics
 from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
 from megalm.train.callbacks.report import ClosingReport

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from megalm.signals import STOP_SIGNALS, StopRequest
-from megalm.worker import _die_with
+from megalm.launch.signals import STOP_SIGNALS, StopRequest
+from megalm.launch.worker import _die_with
 
 HANG_SECONDS = 60
 

@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
-from megalm.console import LastingStream
+from megalm.launch.console import LastingStream
 from megalm.launch.logs import Tee, log_path
 
 
@@ -85,7 +85,7 @@ WRITE = """
 import os, sys
 from pathlib import Path
 from megalm.launch import RankInfo
-from megalm.console import LastingStream
+from megalm.launch.console import LastingStream
 from megalm.launch.logs import start_log
 rank = int(sys.argv[2])
 start_log(Path(sys.argv[1]), RankInfo(rank=rank, world_size=2, local_rank=rank, local_world_size=2, launcher="local",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megalm.signals import STOP_SIGNALS, StopRequest
+from megalm.launch.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_first_signal_counts(name):
 def test_signals_held_back_before_are_received():
     # In a process of its own: here, a thread of some library that holds nothing back would take it, and end us all.
     lines = (
-        "import os, signal; from megalm.signals import STOP_SIGNALS, StopRequest; "
+        "import os, signal; from megalm.launch.signals import STOP_SIGNALS, StopRequest; "
         "signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS); os.kill(os.getpid(), signal.SIGUSR2); "
         "print(StopRequest.install().pending())"
     )
@@ -40,14 +40,14 @@ def test_signals_held_back_before_are_received():
 
 
 def test_importing_needs_no_torch():
-    code = "import sys, megalm.launch.local, megalm.worker; sys.exit('torch' in sys.modules)"
+    code = "import sys, megalm.launch.local, megalm.launch.worker; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(("interrupts", "code"), [(1, 0), (2, 0), (3, -signal.SIGINT)])
 def test_the_third_interrupt_kills_a_process_that_does_not_stop(interrupts, code):
     lines = (
-        "import os, signal; from megalm.signals import StopRequest; StopRequest.install(); "
+        "import os, signal; from megalm.launch.signals import StopRequest; StopRequest.install(); "
         f"[os.kill(os.getpid(), signal.SIGINT) for _ in range({interrupts})]"
     )
     assert subprocess.run([sys.executable, "-c", lines], check=False).returncode == code

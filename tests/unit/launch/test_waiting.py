@@ -23,9 +23,9 @@ from megalm.launch import RankInfo, discover, waiting
 from megalm.launch import store as store_module
 from megalm.launch.discovery import variables_of
 from megalm.launch.rendezvous import Meeting
+from megalm.launch.signals import StopRequest
 from megalm.launch.store import open_store
 from megalm.launch.waiting import Patience, StoppedError, how_to_be_alone
-from megalm.signals import StopRequest
 
 STALE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 

@@ -64,7 +64,7 @@ def test_counts_are_the_sum_of_the_parts(values: tuple[Any, ...]) -> None:
 
 
 def test_counts_are_those_of_the_model_that_trains() -> None:
-    from megalm.models.gpt import build_full_model
+    from megalm.models.transformer import build_full_model
 
     for values in itertools.product(*VARIANTS.values()):
         model = replace(SMALL, hidden_size=16, **dict(zip(VARIANTS, values, strict=True)))
@@ -83,7 +83,7 @@ def test_counts_are_those_of_the_model_that_trains() -> None:
     ids=["bert", "neox", "qwen", "qk_norm"],
 )
 def test_counts_of_other_families_are_those_of_the_model_that_trains(changes: dict[str, Any]) -> None:
-    from megalm.models.gpt import build_full_model
+    from megalm.models.transformer import build_full_model
 
     model = replace(SMALL, hidden_size=16, num_heads=2, **changes)
     built = build_full_model(model, 50)

@@ -41,7 +41,7 @@ def test_a_seed_gives_one_case_whose_runs_the_rules_accept(fuzz) -> None:
 def test_the_command_line_gives_the_config_that_was_drawn(fuzz) -> None:
     from fuzzing.draw import config_of, draw, overrides_of
 
-    from megalm.compose import compose
+    from megalm.config.compose import compose
 
     case = draw(1, DATASETS, 4)
     fields = {"run.name": "cut", **case.base, **case.first}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.postprocessor import with_marks
-from megalm.data.tokenizer_training import train_byte_level_bpe
+from megalm.data.tokenization.postprocessor import with_marks
+from megalm.data.tokenization.training import train_byte_level_bpe
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "prepare_data.py"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.postprocessor import with_marks
-from megalm.data.tokenizer import Tokenizer
-from megalm.data.tokenizer_training import train_byte_level_bpe
-from megalm.data.vocabulary import Relation, Vocabulary, relation
+from megalm.data.shards.vocabulary import Relation, Vocabulary, relation
+from megalm.data.tokenization.postprocessor import with_marks
+from megalm.data.tokenization.tokenizer import Tokenizer
+from megalm.data.tokenization.training import train_byte_level_bpe
 from megalm.ownership import beside, owned
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "train_tokenizer.py"

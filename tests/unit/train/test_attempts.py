@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megalm.compose import load_run_config, save_config
+from megalm.config.compose import load_run_config, save_config
 from megalm.config.schema import Config
-from megalm.train.attempts import keep_config
+from megalm.runs.attempts import keep_config
 from megalm.train.callbacks.base import Attempt
 from megalm.train.callbacks.metrics_jsonl import MetricsJsonl, attempt_rows, read_metrics, step_rows
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from layouts import Layout, full_tensors, save
 
-from megalm.checkpoint import start as start_module
 from megalm.checkpoint.manifest import COMPLETE_FILE, combined_hash, read_manifest
-from megalm.checkpoint.start import StartMode, StartPoint, await_visible
-from megalm.core.groups import ParallelContext
 from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.errors import CheckpointError
+from megalm.mesh.groups import ParallelContext
+from megalm.runs import start as start_module
+from megalm.runs.start import StartMode, StartPoint, await_visible
 from megalm.train.restoring import restore
 
 

@@ -11,13 +11,13 @@ import torch
 
 from megalm.checkpoint import save as save_module
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.checkpoint.start import StartMode, StartPoint
 from megalm.checkpoint.store import checkpoints_set_aside, complete_checkpoints
 from megalm.config.schema import Checkpoint, Config, Data, Model, Optim, Run, Train
-from megalm.core.groups import ParallelContext
 from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.errors import CheckpointError, ConfigError
+from megalm.mesh.groups import ParallelContext
 from megalm.ownership import owned
+from megalm.runs.start import StartMode, StartPoint
 from megalm.train.callbacks.base import ValidationMetrics
 from megalm.train.progress import Progress
 from megalm.train.saving import RunState, Saver, is_fault_of_disk

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from megalm.compose import compose
+from megalm.config.compose import compose
 from megalm.verify.certificate import Certificate, Row
 from megalm.verify.parity import Differences, Trace, differences
 from megalm.verify.ranks import RankFailure

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from megalm.compose import compose, group_options
+from megalm.config.compose import compose, group_options
 from megalm.config.rules import planned_world_size_of, violations, world_size_of
 from megalm.config.schema import Config
 from megalm.verify.shrink import MOST_RANKS, SEQUENCE_LENGTH, Case, Shrunk, related_layouts, shrink

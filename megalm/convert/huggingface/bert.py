@@ -1,0 +1,147 @@
+"""BERT (Devlin et al. 2019) with the head for masked words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megalm.config.schema import Model
+from megalm.convert.huggingface.family import (
+    ACTIVATION_NAMES,
+    ACTIVATIONS,
+    Family,
+    layer_rules,
+    unlike,
+    unlike_any,
+)
+from megalm.convert.mapping import Fused, Rule
+from megalm.convert.untrusted.json_fields import Fields
+
+_HEAD = "cls.predictions"
+_DECODER_BIAS = f"{_HEAD}.decoder.bias"
+
+
+class BertFamily(Family):
+    """``BertForMaskedLM``. What predicts the next sentence has no place in megalm."""
+
+    model_type = "bert"
+    title = "BERT"
+    architecture = "BertForMaskedLM"
+    prefix = "bert."
+    head_prefixes = ("cls.",)
+    head_title = "masked-word head"
+    renamed = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}  # noqa: RUF012
+    word_embedding = "embeddings.word_embeddings.weight"
+    ignored = (r"bert\.embeddings\.(position_ids|token_type_ids)",)
+    left_out = {  # noqa: RUF012
+        r"bert\.pooler\..*": "the pooler of the first token",
+        r"cls\.seq_relationship\..*": "the prediction of the next sentence",
+    }
+
+    def model_from_config(self, fields: Fields) -> Model:
+        """See the base class."""
+        fields.must_be("position_embedding_type", "absolute", "megalm has no relative position embeddings")
+        fields.must_be("is_decoder", False, "megalm's BERT sees both sides")
+        fields.must_be("add_cross_attention", False, "megalm has no cross attention")
+        return Model(
+            num_layers=fields.count("num_hidden_layers"),
+            hidden_size=fields.count("hidden_size"),
+            num_heads=fields.count("num_attention_heads"),
+            ffn_hidden_size=fields.count("intermediate_size"),
+            vocab_size=fields.count("vocab_size"),
+            sequence_length=fields.count("max_position_embeddings", 512),
+            causal=False,
+            residual="post_norm",
+            token_types=fields.count("type_vocab_size", 2),
+            embedding_norm=True,
+            activation=fields.choice("hidden_act", ACTIVATIONS, "gelu"),
+            norm_epsilon=fields.number("layer_norm_eps", 1e-12),
+            dropout=fields.number("hidden_dropout_prob", 0.1),
+            attention_dropout=fields.number("attention_probs_dropout_prob", 0.1),
+            init_std=fields.number("initializer_range", 0.02),
+            tie_embeddings=fields.flag("tie_word_embeddings", True),
+            head="masked_lm",
+        )
+
+    def reasons_against(self, model: Model) -> list[str]:
+        """See the base class."""
+        reasons = unlike(
+            model,
+            causal=False,
+            position="learned",
+            residual="post_norm",
+            norm="layernorm",
+            bias=True,
+            activation=("gelu_erf", "gelu"),
+            head="masked_lm",
+            embedding_norm=True,
+            num_kv_heads=(model.num_heads, None),
+        )
+        if not model.token_types:
+            reasons.append("model.token_types=0, not 1 or more")
+        return reasons + unlike_any(model)
+
+    def config_from_model(self, model: Model) -> dict[str, Any]:
+        """See the base class."""
+        return {
+            "num_hidden_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "num_attention_heads": model.num_heads,
+            "intermediate_size": model.ffn_size,
+            "max_position_embeddings": model.sequence_length,
+            "type_vocab_size": model.token_types,
+            "vocab_size": model.vocab_size,
+            "hidden_act": ACTIVATION_NAMES[model.activation],
+            "layer_norm_eps": model.norm_epsilon,
+            "hidden_dropout_prob": model.dropout,
+            "attention_probs_dropout_prob": model.attention_dropout,
+            "initializer_range": model.init_std,
+            "position_embedding_type": "absolute",
+            "is_decoder": False,
+            "tie_word_embeddings": model.tie_embeddings,
+        }
+
+    def rules(self, model: Model) -> list[Rule]:
+        """See the base class."""
+        embeddings = "bert.embeddings"
+        qkv = Fused((model.hidden_size,) * 3)
+        rules = [
+            Rule("embedding.weight", (f"{embeddings}.word_embeddings.weight",)),
+            Rule("position.weight", (f"{embeddings}.position_embeddings.weight",)),
+            Rule("token_type.weight", (f"{embeddings}.token_type_embeddings.weight",)),
+            *layer_rules("embedding_norm", f"{embeddings}.LayerNorm", bias=True),
+        ]
+        for layer in range(model.num_layers):
+            here, there = f"blocks.{layer}", f"bert.encoder.layer.{layer}"
+            parts = [f"{there}.attention.self.{part}" for part in ("query", "key", "value")]
+            rules += layer_rules(f"{here}.attention_norm", f"{there}.attention.output.LayerNorm", bias=True)
+            rules += layer_rules(f"{here}.attention.qkv", parts, bias=True, form=qkv, bias_form=qkv)
+            rules += layer_rules(f"{here}.attention.projection", f"{there}.attention.output.dense", bias=True)
+            rules += layer_rules(f"{here}.mlp_norm", f"{there}.output.LayerNorm", bias=True)
+            rules += layer_rules(f"{here}.mlp.up", f"{there}.intermediate.dense", bias=True)
+            rules += layer_rules(f"{here}.mlp.down", f"{there}.output.dense", bias=True)
+        # Untied, the library has two biases and computes with the decoder's.
+        bias = f"{_HEAD}.bias" if model.tie_embeddings else _DECODER_BIAS
+        rules += [
+            Rule("masked_lm.weight", (f"{_HEAD}.transform.dense.weight",)),
+            Rule("masked_lm.dense_bias", (f"{_HEAD}.transform.dense.bias",)),
+            Rule("masked_lm.bias", (bias,)),
+            *layer_rules("masked_lm.norm", f"{_HEAD}.transform.LayerNorm", bias=True),
+        ]
+        if not model.tie_embeddings:
+            rules.append(Rule("head.weight", (f"{_HEAD}.decoder.weight",)))
+        return rules
+
+    def duplicates(self, model: Model) -> dict[str, str]:
+        """See the base class."""
+        if not model.tie_embeddings:
+            return {}
+        word_embedding = self.prefix + self.word_embedding
+        return {_DECODER_BIAS: f"{_HEAD}.bias", f"{_HEAD}.decoder.weight": word_embedding}
+
+    def stand_ins(self, model: Model) -> dict[str, str]:
+        """See the base class. Version 4 of the library had one bias of two names, tied or not."""
+        return {} if model.tie_embeddings else {f"{_HEAD}.bias": _DECODER_BIAS}
+
+    def copies(self, model: Model) -> dict[str, str]:
+        """The library ties the bias to its second name only where it ties the embedding too, and wants both."""
+        return {} if model.tie_embeddings else {f"{_HEAD}.bias": _DECODER_BIAS}

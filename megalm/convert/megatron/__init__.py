@@ -1,0 +1,1 @@
+"""Megatron-LM's checkpoints in the classic layout of one file per rank: read and written."""

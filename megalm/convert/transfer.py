@@ -1,0 +1,123 @@
+"""Tensors on their way from one format to another: cast, checked, counted, and few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+from threading import Condition, Lock
+
+import torch
+from torch import Tensor
+
+from megalm.convert.checks import is_finite
+from megalm.convert.weights import WeightSource, full_shapes
+from megalm.core.dtype import DTYPE_NAMES
+from megalm.errors import CheckpointError
+
+Progress = Callable[[int], object]
+"""Called with the bytes that have passed since the last call."""
+
+
+class Transfer(WeightSource):
+    """A source as a target sees it. Safe to use from several threads.
+
+    Args:
+        source: what is converted.
+        dtype: what its weights are cast to.
+        progress: hears of each tensor when it passes for the first time.
+    """
+
+    def __init__(self, source: WeightSource, dtype: torch.dtype, *, progress: Progress = lambda _: None) -> None:
+        self.info = replace(source.info, dtype=dtype)
+        self.shapes = full_shapes(source.info.model)
+        self.warnings: list[str] = []
+        self.progress = progress
+        self._source = source
+        self._budget = _Budget(max(map(self.nbytes, self.shapes)))
+        self._seen: set[str] = set()
+        self._lock = Lock()
+        self._called_off = False
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(self.nbytes, self.shapes))
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of one tensor, in the longer of its two dtypes."""
+        return prod(self.shapes[name]) * max(self.info.dtype.itemsize, 4)
+
+    def call_off(self) -> None:
+        """Let every thread that asks for a tensor fail."""
+        self._called_off = True
+        self._budget.call_off()
+
+    def is_called_off(self) -> bool:
+        """Whether nobody wants the result any more."""
+        return self._called_off
+
+    def read(self, name: str) -> Tensor:
+        """One full tensor, cast; the first time, it is counted and a warning noted where it is not finite."""
+        if self._called_off:
+            raise CheckpointError("called off")
+        tensor = self._source.read(name)
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise CheckpointError(f"{name}: shape {list(tensor.shape)}, expected {list(self.shapes[name])}")
+        cast = tensor.to(self.info.dtype)
+        with self._lock:
+            is_new = name not in self._seen
+            self._seen.add(name)
+        if is_new:
+            if not is_finite(cast):
+                self._warn(name, was_finite=is_finite(tensor))
+            self.progress(self.nbytes(name))
+        return cast
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[Tensor]:
+        """One full tensor, as :meth:`read`; what is held at any time is at most as large as the largest tensor."""
+        with self._budget.take(self.nbytes(name)):
+            yield self.read(name)
+
+    def close(self) -> None:
+        """Close the source."""
+        self._source.close()
+
+    def _warn(self, name: str, *, was_finite: bool) -> None:
+        dtype = DTYPE_NAMES[self.info.dtype]
+        text = f"{name}: holds numbers too large for {dtype}" if was_finite else f"{name}: holds NaN or infinity"
+        with self._lock:
+            self.warnings.append(text)
+
+
+class _Budget:
+    """Bytes that several threads share; a thread waits until there are enough."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = self._limit = limit
+        self._changed = Condition()
+        self._called_off = False
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        """Hold ``size`` bytes, or all there are where that is less."""
+        size = min(size, self._limit)
+        with self._changed:
+            self._changed.wait_for(lambda: self._called_off or self._left >= size)
+            if self._called_off:
+                raise CheckpointError("called off")
+            self._left -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += size
+                self._changed.notify_all()
+
+    def call_off(self) -> None:
+        """Wake those who wait, in vain."""
+        with self._changed:
+            self._called_off = True
+            self._changed.notify_all()

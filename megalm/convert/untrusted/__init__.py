@@ -1,0 +1,1 @@
+"""Files that somebody else wrote, read without running anything in them."""

@@ -1,0 +1,1 @@
+"""Self-attention, whole or split over heads and over the sequence."""

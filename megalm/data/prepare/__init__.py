@@ -1,0 +1,1 @@
+"""Corpora ▶ token shards: reading, cleaning, tokenising, packing, and the data card. No torch."""

@@ -1,0 +1,1 @@
+"""The format of prepared datasets: written, read, checked, wherever the files lie. No torch."""

@@ -1,0 +1,260 @@
+"""The data ledger: which documents a step saw, and which steps saw a document. From integers alone: nothing is logged.
+
+The order of a run is a pure function that can be turned round, and each shard names its documents; so a question costs
+a few lookups, however long the run is and however large the data are. No torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+
+from megalm.data.shards.read import TokenShards
+from megalm.data.stream.batch_size import BatchSize
+from megalm.data.stream.order import BlendedOrder
+from megalm.data.stream.sequences import Corpora
+from megalm.errors import DataError
+
+
+@dataclass(frozen=True)
+class DocumentSpan:
+    """A document, or the piece of one that was packed apart.
+
+    Attributes:
+        name: where it is from.
+        start: its first token, counted over the split.
+        tokens: how many it has.
+    """
+
+    name: str
+    start: int
+    tokens: int
+
+    @property
+    def end(self) -> int:
+        """The token after its last."""
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """What one sample was read from.
+
+    Attributes:
+        sample: its number in the run.
+        dataset: where the dataset is.
+        epoch: how often the dataset had been read before.
+        sequence: number of the sequence in the split.
+        shard: the tar file.
+        chunk: number of the chunk in the shard.
+        start: its first token, counted over the split.
+        documents: the documents in it, in order.
+    """
+
+    sample: int
+    dataset: str
+    epoch: int
+    sequence: int
+    shard: str
+    chunk: int
+    start: int
+    documents: tuple[DocumentSpan, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A step that saw a document.
+
+    Attributes:
+        step: number of the step.
+        sample: number of the sample in the run.
+        dataset: where the dataset is.
+        epoch: how often the dataset had been read before.
+        document: what was seen.
+        first: first token of the document that the sample held.
+        last: last one.
+    """
+
+    step: int
+    sample: int
+    dataset: str
+    epoch: int
+    document: DocumentSpan
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which samples a step took: as recorded, and from there on as the config plans.
+
+    Attributes:
+        recorded: samples taken by the end of the steps on record, one after the other.
+        planned: the batch size of the steps after that.
+        earlier_steps: steps that came before the first on record, of a run that went on from another's checkpoint.
+        earlier_samples: samples that those steps took.
+    """
+
+    recorded: Sequence[int]
+    planned: BatchSize
+    earlier_steps: int = 0
+    earlier_samples: int = 0
+
+    @property
+    def last(self) -> int:
+        """The last step on record; 0: none has been taken."""
+        return self.earlier_steps + len(self.recorded)
+
+    @property
+    def samples(self) -> int:
+        """Samples taken by the end of it."""
+        return self.recorded[-1] if self.recorded else self.earlier_samples
+
+    def samples_of(self, step: int) -> range:
+        """The samples of a step, which counts from 1.
+
+        Raises:
+            DataError: the step came before those on record, and its batch size may have been another.
+        """
+        if step <= self.earlier_steps:
+            raise DataError(
+                f"--step {step}: the record of this run begins with step {self.earlier_steps + 1}; ask in the folder "
+                "of the run that it went on from"
+            )
+        if step <= self.last:
+            number = step - self.earlier_steps - 1
+            return range(self.recorded[number - 1] if number else self.earlier_samples, self.recorded[number])
+        start = self.samples
+        for left in range(step - self.last - 1, 0, -1):
+            size = self.planned.at(start)
+            if size == self.planned.final:  # which it stays
+                start += left * size
+                break
+            start += size
+        return range(start, start + self.planned.at(start))
+
+    def step_of(self, sample: int) -> int:
+        """The step that took a sample that a step on record took."""
+        return self.earlier_steps + bisect.bisect_right(self.recorded, sample) + 1
+
+
+class Ledger:
+    """Answers questions about one phase of a run.
+
+    Args:
+        corpora: the training splits.
+        order: of the phase.
+        start: samples taken before the phase began.
+        end: samples taken when it ended, or so far.
+        steps: which samples the steps took.
+    """
+
+    def __init__(self, corpora: Corpora, order: BlendedOrder, *, start: int, end: int, steps: Steps) -> None:
+        self._corpora = corpora
+        self._order = order
+        self._start, self._end = start, end
+        self._steps = steps
+        self._documents = lru_cache(maxsize=64)(self._read_documents)
+
+    def sources_of_step(self, step: int) -> Iterator[SampleSource]:
+        """What a step, which counts from 1, saw or will see."""
+        for sample in self._steps.samples_of(step):
+            yield self.source_of_sample(sample)
+
+    def source_of_sample(self, sample: int) -> SampleSource:
+        """What a sample was or will be read from."""
+        corpus, epoch, sequence = (int(part[0]) for part in self._order(sample - self._start))
+        shards = self._corpora.shards[corpus]
+        start = sequence * shards.sequence_length
+        shard, chunk = divmod(start // shards.index.chunk_tokens, shards.index.chunks_per_shard)
+        stop = min(start + shards.sequence_length + 1, shards.index.tokens)
+        return SampleSource(
+            sample=sample,
+            dataset=shards.store.location,
+            epoch=epoch,
+            sequence=sequence,
+            shard=shards.index.shard(shard).name,
+            chunk=chunk,
+            start=start,
+            documents=tuple(self._overlapping(corpus, start, stop)),
+        )
+
+    def readings_of_document(self, name: str) -> list[Reading]:
+        """The steps so far that saw a document, in order.
+
+        Raises:
+            DataError: no dataset has a document of that name.
+        """
+        found = [(c, d) for c in range(len(self._corpora.shards)) for d in self._all_documents(c) if d.name == name]
+        if not found:
+            raise DataError(self._no_such_document(name))
+        readings = [reading for corpus, document in found for reading in self._readings(corpus, document)]
+        return sorted(readings, key=lambda reading: reading.sample)
+
+    def _readings(self, corpus: int, document: DocumentSpan) -> Iterator[Reading]:
+        shards = self._corpora.shards[corpus]
+        length = shards.sequence_length
+        first, last = max(document.start - 1, 0) // length, (document.end - 1) // length
+        epochs = int(self._order.epochs_after(self._end - self._start)[corpus]) + 2
+        for sequence in range(first, min(last, len(shards) - 1) + 1):
+            for epoch in range(epochs):
+                sample = int(self._order.sample_of(corpus, epoch, sequence)[0]) + self._start
+                if not self._steps.earlier_samples <= sample < self._end:
+                    continue
+                yield Reading(
+                    step=self._steps.step_of(sample),
+                    sample=sample,
+                    dataset=shards.store.location,
+                    epoch=epoch,
+                    document=document,
+                    first=max(sequence * length - document.start, 0),
+                    last=min((sequence + 1) * length, document.end - 1) - document.start,
+                )
+
+    def _overlapping(self, corpus: int, start: int, stop: int) -> list[DocumentSpan]:
+        """Documents that have a token in a range of a split."""
+        shards = self._corpora.shards[corpus]
+        tokens_per_shard = shards.index.chunk_tokens * shards.index.chunks_per_shard
+        number = start // tokens_per_shard
+        documents = list(self._documents(corpus, number))
+        while number and (not documents or documents[0].start > start):  # one that began in an earlier shard goes on
+            number -= 1
+            documents = [*self._documents(corpus, number)[-1:], *documents]
+        after = (stop - 1) // tokens_per_shard
+        if after > start // tokens_per_shard and after < shards.index.num_shards:
+            documents += self._documents(corpus, after)
+        return [document for document in documents if document.start < stop and document.end > start]
+
+    def _all_documents(self, corpus: int) -> Iterator[DocumentSpan]:
+        for number in range(self._corpora.shards[corpus].index.num_shards):
+            yield from self._read_documents(corpus, number)
+
+    def _read_documents(self, corpus: int, number: int) -> tuple[DocumentSpan, ...]:
+        """Documents that begin in a shard."""
+        return tuple(read_documents(self._corpora.shards[corpus], number))
+
+    def _no_such_document(self, name: str) -> str:
+        names = [document.name for c in range(len(self._corpora.shards)) for document in self._all_documents(c)]
+        close = [other for other in names if name in other][:3] or get_close_matches(name, names, n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        return f"--document {name}: none of the {len(names):,} documents has that name{hint}"
+
+
+def read_documents(shards: TokenShards, number: int) -> Iterator[DocumentSpan]:
+    """Documents that begin in a shard.
+
+    Raises:
+        DataError: the file that names them is missing or damaged.
+    """
+    name = shards.index.shard(number).documents_name
+    data = shards.store.read(name)
+    try:
+        for line in data.decode("utf-8").split("\n"):  # not splitlines: a name may hold U+2028
+            if line:
+                yield DocumentSpan(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{shards.store.path_of(name)}: damaged ({error}); copy the file again") from None

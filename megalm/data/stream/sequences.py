@@ -1,0 +1,126 @@
+"""Sequences of one or more corpora as rows of arrays. No torch.
+
+Shapes: B rows, S sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalm.data.shards.index import check_marks
+from megalm.data.shards.read import TokenShards
+from megalm.data.shards.store import Store
+from megalm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is read of some sequences.
+
+    Attributes:
+        tokens: [B, S + 1] int64.
+        mask: [B, S + 1], 1 where a token carries loss; None: everywhere.
+        valid: [B], labels of each row that are no padding.
+    """
+
+    tokens: NDArray[np.int64]
+    mask: NDArray[np.uint8] | None
+    valid: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """One split of each dataset that a run reads, all with the same tokenizer and sequence length.
+
+    Attributes:
+        shards: of each dataset.
+    """
+
+    shards: tuple[TokenShards, ...]
+
+    @classmethod
+    def open(cls, splits: Sequence[Store], sequence_length: int) -> Corpora:
+        """Open a split of each dataset.
+
+        Raises:
+            DataError: one is missing or incomplete, or their tokenizers differ.
+        """
+        shards = tuple(TokenShards(split, sequence_length) for split in splits)
+        first = shards[0]
+        for other in shards[1:]:
+            if other.index.tokenizer_sha256 != first.index.tokenizer_sha256:
+                raise DataError(
+                    f"data.path: {first.store.location} and {other.store.location} were made by different tokenizers; "
+                    "prepare one of them again with the tokenizer.json of the other"
+                )
+            check_marks({each.store.location: each.index.marks for each in (first, other)})
+        return cls(shards)
+
+    @property
+    def sequence_length(self) -> int:
+        """S."""
+        return self.shards[0].sequence_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.shards[0].index.vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        """Ends every document."""
+        return self.shards[0].index.eos_id
+
+    @cached_property
+    def masked(self) -> bool:
+        """Whether some corpus has a loss mask."""
+        return any(each.index.masked for each in self.shards)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Sequences of each corpus."""
+        return tuple(len(each) for each in self.shards)
+
+    def read(self, corpus: NDArray[np.int64], sequences: NDArray[np.int64]) -> Rows:
+        """Read sequences, each of a corpus: [B] and [B].
+
+        Raises:
+            DataError: a shard is corrupt or gone.
+        """
+        shape = (sequences.size, self.sequence_length + 1)
+        tokens = np.empty(shape, dtype=np.int64)
+        mask = np.empty(shape, dtype=np.uint8) if self.masked else None
+        valid = np.empty(sequences.size, dtype=np.int64)
+        for number, shards in enumerate(self.shards):
+            rows: Any = slice(None) if len(self.shards) == 1 else np.flatnonzero(corpus == number)
+            own = sequences[rows]
+            valid[rows] = shards.valid(own)
+            if isinstance(rows, slice):
+                shards.read(own, tokens, mask)
+                continue
+            own_tokens = np.empty((own.size, shape[1]), dtype=np.int64)
+            own_mask = None if mask is None else np.empty((own.size, shape[1]), dtype=np.uint8)
+            shards.read(own, own_tokens, own_mask)
+            tokens[rows] = own_tokens
+            if mask is not None and own_mask is not None:
+                mask[rows] = own_mask
+        return Rows(tokens, mask, valid)
+
+    def first(self, samples: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(corpus, sequence) of the first sequences in file order, of each corpus in proportion to its size.
+
+        Args:
+            samples: how many, over all corpora; None: all.
+        """
+        total = sum(self.sizes)
+        wanted = total if samples is None else min(samples, total)
+        ends = [-(-wanted * end // total) for end in np.cumsum(self.sizes).tolist()]
+        counts = np.diff([0, *ends])
+        corpus = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        return corpus, np.concatenate([np.arange(count, dtype=np.int64) for count in counts])

@@ -1,0 +1,1 @@
+"""Tokenizers, what their tokens are for, chat templates, and how they are trained. No torch."""

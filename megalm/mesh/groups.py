@@ -1,0 +1,146 @@
+"""The process groups of one rank, made once and passed explicitly; there is no global parallel state.
+
+Every layer takes the :class:`Group` it communicates over as an argument, so a layer can be built and tested with any
+degree, and a reader sees from a constructor call which axis it works on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megalm.mesh.topology import Coordinates, Topology
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate with each other along one or more axes of the mesh.
+
+    Attributes:
+        ranks: global ranks of the members, ascending.
+        index: position of this rank among them.
+        handle: the torch process group; None outside ``torch.distributed``, where every group has one member.
+    """
+
+    ranks: tuple[int, ...]
+    index: int
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of members: the parallel degree."""
+        return len(self.ranks)
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Reduce ``tensor`` over the members, in place; returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op, group=self.handle)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Copy member ``source``'s tensor to all members, in place; returns it."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=self.ranks[source], group=self.handle)
+        return tensor
+
+
+ALONE = Group(ranks=(0,), index=0)
+"""The group of a process that has no peers."""
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """This rank's place on the mesh, its device and its groups.
+
+    Attributes:
+        topology: the degrees.
+        rank: global rank.
+        device: where parameters and activations live.
+        tp: tensor-parallel group.
+        pp: pipeline group; its index is the pipeline rank.
+        cp: context-parallel group; its index says which part of each sequence this rank holds.
+        data: data-parallel group (dp × cp): ranks that hold the same weights and see different tokens.
+        model: tp × pp: ranks that together hold one copy of the weights.
+        world: all ranks.
+        tied: every holder of this rank's slice of a tied embedding (first and last stage, all of dp × cp); this rank
+            alone where no other stage holds a copy.
+    """
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    tp: Group
+    pp: Group
+    cp: Group
+    data: Group
+    model: Group
+    world: Group
+    tied: Group
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
+        """One process that holds the whole model."""
+        return cls(
+            topology=Topology(),
+            rank=0,
+            device=torch.device(device),
+            tp=ALONE,
+            pp=ALONE,
+            cp=ALONE,
+            data=ALONE,
+            model=ALONE,
+            world=ALONE,
+            tied=ALONE,
+        )
+
+    @classmethod
+    def create(cls, topology: Topology, device: torch.device | str = "cpu") -> ParallelContext:
+        """Make this rank's groups; collective over all ranks of an initialised ``torch.distributed``."""
+        rank = dist.get_rank()
+        if dist.get_world_size() != topology.world_size:
+            raise ValueError(f"{dist.get_world_size()} ranks started, the layout needs {topology.world_size}")
+
+        def along(*axes: str) -> Group:
+            return _make_group(topology.group_of(rank, *axes), rank)
+
+        # Every rank makes the same number of groups in the same order: torch names a locally synchronised group by the
+        # number that its members made before. A rank without a tied copy is therefore alone in a group of its own.
+        tp, pp, cp = along("tp"), along("pp"), along("cp")
+        data, model = along("dp", "cp"), along("pp", "tp")
+        holders = [ranks for ranks in topology.tied_groups() if rank in ranks and topology.pp > 1]
+        tied = _make_group(holders[0] if holders else (rank,), rank)
+        for group in (pp, cp):
+            # NCCL wants every member in the first call on a group, and a pipeline's or a ring's first transfers are
+            # between two of them.
+            group.all_reduce(torch.zeros(1, device=device))
+        world = Group(tuple(range(topology.world_size)), rank, dist.group.WORLD)
+        return cls(
+            topology=topology,
+            rank=rank,
+            device=torch.device(device),
+            tp=tp,
+            pp=pp,
+            cp=cp,
+            data=data,
+            model=model,
+            world=world,
+            tied=tied,
+        )
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Place on the mesh."""
+        return self.topology.coordinates(self.rank)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Stages that this rank runs."""
+        return self.topology.stages_of(self.coordinates.pp)
+
+
+def _make_group(ranks: tuple[int, ...], rank: int) -> Group:
+    """A group of its own for ``ranks``; only the members take part, which keeps start-up flat in the world size."""
+    handle = dist.new_group(list(ranks), use_local_synchronization=True)
+    return Group(ranks=ranks, index=ranks.index(rank), handle=handle)

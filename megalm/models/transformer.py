@@ -1,0 +1,331 @@
+"""A decoder-only Transformer (GPT, Radford et al. 2019) or an encoder (BERT, Devlin et al. 2019), whole or the stages
+of it that one pipeline rank runs.
+
+Shapes: B batch, S sequence (this rank's share under context parallelism), H hidden, V vocabulary, T tensor-parallel
+degree. Between stages an activation is [B, S, H], or [B, S/T, H] under sequence parallelism.
+
+Every layout uses this one class with parts left out, so a parameter has the same name on all of them. A tied embedding
+is present, under its one name, on the ranks of the first and of the last stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalm.config.schema import Config, Engine, Model, Objective
+from megalm.core.attention.context_parallel import ContextParallel
+from megalm.core.block import BLOCKS
+from megalm.core.dropout import Dropout
+from megalm.core.embedding import VocabParallelEmbedding
+from megalm.core.loss import output_loss, output_metrics
+from megalm.core.masked_lm_head import MaskedLMHead
+from megalm.core.norm import make_norm
+from megalm.core.pipeline.schedule import splits_backward
+from megalm.core.place import Place
+from megalm.core.position import LearnedPosition, RotaryPosition
+from megalm.core.random import initialise
+from megalm.core.recompute import Recompute
+from megalm.core.sharding import declared_parameters
+from megalm.core.tensor_parallel import TensorParallel
+from megalm.core.token_type import TokenTypeEmbedding
+from megalm.core.weight_gradients import WeightGradients
+from megalm.mesh.groups import ParallelContext
+from megalm.models.balance import split_layers
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the stages of one micro-batch read: one context-parallel rank's share of each sequence.
+
+    Attributes:
+        tokens: input ids, [B, S] int64.
+        labels: target ids, [B, S] int64.
+        loss_weight: factor of each token's loss, [B, S] fp32: the mask times the run's normalisation.
+        place: where the tokens lie in their sequences; None: whole sequences from their start, without dropout.
+        token_types: rows of the token-type embedding, [B, S] int64; None: all of type 0.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_weight: Tensor
+    place: Place | None = None
+    token_types: Tensor | None = None
+
+    def share_of(self, cp: ContextParallel) -> MicroBatch:
+        """The part of whole sequences that a context-parallel rank holds."""
+        positions = cp.positions(self.tokens.shape[1], self.tokens.device)
+        samples = None if self.place is None else self.place.samples
+        documents = None if self.place is None else self.place.documents
+        return MicroBatch(
+            self.tokens[:, positions],
+            self.labels[:, positions],
+            self.loss_weight[:, positions],
+            Place(positions, samples, None if documents is None else documents.share(positions)),
+            None if self.token_types is None else self.token_types[:, positions],
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The stages that one pipeline rank runs.
+
+    Attributes:
+        stages: number of a stage ▶ its blocks, by their numbers in the whole model.
+        num_stages: stages of the whole pipeline.
+    """
+
+    stages: dict[int, range]
+    num_stages: int
+
+    @property
+    def has_first(self) -> bool:
+        """Whether tokens are embedded here."""
+        return 0 in self.stages
+
+    @property
+    def has_last(self) -> bool:
+        """Whether logits and loss are computed here."""
+        return self.num_stages - 1 in self.stages
+
+
+class Transformer(nn.Module):
+    """The embedding, blocks and head of the stages that a rank runs.
+
+    Args:
+        model: architecture.
+        vocab_size: true vocabulary, without padding.
+        part: which stages these are.
+        tp: how weights and activations are split over tensor-parallel ranks.
+        cp: how sequences are split over context-parallel ranks.
+        engine: recomputation, compilation and chunking of the loss.
+        objective: weight of the z-loss.
+        seed: of dropout masks.
+        device: where parameters are made.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        vocab_size: int,
+        *,
+        part: Part,
+        tp: TensorParallel,
+        cp: ContextParallel,
+        engine: Engine,
+        objective: Objective,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.part, self.tp, self.cp = part, tp, cp
+        self.tied = model.tie_embeddings
+        self.recompute = Recompute(engine.recompute, engine.recompute_every)
+        self.loss_chunk_tokens, self.z_loss = engine.loss_chunk_tokens, objective.z_loss
+
+        def embedding() -> VocabParallelEmbedding:
+            return VocabParallelEmbedding(vocab_size, model.hidden_size, tp=tp, std=model.init_std)
+
+        rotary = None
+        if model.position == "rotary":
+            rotary = RotaryPosition(model, device=device)
+        with device:
+            self.embedding = embedding() if part.has_first or (part.has_last and self.tied) else None
+            self.position = self.token_type = self.embedding_norm = None
+            hidden, std, partial = model.hidden_size, model.init_std, tp.splits_sequence
+            if part.has_first and model.position == "learned":
+                self.position = LearnedPosition(model.sequence_length, hidden, std=std, partial=partial)
+            if part.has_first and model.token_types:
+                self.token_type = TokenTypeEmbedding(model.token_types, hidden, std=std, partial=partial)
+            if part.has_first and model.embedding_norm:
+                self.embedding_norm = make_norm(model, tp)
+            self.embedding_dropout = Dropout(model.dropout, seed=seed, layer=-1, site="embedding")
+            self.blocks = nn.ModuleDict(
+                {
+                    str(layer): BLOCKS[model.residual](
+                        model,
+                        layer,
+                        tp=tp,
+                        cp=cp,
+                        rotary=rotary,
+                        seed=seed,
+                        recompute_core=self.recompute.core(index),
+                    )
+                    for layers in part.stages.values()
+                    for index, layer in enumerate(layers)
+                }
+            )
+            if engine.compile:
+                # Blocks that differ in their weights alone share one compiled graph.
+                for block in self.blocks.values():
+                    block.compile(dynamic=False)
+            # A post-norm block ends with a norm already.
+            has_final_norm = part.has_last and model.residual != "post_norm"
+            self.final_norm = make_norm(model, tp) if has_final_norm else None
+            has_transform = part.has_last and model.head == "masked_lm"
+            self.masked_lm = MaskedLMHead(model, vocab_size, tp=tp) if has_transform else None
+            self.head = embedding() if part.has_last and not self.tied else None
+
+    def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
+        """Token ids [B, S] ▶ logits [B, S, V]; for a part that is the whole model on one rank."""
+        hidden: Tensor | None = None
+        micro_batch = MicroBatch(tokens, tokens, tokens, place)
+        for stage in self.part.stages:
+            hidden = self._blocks(stage, hidden, micro_batch)
+        assert hidden is not None
+        return self.output_embedding.logits(self._last_vectors(hidden), self._output_bias)
+
+    def run(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        """One stage as the pipeline runner calls it.
+
+        Args:
+            stage: number of the stage in the whole pipeline.
+            hidden: what the stage before gave, [B, S/T, H] under sequence parallelism, else [B, S, H]; None on the
+                first stage.
+            micro_batch: this micro-batch's tokens, labels and places.
+
+        Returns:
+            The same shape for the next stage. On the last stage, in training the terms of the objective, [1]: the
+            weighted sum of token losses, in nats; or [2], with the z-loss. In evaluation, [2]: the weighted sums of
+            token losses and of labels that have the largest logit.
+        """
+        x = self._blocks(stage, hidden, micro_batch)
+        if stage != self.part.num_stages - 1:
+            return x
+        ends = (self._last_vectors(x), self.output_embedding, micro_batch.labels, micro_batch.loss_weight)
+        if not self.training:
+            return output_metrics(*ends, chunk_tokens=self.loss_chunk_tokens, bias=self._output_bias)
+        return output_loss(*ends, chunk_tokens=self.loss_chunk_tokens, z_loss=self.z_loss, bias=self._output_bias)
+
+    def _blocks(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        place = micro_batch.place
+        if place is None:
+            place = Place.from_start(micro_batch.tokens.shape[1], micro_batch.tokens.device)
+        x = self._embed(micro_batch, place) if hidden is None else hidden
+        for index, layer in enumerate(self.part.stages[stage]):
+            x = self.recompute.run(index, self.blocks[str(layer)], x, place)
+        return x
+
+    def _last_vectors(self, x: Tensor) -> Tensor:
+        """What logits are computed of."""
+        x = x if self.final_norm is None else self.final_norm(x)
+        return x if self.masked_lm is None else self.masked_lm(x)
+
+    @property
+    def _output_bias(self) -> nn.Parameter | None:
+        return None if self.masked_lm is None else self.masked_lm.bias
+
+    def _embed(self, micro_batch: MicroBatch, place: Place) -> Tensor:
+        """[B, S] ▶ [B, S, H], or [B, S/T, H] under sequence parallelism."""
+        assert self.embedding is not None
+        x: Tensor = self.embedding(micro_batch.tokens)
+        positions = self.tp.own_tokens(place.positions)
+        if self.position is not None:
+            x = x + self.position(self._own_part(place.within_documents))
+        if self.token_type is not None:
+            types = micro_batch.token_types
+            types = torch.zeros_like(micro_batch.tokens) if types is None else types
+            x = x + self.token_type(self._own_part(types))
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        embedded: Tensor = self.embedding_dropout(x, place, positions)
+        return embedded
+
+    def _own_part(self, per_token: Tensor) -> Tensor:
+        """[S] or [B, S] of all tokens ▶ those of this rank under sequence parallelism."""
+        return self.tp.own_tokens(per_token.T).T if per_token.ndim == 2 else self.tp.own_tokens(per_token)
+
+    @property
+    def output_embedding(self) -> VocabParallelEmbedding:
+        """The rows that logits are computed with."""
+        rows = self.embedding if self.tied else self.head
+        assert rows is not None, "only the last stage computes logits"
+        return rows
+
+    def unique_parameters(self) -> int:
+        """Elements that this rank alone stands for: padding, replicas and the second tied copy left out."""
+        return sum(
+            p.parameter.numel()
+            // max(p.parameter.shape[p.shard.dim or 0], 1)
+            * (p.shard.local_size if p.shard.is_sharded else p.parameter.shape[0])
+            for p in declared_parameters(self)
+            if (p.shard.is_sharded or self.tp.group.index == 0) and p.parameter is not self.second_tied_copy
+        )
+
+    def stage_of_parameters(self) -> dict[nn.Parameter, int]:
+        """The stage whose backward gives a parameter's gradient; where two do (tied, on one rank), the earlier one.
+
+        The earlier stage's backward comes later, so its gradient completes the sum.
+        """
+        first, last = min(self.part.stages), max(self.part.stages)
+        stages = dict.fromkeys(self.parameters(), last)
+        for module in (self.embedding, self.position, self.token_type, self.embedding_norm):
+            if module is not None and self.part.has_first:
+                stages |= dict.fromkeys(module.parameters(), first)
+        for stage, layers in self.part.stages.items():
+            for layer in layers:
+                stages |= dict.fromkeys(self.blocks[str(layer)].parameters(), stage)
+        return stages
+
+    def vocabulary_parameters(self) -> list[nn.Parameter]:
+        """Those that have a row per word: the embedding, an output projection of its own, and BERT's bias per word."""
+        modules = (self.embedding, self.head)
+        weights = [module.weight for module in modules if module is not None]
+        return weights if self.masked_lm is None else [*weights, self.masked_lm.bias]
+
+    @property
+    def second_tied_copy(self) -> nn.Parameter | None:
+        """The last stage's copy of a tied embedding that another rank's first stage owns; None where there is none."""
+        if self.tied and self.embedding is not None and not self.part.has_first:
+            return self.embedding.weight
+        return None
+
+    @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """A weight of which another pipeline rank holds a copy; None where there is none."""
+        if self.tied and self.embedding is not None and self.part.has_first != self.part.has_last:
+            return self.embedding.weight
+        return None
+
+
+def build_transformer(config: Config, vocab_size: int, *, context: ParallelContext, dtype: torch.dtype) -> Transformer:
+    """This rank's part of the model with its initial weights, in ``dtype`` on the context's device."""
+    layers = split_layers(config, vocab_size)
+    model = Transformer(
+        config.model,
+        vocab_size,
+        part=Part({stage: layers[stage] for stage in context.stages}, context.topology.num_stages),
+        tp=TensorParallel(
+            context.tp,
+            config.parallel.sequence_parallel,
+            WeightGradients(enabled=splits_backward(config.parallel.schedule)),
+        ),
+        cp=ContextParallel(context.cp, config.parallel.cp_attention),
+        engine=config.engine,
+        objective=config.objective,
+        seed=config.run.seed,
+        device=context.device,
+    ).to(dtype)
+    initialise(model, config.run.seed)
+    return model
+
+
+def build_full_model(
+    model: Model, vocab_size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Transformer:
+    """The whole model in one process: ``model(tokens)`` gives logits [B, S, V]."""
+    whole = Transformer(
+        model,
+        vocab_size,
+        part=Part({0: range(model.num_layers)}, 1),
+        tp=TensorParallel(),
+        cp=ContextParallel(),
+        engine=Engine(),
+        objective=Objective(),
+        seed=seed,
+        device=torch.device(device),
+    ).to(dtype)
+    initialise(whole, seed)
+    return whole

@@ -1,0 +1,312 @@
+"""Everything that can be wrong with a run is found here, before a process starts or a GPU is held. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.manifest import Manifest, read_manifest
+from megalm.config.compose import compose
+from megalm.config.field_rules import Job
+from megalm.config.parse import config_from_dict, config_to_dict
+from megalm.config.rules import violations, world_size_of
+from megalm.config.schema import Config
+from megalm.config.unused import unused_settings
+from megalm.data.shards.dataset import DatasetInfo, inspect_dataset, inspect_datasets, open_datasets, tokenizer_of
+from megalm.data.shards.index import read_index
+from megalm.data.stream.order import BlendedOrder
+from megalm.data.stream.phases import DataState, too_many_epochs
+from megalm.errors import ConfigError, DataError
+from megalm.ownership import Claim, Ownership, owned
+from megalm.plan.hardware import device_violations
+from megalm.runs.changes import changes_since
+from megalm.runs.history import (
+    History,
+    extension_hint,
+    history_of,
+    length_notes,
+    samples_at_end,
+    schedule_lines,
+    schedule_violations,
+    spent_fields,
+)
+from megalm.runs.start import StartMode, StartPoint, resolve_start, run_folder
+from megalm.runs.vocabulary import match_vocabulary
+
+OWNER_LOCK = "owner.lock"
+"""Where a run's folder says who trains in it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that may start.
+
+    Attributes:
+        config: composed once; every rank gets this one.
+        world_size: ranks of the run.
+        notes: what the user should know before the first step.
+        complete: whether all steps have been taken already, so that there is nothing to start.
+        start: what is loaded before the first step; chosen once, so that no rank sees it otherwise.
+        claim: proof that the run's folder is this run's alone; None: nobody else is there to ask.
+    """
+
+    config: Config
+    world_size: int
+    notes: tuple[str, ...] = ()
+    complete: bool = False
+    start: StartPoint = field(default_factory=lambda: StartPoint(StartMode.FRESH))
+    claim: Claim | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return run_folder(self.config)
+
+    def to_json(self) -> str:
+        """Text that :meth:`from_json` reads on another rank."""
+        return json.dumps({**asdict(self), "config": config_to_dict(self.config)}, default=str)  # paths
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that rank 0 sent."""
+        fields: dict[str, Any] = json.loads(text)
+        claim = fields["claim"]
+        return cls(
+            config=config_from_dict(fields["config"]),
+            world_size=fields["world_size"],
+            notes=tuple(fields["notes"]),
+            complete=fields["complete"],
+            start=StartPoint.from_dict(fields["start"]),
+            claim=None if claim is None else Claim(**{**claim, "lock": Path(claim["lock"])}),
+        )
+
+
+@contextmanager
+def owned_plan(
+    overrides: Sequence[str],
+    world_size: int | None = None,
+    *,
+    say: Callable[[str], object],
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Plan, Ownership]]:
+    """As :func:`make_plan`, in a run folder that is this run's alone while the block runs.
+
+    Args:
+        overrides: of the command line.
+        world_size: ranks that a launcher has started; None: as many as the config asks for.
+        say: told why one has to wait for the folder.
+        cancelled: asked while waiting; ends it.
+
+    Raises:
+        ConfigError: as :func:`make_plan`; or another run is in the folder, or it cannot be written.
+    """
+    with ExitStack() as held:
+        ownerships: list[Ownership] = []
+
+        def own(config: Config) -> Claim:
+            folder = run_folder(config)
+            remedy = "wait for it to end, stop it, or choose another run.name"
+            lock = owned(folder / OWNER_LOCK, f"run.name={config.run.name}", remedy, say=say, cancelled=cancelled)
+            try:
+                if folder.is_symlink():  # to another disk, say, where nothing is yet
+                    folder.resolve().mkdir(parents=True, exist_ok=True)
+                ownerships.append(held.enter_context(lock))
+            except OSError as error:
+                raise ConfigError(
+                    f"run.dir={config.run.dir}: {error.filename or folder} cannot be written: "
+                    f"{error.strerror or error}; choose another run.dir or run.name"
+                ) from None
+            return ownerships[0].claim
+
+        plan = make_plan(overrides, world_size, own)
+        yield plan, ownerships[0]
+
+
+def make_plan(
+    overrides: Sequence[str], world_size: int | None = None, own: Callable[[Config], Claim | None] = lambda _: None
+) -> Plan:
+    """Compose a config and check it against the rules, the data and the checkpoint that it would start from.
+
+    Args:
+        overrides: of the command line.
+        world_size: ranks that a launcher has started; None: as many as the config asks for.
+        own: takes the run's folder, before anybody looks how far the run is.
+
+    Raises:
+        ConfigError: every violation there is.
+        DataError: the dataset is missing or broken.
+        CheckpointError: the checkpoint to start from does not load or does not fit.
+    """
+    config = compose(overrides)
+    ranks = world_size_of(config) if world_size is None else world_size
+    check_config(config, ranks)
+    datasets = inspect_datasets(config.data)
+    if problems := [
+        *_compiler_violations(config),
+        *violations(config, ranks, datasets),
+        *_validation_violations(config, datasets),
+    ]:
+        raise ConfigError(problems)
+    claim = own(config)
+    start = match_vocabulary(config, resolve_start(config, run_folder(config)), open_datasets(config.data))
+    complete = start.mode is StartMode.RESUME and not start.is_named and start.step >= config.train.steps
+    if complete:
+        return Plan(config, ranks, start.notes, complete, start, claim)
+    manifest = read_manifest(start.path) if start.path is not None and start.mode is StartMode.RESUME else None
+    history = None if manifest is None else history_of(manifest)
+    problems = [] if history is None else schedule_violations(config, history)
+    problems += _epoch_violations(config, datasets, manifest, history)
+    if problems:
+        raise ConfigError(problems)
+    notes = [
+        *_validation_notes(datasets),
+        *_turn_notes(config),
+        *_what_is_new(config, ranks, manifest, history),
+        *length_notes(config, history),
+    ]
+    notes += unused_settings(Job(config, ranks), is_launched=world_size is not None)
+    return Plan(config, ranks, (*start.notes, *notes), complete, start, claim)
+
+
+def _what_is_new(config: Config, world_size: int, manifest: Manifest | None, history: History | None) -> list[str]:
+    """What of a resumed run is not as it was, one line each."""
+    if manifest is None or history is None:
+        rewarm = config.optim.rewarm_tokens
+        return [] if rewarm is None else [f"optim.rewarm_tokens={rewarm}: not used, as the run begins here"]
+    changes, spent = changes_since(manifest, config, world_size), spent_fields(config, history)
+    if "loss_scale" in manifest.training["engine"]:
+        spent["engine.initial_loss_scale"] = "the loss scale goes on from the checkpoint's"
+    why = {field: f" (no effect: {reason})" for field, reason in spent.items()}
+    lines = [f"changed  {change}{why.get(change.field, '')}" for change in changes]
+    return [*lines, *schedule_lines(config, history)]
+
+
+def _epoch_violations(
+    config: Config, datasets: Sequence[DatasetInfo], manifest: Manifest | None, history: History | None
+) -> list[str]:
+    """Weights that are too small to be drawn, and datasets that the run would read more often than it may.
+
+    What was read counts as it was: the batch, the length and the blend may have been others.
+    """
+    sizes = [dataset.sequences(config.model.sequence_length) for dataset in datasets]
+    try:
+        order = BlendedOrder.of(sizes, config.data.weights, seed=config.run.seed, lanes=config.data.lanes)
+    except ValueError as error:
+        return [f"data.weights={list(config.data.weights)}: {error}"]
+    phase_start, earlier = 0, [Fraction()] * len(datasets)
+    if manifest is not None:
+        state = DataState.from_dict(manifest.data)
+        begins_phase = config.data.phase > state.current.number
+        phase_start = state.consumed_samples if begins_phase else state.current.start
+        past = state if begins_phase else replace(state, consumed_samples=phase_start, phases=state.phases[:-1])
+        earlier = [past.epochs_of(dataset.train_fingerprint, dataset.sequences) for dataset in datasets]
+    samples = samples_at_end(config, history) - phase_start
+    paths = [dataset.location for dataset in datasets]
+    return too_many_epochs(order, paths, config.data.max_epochs, samples, earlier)
+
+
+def _validation_violations(config: Config, datasets: Sequence[DatasetInfo]) -> list[str]:
+    """A validation that is asked for, of datasets that have nothing to validate on."""
+    if any(dataset.val_tokens for dataset in datasets):
+        return []
+    where = " ".join(dataset.location for dataset in datasets)
+    every, keep_best = config.train.validate_every, config.checkpoint.keep_best
+    return [
+        f"{name}={value}: {where} was prepared without validation documents; {name}=0, or data.path=DIR with some "
+        "(tools/prepare_data.py --val-fraction or --val-input)"
+        for name, value in (("train.validate_every", every), ("checkpoint.keep_best", keep_best))
+        if value
+    ]
+
+
+def _validation_notes(datasets: Sequence[DatasetInfo]) -> tuple[str, ...]:
+    without = [dataset.location for dataset in datasets if not dataset.val_tokens]
+    if not without:
+        return ()
+    what = "this run is not validated" if len(without) == len(datasets) else "validation is on the others"
+    return (f"{' '.join(without)}: prepared without validation documents, so {what}",)
+
+
+def _turn_notes(config: Config) -> tuple[str, ...]:
+    """That turns of conversations end like documents, so that attention would be cut within a conversation."""
+    stores = open_datasets(config.data) if config.data.reset_at_documents else ()
+    if not any(read_index(store.below("train")).masked for store in stores):
+        return ()
+    tokenizer = tokenizer_of(stores)
+    if tokenizer.chat is None or tokenizer.chat.turn_end_id != tokenizer.eos_id:
+        return ()
+    return (
+        f"data.reset_at_documents=true: {tokenizer.roles.end} ends each turn of a conversation as well as each "
+        "document, so attention and positions start again after every turn; data prepared with another --eos keep "
+        "conversations whole",
+    )
+
+
+def _compiler_violations(config: Config) -> list[str]:
+    """``torch.compile`` writes C++ (and for a GPU C), which this machine must be able to compile."""
+    compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
+    if not config.engine.compile or any(shutil.which(name) for name in compilers):
+        return []
+    return [
+        "engine.compile=true: this machine has no C++ compiler (g++, c++ or clang++); "
+        "install one, set CXX, or engine.compile=false"
+    ]
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Raise every violation that the config shows on ``world_size`` ranks; its data need not be there.
+
+    Where they are, what they ask for is checked too, and every remedy that is offered fits them.
+    """
+    problems = violations(config, world_size)
+    if datasets := _datasets_here(config):
+        problems = violations(config, world_size, datasets)
+    problems += device_violations(config)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_data(config: Config) -> str:
+    """Whether the datasets of a config can be read and belong together, as far as they are folders of this machine.
+
+    Returns:
+        A line that says what was looked at.
+
+    Raises:
+        ConfigError: they do not fit the config.
+        DataError: one is damaged, or they were made by different tokenizers.
+    """
+    elsewhere = [path for path in config.data.path if not Path(path).is_dir()]
+    if elsewhere:
+        return f"{'data':15}not checked: {', '.join(elsewhere)} is not a folder of this machine"
+    datasets = inspect_datasets(config.data)
+    if problems := _validation_violations(config, datasets):
+        raise ConfigError(problems)
+    tokens = sum(dataset.train_tokens for dataset in datasets)
+    return f"{'data':15}{', '.join(config.data.path)}: {tokens:,} training tokens, all files there"
+
+
+def _datasets_here(config: Config) -> tuple[DatasetInfo, ...]:
+    """The datasets of a config where all are whole folders of this machine; nothing is fetched, nothing is raised."""
+    try:
+        return tuple(inspect_dataset(Path(path)) for path in config.data.path)
+    except (DataError, OSError, ValueError):
+        return ()
+
+
+def completion_lines(plan: Plan) -> list[str]:
+    """What to say of a run that has nothing left to do."""
+    config, step = plan.config, plan.start.step
+    beyond = f", and more: it is at step {step:,}" if step > config.train.steps else ""
+    return [
+        f"run {config.run.name} is complete: all {config.train.steps:,} steps are done{beyond} ({plan.run_dir})",
+        f"to continue it, ask for more: the same command with train.steps={2 * max(step, config.train.steps)}"
+        f"{extension_hint(config)}; to train anew, choose another run.name",
+    ]
