@@ -1,4 +1,4 @@
-"""Trains on one rank; the trainer is built in the one order that works: layout, model, engine, data, start, callbacks."""
+"""Trains on one rank. What is built first: layout, model, engine, data, start point, callbacks; then the loop runs."""
 
 from __future__ import annotations
 
