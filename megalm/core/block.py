@@ -31,8 +31,8 @@ class TransformerBlock(nn.Module):
     Args:
         model: architecture.
         layer: number of this block in the whole model.
-        tp: how weights and activations are split over tensor-parallel ranks.
-        cp: how the sequence is split over context-parallel ranks.
+        tensor_parallel: how weights and activations are split over tensor-parallel ranks.
+        context_parallel: how the sequence is split over context-parallel ranks.
         rotary: rotary positions, shared by all blocks; None where positions are learned.
         seed: of dropout masks.
         recompute_core: whether backward computes the attention core again.
@@ -43,33 +43,33 @@ class TransformerBlock(nn.Module):
         model: Model,
         layer: int,
         *,
-        tp: TensorParallel,
-        cp: ContextParallel,
+        tensor_parallel: TensorParallel,
+        context_parallel: ContextParallel,
         rotary: RotaryPosition | None,
         seed: int,
         recompute_core: bool = False,
     ) -> None:
         super().__init__()
-        self.tp = tp
+        self.tensor_parallel = tensor_parallel
         projection_std = model.init_std / math.sqrt(2 * model.num_layers)
-        self.attention_norm = make_norm(model, tp)
+        self.attention_norm = make_norm(model, tensor_parallel)
         self.attention = SelfAttention(
             model,
             layer,
-            tp=tp,
-            cp=cp,
+            tensor_parallel=tensor_parallel,
+            context_parallel=context_parallel,
             rotary=rotary,
             projection_std=projection_std,
             seed=seed,
             recompute_core=recompute_core,
         )
         self.attention_dropout = Dropout(model.dropout, seed=seed, layer=layer, site="attention")
-        self.mlp_norm = make_norm(model, tp)
+        self.mlp_norm = make_norm(model, tensor_parallel)
         self.mlp = make_mlp(
             model.activation,
             model.hidden_size,
             model.ffn_size,
-            tp=tp,
+            tensor_parallel=tensor_parallel,
             std=model.init_std,
             projection_std=projection_std,
             bias=model.bias,
@@ -82,12 +82,14 @@ class TransformerBlock(nn.Module):
 
     def attend(self, x: Tensor, place: Place) -> Tensor:
         """What attention adds to the stream: [B, S, H] ▶ [B, S, H]."""
-        added: Tensor = self.attention_dropout(self.attention(x, place), place, self.tp.own_tokens(place.positions))
+        added: Tensor = self.attention_dropout(
+            self.attention(x, place), place, self.tensor_parallel.own_tokens(place.positions)
+        )
         return added
 
     def transform(self, x: Tensor, place: Place) -> Tensor:
         """What the network adds to the stream: [B, S, H] ▶ [B, S, H]."""
-        added: Tensor = self.mlp_dropout(self.mlp(x), place, self.tp.own_tokens(place.positions))
+        added: Tensor = self.mlp_dropout(self.mlp(x), place, self.tensor_parallel.own_tokens(place.positions))
         return added
 
 

@@ -18,11 +18,11 @@ from megalm.core.tensor_parallel import TensorParallel
 class VocabParallelEmbedding(ParallelModule):
     """Rows of the vocabulary, split over the group: ids ▶ hidden vectors, and back to logits with the same rows."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, tp: TensorParallel, std: float) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, *, tensor_parallel: TensorParallel, std: float) -> None:
         super().__init__()
-        self.tp = tp
-        self._linear = column_linear(tp)
-        group = tp.group
+        self.tensor_parallel = tensor_parallel
+        self._linear = column_linear(tensor_parallel)
+        group = tensor_parallel.group
         (self.first_token, self.stop_token), padding = padded_range(vocab_size, group.index, group.size)
         shard = ShardSpec((vocab_size, hidden_size), 0, ((self.first_token, self.stop_token),), padding)
         self.weight = self.declare("weight", shard, Init.normal(std))
@@ -37,14 +37,14 @@ class VocabParallelEmbedding(ParallelModule):
 
         Ids outside this rank's rows add zero; the reduction makes them whole.
         """
-        if self.tp.group.size == 1:
+        if self.tensor_parallel.group.size == 1:
             return F.embedding(tokens, self.weight)
         elsewhere = (tokens < self.first_token) | (tokens >= self.stop_token)
         local = (tokens - self.first_token).masked_fill(elsewhere, 0)
         x = F.embedding(local, self.weight).masked_fill_(elsewhere.unsqueeze(-1), 0.0)
-        if self.tp.splits_sequence:
-            return reduce_scatter(x, self.tp.group, SEQUENCE)
-        return reduce_from_group(x, self.tp.group)
+        if self.tensor_parallel.splits_sequence:
+            return reduce_scatter(x, self.tensor_parallel.group, SEQUENCE)
+        return reduce_from_group(x, self.tensor_parallel.group)
 
     def logits(self, x: Tensor, bias: nn.Parameter | None = None) -> Tensor:
         """This rank's columns of the logits, for evaluation: training takes :func:`megalm.core.loss.output_loss`.

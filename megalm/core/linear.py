@@ -67,12 +67,18 @@ class ColumnParallelLinear(ParallelModule):
     """
 
     def __init__(
-        self, in_features: int, out_features: tuple[int, ...], *, tp: TensorParallel, std: float, bias: bool
+        self,
+        in_features: int,
+        out_features: tuple[int, ...],
+        *,
+        tensor_parallel: TensorParallel,
+        std: float,
+        bias: bool,
     ) -> None:
         super().__init__()
-        self.tp = tp
-        self._linear = column_linear(tp)
-        group = tp.group
+        self.tensor_parallel = tensor_parallel
+        self._linear = column_linear(tensor_parallel)
+        group = tensor_parallel.group
         ranges, offset = [], 0
         for size in out_features:
             start, stop = even_range(size, group.index, group.size)
@@ -89,7 +95,7 @@ class ColumnParallelLinear(ParallelModule):
     def extra_repr(self) -> str:
         """Unsharded sizes and the degree."""
         out_features, in_features = self.declarations["weight"].shard.full_shape
-        return f"{in_features} ▶ {out_features}, rows over {self.tp.group.size}"
+        return f"{in_features} ▶ {out_features}, rows over {self.tensor_parallel.group.size}"
 
 
 class RowParallelLinear(ParallelModule):
@@ -99,15 +105,21 @@ class RowParallelLinear(ParallelModule):
     a rank adds it to its own tokens and sees only their part of its gradient.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, tp: TensorParallel, std: float, bias: bool) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, tensor_parallel: TensorParallel, std: float, bias: bool
+    ) -> None:
         super().__init__()
-        self.tp = tp
+        self.tensor_parallel = tensor_parallel
         # Alone, rows and columns are split alike: not at all.
-        self._linear = column_linear(tp) if tp.group.size == 1 else _outside_graphs(_RowLinear, tp)
-        group = tp.group
+        self._linear = (
+            column_linear(tensor_parallel)
+            if tensor_parallel.group.size == 1
+            else _outside_graphs(_RowLinear, tensor_parallel)
+        )
+        group = tensor_parallel.group
         ranges = (even_range(in_features, group.index, group.size),)
         self.weight = self.declare("weight", ShardSpec((out_features, in_features), 1, ranges), Init.normal(std))
-        shard, partial = ShardSpec.replicated(out_features), tp.splits_sequence
+        shard, partial = ShardSpec.replicated(out_features), tensor_parallel.splits_sequence
         self.bias = self.declare("bias", shard, Init.constant(0.0), partial=partial) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,72 +129,78 @@ class RowParallelLinear(ParallelModule):
     def extra_repr(self) -> str:
         """Unsharded sizes and the degree."""
         out_features, in_features = self.declarations["weight"].shard.full_shape
-        return f"{in_features} ▶ {out_features}, columns over {self.tp.group.size}"
+        return f"{in_features} ▶ {out_features}, columns over {self.tensor_parallel.group.size}"
 
 
-def column_linear(tp: TensorParallel) -> Linear:
+def column_linear(tensor_parallel: TensorParallel) -> Linear:
     """``x Wᵀ + b`` with a rank's rows of ``W`` [O/T, I]; shapes as in :meth:`ColumnParallelLinear.forward`."""
-    if tp.group.size == 1 and not tp.weight_gradients.enabled:
+    if tensor_parallel.group.size == 1 and not tensor_parallel.weight_gradients.enabled:
         return F.linear
-    return _outside_graphs(_ColumnLinear, tp)
+    return _outside_graphs(_ColumnLinear, tensor_parallel)
 
 
-def _outside_graphs(function: type[torch.autograd.Function], tp: TensorParallel) -> Linear:
+def _outside_graphs(function: type[torch.autograd.Function], tensor_parallel: TensorParallel) -> Linear:
     """A function that ``torch.compile`` is not to trace.
 
     A traced backward would decide once, when it is compiled, whether it postpones, and would order its collectives
     anew on each rank.
     """
-    return partial(torch.compiler.disable(function.apply), tp)
+    return partial(torch.compiler.disable(function.apply), tensor_parallel)
 
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tp: TensorParallel, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
+    def forward(
+        ctx: Any, tensor_parallel: TensorParallel, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.parameter = tp, weight
-        whole = start_all_gather(x, tp.group, SEQUENCE).wait() if tp.splits_sequence else x
+        ctx.tp, ctx.parameter = tensor_parallel, weight
+        whole = start_all_gather(x, tensor_parallel.group, SEQUENCE).wait() if tensor_parallel.splits_sequence else x
         return F.linear(whole, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        tp, (_, needs_input, needs_weight, needs_bias) = ctx.tp, ctx.needs_input_grad
-        product = _WeightProduct(_Whole(gradient), _Share(x, tp.group) if tp.splits_sequence else _Whole(x))
-        postpones = tp.weight_gradients.postpones
+        tensor_parallel, (_, needs_input, needs_weight, needs_bias) = ctx.tp, ctx.needs_input_grad
+        product = _WeightProduct(
+            _Whole(gradient), _Share(x, tensor_parallel.group) if tensor_parallel.splits_sequence else _Whole(x)
+        )
+        postpones = tensor_parallel.weight_gradients.postpones
         if needs_weight and not postpones:
             product.start()
         reduction: Pending | None = None
         if needs_input:
-            reduction = _start_reduction(gradient @ weight, tp)
-        weight_gradient = _now_or_later(product, ctx.parameter, tp) if needs_weight else None
+            reduction = _start_reduction(gradient @ weight, tensor_parallel)
+        weight_gradient = _now_or_later(product, ctx.parameter, tensor_parallel) if needs_weight else None
         bias_gradient = _bias_gradient(gradient) if needs_bias else None
         return None, None if reduction is None else reduction.wait(), weight_gradient, bias_gradient
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tp: TensorParallel, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
+    def forward(
+        ctx: Any, tensor_parallel: TensorParallel, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.parameter = tp, weight
-        y = _start_reduction(F.linear(x, weight), tp).wait()
+        ctx.tp, ctx.parameter = tensor_parallel, weight
+        y = _start_reduction(F.linear(x, weight), tensor_parallel).wait()
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        tp, (_, needs_input, needs_weight, needs_bias) = ctx.tp, ctx.needs_input_grad
-        postpones = tp.weight_gradients.postpones
-        share = _Share(gradient, tp.group) if tp.splits_sequence else _Whole(gradient)
+        tensor_parallel, (_, needs_input, needs_weight, needs_bias) = ctx.tp, ctx.needs_input_grad
+        postpones = tensor_parallel.weight_gradients.postpones
+        share = _Share(gradient, tensor_parallel.group) if tensor_parallel.splits_sequence else _Whole(gradient)
         share.start()
         bias_gradient = _bias_gradient(gradient) if needs_bias else None
         whole = share.whole()
         input_gradient = whole @ weight if needs_input else None
         # A postponed product keeps the share and gathers it again, so that memory does not grow with what waits.
         product = _WeightProduct(share if postpones else _Whole(whole), _Whole(x))
-        weight_gradient = _now_or_later(product, ctx.parameter, tp) if needs_weight else None
+        weight_gradient = _now_or_later(product, ctx.parameter, tensor_parallel) if needs_weight else None
         return None, input_gradient, weight_gradient, bias_gradient
 
 
@@ -236,15 +254,19 @@ class _WeightProduct:
         return self._gradients.whole().flatten(0, -2).t() @ self._inputs.whole().flatten(0, -2)
 
 
-def _start_reduction(part: Tensor, tp: TensorParallel) -> Pending:
+def _start_reduction(part: Tensor, tensor_parallel: TensorParallel) -> Pending:
     """Parts [B, S, H] ▶ their sum as activations are outside tensor-parallel regions."""
-    return start_reduce_scatter(part, tp.group, SEQUENCE) if tp.splits_sequence else start_all_reduce(part, tp.group)
+    return (
+        start_reduce_scatter(part, tensor_parallel.group, SEQUENCE)
+        if tensor_parallel.splits_sequence
+        else start_all_reduce(part, tensor_parallel.group)
+    )
 
 
-def _now_or_later(product: _WeightProduct, parameter: nn.Parameter, tp: TensorParallel) -> Tensor | None:
-    if not tp.weight_gradients.postpones:
+def _now_or_later(product: _WeightProduct, parameter: nn.Parameter, tensor_parallel: TensorParallel) -> Tensor | None:
+    if not tensor_parallel.weight_gradients.postpones:
         return product()
-    tp.weight_gradients.postpone(parameter, product)
+    tensor_parallel.weight_gradients.postpone(parameter, product)
     return None
 
 

@@ -72,7 +72,7 @@ def output_loss(
         its product with the weighted sum of squared log-partitions (Chowdhery et al. 2022, section 5). Backward
         takes the same gradient for both: what is minimised is their sum.
     """
-    head = _Head(embedding.tp, embedding.first_token, embedding.local_vocab_size, chunk_tokens, z_loss)
+    head = _Head(embedding.tensor_parallel, embedding.first_token, embedding.local_vocab_size, chunk_tokens, z_loss)
     terms: Tensor = _OutputLoss.apply(  # type: ignore[no-untyped-call]
         x, embedding.weight, bias, labels, loss_weight, head, torch.is_grad_enabled()
     )
@@ -95,7 +95,7 @@ def output_metrics(
         [2] in fp64, the same on every rank of the group: the weighted sums of token losses in nats, and of labels that
         have the largest logit; fp32 stops counting at 2²⁴.
     """
-    head = _Head(embedding.tp, embedding.first_token, embedding.local_vocab_size, chunk_tokens, z_loss=0.0)
+    head = _Head(embedding.tensor_parallel, embedding.first_token, embedding.local_vocab_size, chunk_tokens, z_loss=0.0)
     weight = embedding.weight
     totals = torch.zeros(2, dtype=torch.float64, device=x.device)
     for chunk, chunk_labels, chunk_weight in head.chunks(x.flatten(0, 1), labels, loss_weight):
@@ -109,11 +109,11 @@ def _most_likely(logits: Tensor, head: _Head) -> Tensor:
     """[C, V/T] ▶ [C], the word of the largest logit over all ranks; of equals the first."""
     largest, column = logits.max(dim=-1)
     word = column + head.first_token
-    if head.tp.group.size == 1:
+    if head.tensor_parallel.group.size == 1:
         return word
     # fp64 holds both a logit and a word exactly.
     both = torch.stack((largest.double(), word.double()), dim=-1)
-    of_ranks = start_all_gather(both.unsqueeze(0), head.tp.group, 0).wait()  # [T, C, 2]
+    of_ranks = start_all_gather(both.unsqueeze(0), head.tensor_parallel.group, 0).wait()  # [T, C, 2]
     best = of_ranks[..., 0].argmax(dim=0)
     return of_ranks[..., 1].gather(0, best.unsqueeze(0)).squeeze(0).long()
 
@@ -122,7 +122,7 @@ def _most_likely(logits: Tensor, head: _Head) -> Tensor:
 class _Head:
     """What :class:`_OutputLoss` needs besides tensors."""
 
-    tp: TensorParallel
+    tensor_parallel: TensorParallel
     first_token: int
     local_vocab_size: int
     chunk_tokens: int
@@ -130,13 +130,13 @@ class _Head:
 
     def in_gathered_order(self, per_token: Tensor) -> Tensor:
         """[B, S] of all tokens ▶ [T, B·S/T], the order in which ranks' shares are gathered; else [1, B·S]."""
-        shares = self.tp.group.size if self.tp.splits_sequence else 1
+        shares = self.tensor_parallel.group.size if self.tensor_parallel.splits_sequence else 1
         in_order: Tensor = per_token.unflatten(1, (shares, -1)).movedim(1, 0)
         return in_order.flatten(1)
 
     def chunks(self, rows: Tensor, *per_token: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """This rank's rows [n, H] ▶ chunks [C, H] of all tokens, and what belongs to them; the next is on its way."""
-        shares = self.tp.group.size if self.tp.splits_sequence else 1
+        shares = self.tensor_parallel.group.size if self.tensor_parallel.splits_sequence else 1
         size = max(self.chunk_tokens // shares, 1) if self.chunk_tokens else rows.shape[0]
         others = [self.in_gathered_order(values).split(size, dim=1) for values in per_token]
         parts = rows.split(size)
@@ -149,12 +149,16 @@ class _Head:
 
     def reduce(self, input_gradient: Tensor) -> Pending:
         """Parts of a chunk's input gradient [C, H] ▶ this rank's rows of their sum."""
-        if self.tp.splits_sequence:
-            return start_reduce_scatter(input_gradient, self.tp.group, 0)
-        return start_all_reduce(input_gradient, self.tp.group)
+        if self.tensor_parallel.splits_sequence:
+            return start_reduce_scatter(input_gradient, self.tensor_parallel.group, 0)
+        return start_all_reduce(input_gradient, self.tensor_parallel.group)
 
     def _gather(self, part: Tensor) -> Pending:
-        return start_all_gather(part, self.tp.group, 0) if self.tp.splits_sequence else Pending(None, part)
+        return (
+            start_all_gather(part, self.tensor_parallel.group, 0)
+            if self.tensor_parallel.splits_sequence
+            else Pending(None, part)
+        )
 
 
 class _OutputLoss(torch.autograd.Function):
@@ -235,7 +239,7 @@ def _logits_to_gradient(
     With lse the log-partition, p the probabilities, y the label's indicator and w a token's factor:
     ``∂/∂logits of w·(lse - logit[label]) + w·z·lse² = w·((1 + 2·z·lse)·p - y)``.
     """
-    group = head.tp.group
+    group = head.tensor_parallel.group
     padding = logits.shape[1] - head.local_vocab_size
     if padding:
         # Finite, so that a rank without a single word gets no NaN; its exponential is zero beside any other logit.

@@ -22,19 +22,19 @@ class MaskedLMHead(ParallelModule):
     Args:
         model: architecture.
         vocab_size: true vocabulary, without padding.
-        tp: how weights and activations are split over tensor-parallel ranks.
+        tensor_parallel: how weights and activations are split over tensor-parallel ranks.
     """
 
-    def __init__(self, model: Model, vocab_size: int, *, tp: TensorParallel) -> None:
+    def __init__(self, model: Model, vocab_size: int, *, tensor_parallel: TensorParallel) -> None:
         super().__init__()
-        hidden, partial = model.hidden_size, tp.splits_sequence
+        hidden, partial = model.hidden_size, tensor_parallel.splits_sequence
         self.weight = self.declare(
             "weight", ShardSpec.replicated(hidden, hidden), Init.normal(model.init_std), partial=partial
         )
         self.dense_bias = self.declare("dense_bias", ShardSpec.replicated(hidden), Init.constant(0.0), partial=partial)
         self.approximate = "none" if model.activation == "gelu_erf" else "tanh"
-        self.norm = make_norm(model, tp)
-        (start, stop), padding = padded_range(vocab_size, tp.group.index, tp.group.size)
+        self.norm = make_norm(model, tensor_parallel)
+        (start, stop), padding = padded_range(vocab_size, tensor_parallel.group.index, tensor_parallel.group.size)
         self.bias = self.declare("bias", ShardSpec((vocab_size,), 0, ((start, stop),), padding), Init.constant(0.0))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class GeluMLP(nn.Module):
         hidden_size: int,
         ffn_hidden_size: int,
         *,
-        tp: TensorParallel,
+        tensor_parallel: TensorParallel,
         std: float,
         projection_std: float,
         bias: bool,
@@ -34,8 +34,12 @@ class GeluMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.approximate = approximate
-        self.up = ColumnParallelLinear(hidden_size, (ffn_hidden_size,), tp=tp, std=std, bias=bias)
-        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, tp=tp, std=projection_std, bias=bias)
+        self.up = ColumnParallelLinear(
+            hidden_size, (ffn_hidden_size,), tensor_parallel=tensor_parallel, std=std, bias=bias
+        )
+        self.down = RowParallelLinear(
+            ffn_hidden_size, hidden_size, tensor_parallel=tensor_parallel, std=projection_std, bias=bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
@@ -51,14 +55,18 @@ class SwigluMLP(nn.Module):
         hidden_size: int,
         ffn_hidden_size: int,
         *,
-        tp: TensorParallel,
+        tensor_parallel: TensorParallel,
         std: float,
         projection_std: float,
         bias: bool,
     ) -> None:
         super().__init__()
-        self.gate_up = ColumnParallelLinear(hidden_size, (ffn_hidden_size, ffn_hidden_size), tp=tp, std=std, bias=bias)
-        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, tp=tp, std=projection_std, bias=bias)
+        self.gate_up = ColumnParallelLinear(
+            hidden_size, (ffn_hidden_size, ffn_hidden_size), tensor_parallel=tensor_parallel, std=std, bias=bias
+        )
+        self.down = RowParallelLinear(
+            ffn_hidden_size, hidden_size, tensor_parallel=tensor_parallel, std=projection_std, bias=bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H]."""
@@ -72,7 +80,7 @@ def make_mlp(
     hidden_size: int,
     ffn_hidden_size: int,
     *,
-    tp: TensorParallel,
+    tensor_parallel: TensorParallel,
     std: float,
     projection_std: float,
     bias: bool,
@@ -80,7 +88,9 @@ def make_mlp(
     """The network that a config names: ``gelu``, ``gelu_erf`` or ``swiglu``."""
     if activation not in _MAKERS:
         raise ValueError(f"activation={activation!r}: {' or '.join(_MAKERS)}")
-    return _MAKERS[activation](hidden_size, ffn_hidden_size, tp=tp, std=std, projection_std=projection_std, bias=bias)
+    return _MAKERS[activation](
+        hidden_size, ffn_hidden_size, tensor_parallel=tensor_parallel, std=std, projection_std=projection_std, bias=bias
+    )
 
 
 _MAKERS: dict[str, Callable[..., GeluMLP | SwigluMLP]] = {

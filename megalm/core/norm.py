@@ -38,9 +38,9 @@ class RMSNorm(ParallelModule):
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
 
 
-def make_norm(model: Model, tp: TensorParallel) -> LayerNorm | RMSNorm:
+def make_norm(model: Model, tensor_parallel: TensorParallel) -> LayerNorm | RMSNorm:
     """The norm that a config names, ``layernorm`` or ``rmsnorm``, on activations as they are between sublayers."""
-    partial = tp.splits_sequence
+    partial = tensor_parallel.splits_sequence
     if model.norm == "layernorm":
         return LayerNorm(model.hidden_size, epsilon=model.norm_epsilon, bias=model.bias, partial=partial)
     if model.norm == "rmsnorm":

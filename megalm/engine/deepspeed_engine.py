@@ -60,18 +60,18 @@ class DeepSpeedEngine:
     """One rank's stages under a ZeRO optimizer.
 
     Args:
-        stage: this rank's part of the model, with initial weights, in the run's dtype.
+        model: this rank's part of the model, with initial weights, in the run's dtype.
         context: this rank's place and groups.
         config: the run; dtype, ZeRO stage, optimizer, schedule and micro-batch size are read.
     """
 
-    def __init__(self, stage: Transformer, context: ParallelContext, config: Config) -> None:
-        self.stage = stage
+    def __init__(self, model: Transformer, context: ParallelContext, config: Config) -> None:
+        self.model = model
         self.context = context
-        self.parameters = declared_parameters(stage)
-        groups = parameter_groups(self.parameters, tied=stage.tied_weight, second_copy=stage.second_tied_copy)
+        self.parameters = declared_parameters(model)
+        groups = parameter_groups(self.parameters, tied=model.tied_weight, second_copy=model.second_tied_copy)
         run_stage: Stages[MicroBatch]
-        self._optimizer, run_stage = _make_optimizer(stage, groups, context, config)
+        self._optimizer, run_stage = _make_optimizer(model, groups, context, config)
         self._loss_scale: LossScale | None = None
         if config.engine.dtype == "fp16":
             self._loss_scale = LossScale(config.engine.initial_loss_scale, 0, config.engine.loss_scale_window)
@@ -80,13 +80,13 @@ class DeepSpeedEngine:
             context,
             schedule=_schedule(config),
             activation_shape=_activation_shape(config, context),
-            dtype=next(stage.parameters()).dtype,
-            weight_gradients=stage.tp.weight_gradients,
+            dtype=next(model.parameters()).dtype,
+            weight_gradients=model.tensor_parallel.weight_gradients,
         )
 
     def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
         """Forward and backward of all micro-batches, gradient reduction, clipping, and one AdamW step."""
-        self.stage.train()
+        self.model.train()
         scale = self._loss_scale
         loss_scale = 1.0 if scale is None else scale.value
         buckets = self._optimizer.buckets
@@ -97,7 +97,7 @@ class DeepSpeedEngine:
         if scale is not None:
             self._loss_scale = scale.after(overflowed=not math.isfinite(grad_norm))
         return StepResult(
-            loss_sum=self._reported(result, 1)[0] / self.context.data.size,
+            loss_sum=self._reported(result, 1)[0] / self.context.replica_group.size,
             grad_norm=grad_norm,
             loss_scale=None if scale is None else scale.value,
             pipeline=result,
@@ -105,7 +105,7 @@ class DeepSpeedEngine:
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, float]:
         """This rank's share of the weighted sums of token losses and of right guesses, to be summed over all ranks."""
-        self.stage.eval()
+        self.model.eval()
         loss_sum, correct = self._reported(self.runner.evaluate(micro_batches), 2)
         return loss_sum, correct
 
@@ -115,7 +115,7 @@ class DeepSpeedEngine:
 
     def vocabulary_parameters(self) -> list[DeclaredParameter]:
         """Those that have a row per word, as far as this rank holds a slice of them."""
-        rows = {id(parameter) for parameter in self.stage.vocabulary_parameters()}
+        rows = {id(parameter) for parameter in self.model.vocabulary_parameters()}
         return [p for p in self.parameters if id(p.parameter) in rows]
 
     def state_pieces(self) -> list[StatePiece]:
@@ -165,15 +165,15 @@ class DeepSpeedEngine:
 
     def _reported(self, result: PipelineResult, terms: int) -> list[float]:
         """The first terms, summed over micro-batches, on one of the ranks that compute the same; zeros elsewhere."""
-        if not result.losses or self.context.tp.index:
+        if not result.losses or self.context.tp_group.index:
             return [0.0] * terms
         totals: list[float] = torch.stack(result.losses)[:, :terms].double().sum(dim=0).tolist()
         return totals
 
     def _owns(self, p: DeclaredParameter) -> bool:
-        if p.parameter is self.stage.second_tied_copy:
+        if p.parameter is self.model.second_tied_copy:
             return False
-        return (p.shard.is_sharded or self.context.tp.index == 0) and self._optimizer.owns_fragments
+        return (p.shard.is_sharded or self.context.tp_group.index == 0) and self._optimizer.owns_fragments
 
 
 class StateSource(Protocol):
@@ -187,15 +187,15 @@ class StateSource(Protocol):
 
 
 def _make_optimizer(
-    stage: Transformer, groups: list[ParameterGroup], context: ParallelContext, config: Config
+    model: Transformer, groups: list[ParameterGroup], context: ParallelContext, config: Config
 ) -> tuple[ZeroOptimizer, Stages[MicroBatch]]:
     """The ZeRO stage that the config names, and how the runner calls the model under it."""
     zero_stage, clip = config.engine.zero_stage, config.optim.clip_grad_norm
     if zero_stage == 3:
-        engine = _initialise(Root(stage), groups, context, config)
+        engine = _initialise(Root(model), groups, context, config)
         return Zero3AdamW(engine.optimizer, context), engine
-    engine = _initialise(stage, groups, context, config)
-    stages = stage.stage_of_parameters()
+    engine = _initialise(model, groups, context, config)
+    stages = model.stage_of_parameters()
 
     def make_buckets(layouts: list[FlatLayout]) -> GradientBuckets:
         return GradientBuckets(
@@ -203,8 +203,8 @@ def _make_optimizer(
         )
 
     if zero_stage == 0:
-        return ReplicatedAdamW.over(groups, engine.optimizer, make_buckets, context, clip), stage.run
-    return PartitionedAdamW.over(engine.optimizer, groups, make_buckets, context, clip), stage.run
+        return ReplicatedAdamW.over(groups, engine.optimizer, make_buckets, context, clip), model.run
+    return PartitionedAdamW.over(engine.optimizer, groups, make_buckets, context, clip), model.run
 
 
 def _schedule(config: Config) -> str:
@@ -219,7 +219,7 @@ def _schedule(config: Config) -> str:
 
 def _activation_shape(config: Config, context: ParallelContext) -> tuple[int, int, int]:
     """[B, S, H] of what passes between stages: this rank's share of each sequence."""
-    shares = context.cp.size * (context.tp.size if config.parallel.sequence_parallel else 1)
+    shares = context.cp_group.size * (context.tp_group.size if config.parallel.sequence_parallel else 1)
     return config.train.micro_batch_size, config.model.sequence_length // shares, config.model.hidden_size
 
 
@@ -253,12 +253,12 @@ def _initialise(model: nn.Module, groups: list[ParameterGroup], context: Paralle
 def _deepspeed_config(config: Config, context: ParallelContext) -> dict[str, Any]:
     """The only place where a DeepSpeed config is written; users never write one."""
     # DeepSpeed's stages 1 and 2 differ in their reduction alone, which is not used.
-    stage = {2: 1}.get(config.engine.zero_stage, config.engine.zero_stage)
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+    deepspeed_stage = {2: 1}.get(config.engine.zero_stage, config.engine.zero_stage)
+    zero: dict[str, Any] = {"stage": deepspeed_stage, "overlap_comm": False}
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": max(1, config.train.global_batch_size // context.data.size),
+        "train_micro_batch_size_per_gpu": max(1, config.train.global_batch_size // context.replica_group.size),
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.clip_grad_norm if stage == 3 else 0.0,
+        "gradient_clipping": config.optim.clip_grad_norm if deepspeed_stage == 3 else 0.0,
         "steps_per_print": 10**9,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -268,7 +268,7 @@ def _deepspeed_config(config: Config, context: ParallelContext) -> dict[str, Any
         settings["zero_force_ds_cpu_optimizer"] = False  # its own Adam would compile C++
     if config.engine.dtype == "bf16":
         settings["bf16"] = {"enabled": True}
-    if stage == 3:  # DeepSpeed reduces and accumulates: in fp32, like megalm's own buckets
+    if deepspeed_stage == 3:  # DeepSpeed reduces and accumulates: in fp32, like megalm's own buckets
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     if config.engine.dtype == "fp16":
@@ -283,40 +283,40 @@ class _Mpu:
         self._context = context
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._context.model.handle
+        return self._context.model_group.handle
 
     def get_model_parallel_rank(self) -> int:
-        return self._context.model.index
+        return self._context.model_group.index
 
     def get_model_parallel_world_size(self) -> int:
-        return self._context.model.size
+        return self._context.model_group.size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._context.data.handle
+        return self._context.replica_group.handle
 
     def get_data_parallel_rank(self) -> int:
-        return self._context.data.index
+        return self._context.replica_group.index
 
     def get_data_parallel_world_size(self) -> int:
-        return self._context.data.size
+        return self._context.replica_group.size
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._context.tp.handle
+        return self._context.tp_group.handle
 
     def get_tensor_model_parallel_rank(self) -> int:
-        return self._context.tp.index
+        return self._context.tp_group.index
 
     def get_tensor_model_parallel_world_size(self) -> int:
-        return self._context.tp.size
+        return self._context.tp_group.size
 
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._context.pp.handle
+        return self._context.pp_group.handle
 
     def get_pipeline_model_parallel_rank(self) -> int:
-        return self._context.pp.index
+        return self._context.pp_group.index
 
     def get_pipeline_model_parallel_world_size(self) -> int:
-        return self._context.pp.size
+        return self._context.pp_group.size
 
 
 @contextlib.contextmanager

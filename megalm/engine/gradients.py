@@ -195,7 +195,7 @@ class GradientBuckets:
         return bucket.values.narrow(0, start - bucket.start, parameter.numel()).view(parameter.shape)
 
     def _make_buffers(self, layout: FlatLayout) -> None:
-        start, stop = layout.owned(self._context.data.index)
+        start, stop = layout.owned(self._context.replica_group.index)
         if self._shards and self._is_early_layout(layout):
             self._whole.append(None)
             self._owned.append(torch.zeros(stop - start, dtype=torch.float32, device=self._device))
@@ -248,7 +248,7 @@ class GradientBuckets:
         else:
             self._zero_unseen(bucket)
         bucket.issued = True
-        self._works.append((bucket, self._start_reduction(bucket, self._context.data)))
+        self._works.append((bucket, self._start_reduction(bucket, self._context.replica_group)))
 
     def _start_reduction(self, bucket: _Bucket, replicas: Group) -> list[dist.Work]:
         layout, values = self._layouts[bucket.layout], bucket.values
@@ -275,10 +275,10 @@ class GradientBuckets:
         assert bucket.values is not None
         if self._layouts[bucket.layout].group.tied:
             # One reduction over stages and replicas gives every copy the same bits; two in turn might not.
-            self._context.tied.all_reduce(bucket.values)
+            self._context.tied_group.all_reduce(bucket.values)
             return
-        self._context.tp.all_reduce(bucket.values)
-        for work in self._start_reduction(bucket, self._context.data):
+        self._context.tp_group.all_reduce(bucket.values)
+        for work in self._start_reduction(bucket, self._context.replica_group):
             work.wait()
 
     def _collect(self) -> None:
@@ -287,10 +287,10 @@ class GradientBuckets:
             for work in works:
                 work.wait()
             if self._whole[bucket.layout] is None:
-                start, stop = self._overlap(bucket, self._context.data.index)
+                start, stop = self._overlap(bucket, self._context.replica_group.index)
                 if start < stop:
                     assert bucket.values is not None
-                    offset = self._layouts[bucket.layout].owned(self._context.data.index)[0]
+                    offset = self._layouts[bucket.layout].owned(self._context.replica_group.index)[0]
                     mine = bucket.values[start - bucket.start : stop - bucket.start]
                     self._owned[bucket.layout][start - offset : stop - offset] += mine
                 bucket.values, bucket.issued = None, False

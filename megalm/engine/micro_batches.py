@@ -22,7 +22,7 @@ def training_micro_batches(
     """Split a batch; weigh each token so that the mean of the data-parallel ranks' gradients is the global mean's.
 
     All context-parallel ranks of a replica read the same rows, count all of their tokens, and keep their share of each.
-    Dropout masks are keyed by the rows' global numbers. Collective over ``context.data``.
+    Dropout masks are keyed by the rows' global numbers. Collective over ``context.replica_group``.
 
     Args:
         batch: whole sequences, [B, S].
@@ -35,9 +35,9 @@ def training_micro_batches(
         B / b micro-batches of [b, S/C] on the context's device; and the loss tokens of the global batch, over all
         replicas. Without any, every weight is 0, and so are loss and gradients.
     """
-    device, data = context.device, context.data
+    device, data = context.device, context.replica_group
     counted = batch.loss_mask.sum(dtype=torch.float64).to(device)
-    loss_tokens = round(float(data.all_reduce(counted))) // context.cp.size
+    loss_tokens = round(float(data.all_reduce(counted))) // context.cp_group.size
     weight = batch.loss_mask * (data.size / max(loss_tokens, 1))
     positions = torch.arange(batch.tokens.shape[1], device=device)
     micro_batches = [

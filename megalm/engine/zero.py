@@ -121,7 +121,7 @@ class FlatZeroOptimizer(ZeroOptimizer):
     def step(self, learning_rate: float, *, loss_scale: float) -> float:
         """See :meth:`ZeroOptimizer.step`; branch-free until the norm is returned."""
         # Gradients are sums over replicas of a loss that carries the number of replicas (see micro_batches.py).
-        factor = 1.0 / (self._context.data.size * loss_scale)
+        factor = 1.0 / (self._context.replica_group.size * loss_scale)
         norm = self._squared_norm().sqrt() * factor
         overflow = ~norm.isfinite()
         shrink = (self._clip / (norm + NORM_EPSILON)).clamp(max=1.0) if self._clip else torch.ones_like(norm)
@@ -143,12 +143,12 @@ class FlatZeroOptimizer(ZeroOptimizer):
         squares = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for layout, owned in zip(self._layouts, self.buckets.owned(), strict=True):
             group = layout.group
-            if group.is_second_copy or not (group.counts_everywhere or self._context.tp.index == 0):
+            if group.is_second_copy or not (group.counts_everywhere or self._context.tp_group.index == 0):
                 continue
             squares += sum_of_squares(owned)
         if not self._counts_replicas:
-            return self._context.model.all_reduce(squares)
-        return self._context.world.all_reduce(squares)
+            return self._context.model_group.all_reduce(squares)
+        return self._context.world_group.all_reduce(squares)
 
     def _fused_step(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
         """One kernel divides, skips on overflow and updates, as under ``torch.amp.GradScaler``."""
@@ -184,7 +184,7 @@ class ReplicatedAdamW(FlatZeroOptimizer):
     @property
     def owns_fragments(self) -> bool:
         """Replicas hold the same; the first one saves."""
-        return self._context.data.index == 0
+        return self._context.replica_group.index == 0
 
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
         """The whole parameter."""
@@ -264,7 +264,7 @@ class PartitionedAdamW(FlatZeroOptimizer):
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
         """The part of the parameter that lies in this replica's range."""
         number, first = self._places[parameter]
-        low, high = self._layouts[number].owned(self._context.data.index)
+        low, high = self._layouts[number].owned(self._context.replica_group.index)
         start, stop = max(first, low), min(first + parameter.numel(), high)
         if start >= stop:
             return

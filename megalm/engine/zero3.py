@@ -56,8 +56,8 @@ class Zero3AdamW(ZeroOptimizer):
         self.buckets = HookedGradients()
         self._zero = zero
         self._adamw = zero.optimizer
-        self._data = context.data
-        self._replica = context.data.index
+        self._data = context.replica_group
+        self._replica = context.replica_group.index
         zero._get_norm_groups = self._norms
         self._places: dict[nn.Parameter, tuple[Tensor, int]] = {}
         for members, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):

@@ -58,26 +58,26 @@ class ParallelContext:
         topology: the degrees.
         rank: global rank.
         device: where parameters and activations live.
-        tp: tensor-parallel group.
-        pp: pipeline group; its index is the pipeline rank.
-        cp: context-parallel group; its index says which part of each sequence this rank holds.
-        data: data-parallel group (dp × cp): ranks that hold the same weights and see different tokens.
-        model: tp × pp: ranks that together hold one copy of the weights.
-        world: all ranks.
-        tied: every holder of this rank's slice of a tied embedding (first and last stage, all of dp × cp); this rank
-            alone where no other stage holds a copy.
+        tp_group: tensor-parallel group.
+        pp_group: pipeline group; its index is the pipeline rank.
+        cp_group: context-parallel group; its index says which part of each sequence this rank holds.
+        replica_group: data-parallel group (dp × cp): ranks that hold the same weights and see different tokens.
+        model_group: tp × pp: ranks that together hold one copy of the weights.
+        world_group: all ranks.
+        tied_group: every holder of this rank's slice of a tied embedding (first and last stage, all of dp × cp); this
+            rank alone where no other stage holds a copy.
     """
 
     topology: Topology
     rank: int
     device: torch.device
-    tp: Group
-    pp: Group
-    cp: Group
-    data: Group
-    model: Group
-    world: Group
-    tied: Group
+    tp_group: Group
+    pp_group: Group
+    cp_group: Group
+    replica_group: Group
+    model_group: Group
+    world_group: Group
+    tied_group: Group
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -86,13 +86,13 @@ class ParallelContext:
             topology=Topology(),
             rank=0,
             device=torch.device(device),
-            tp=ALONE,
-            pp=ALONE,
-            cp=ALONE,
-            data=ALONE,
-            model=ALONE,
-            world=ALONE,
-            tied=ALONE,
+            tp_group=ALONE,
+            pp_group=ALONE,
+            cp_group=ALONE,
+            replica_group=ALONE,
+            model_group=ALONE,
+            world_group=ALONE,
+            tied_group=ALONE,
         )
 
     @classmethod
@@ -120,13 +120,13 @@ class ParallelContext:
             topology=topology,
             rank=rank,
             device=torch.device(device),
-            tp=tp,
-            pp=pp,
-            cp=cp,
-            data=data,
-            model=model,
-            world=world,
-            tied=tied,
+            tp_group=tp,
+            pp_group=pp,
+            cp_group=cp,
+            replica_group=data,
+            model_group=model,
+            world_group=world,
+            tied_group=tied,
         )
 
     @property

@@ -54,9 +54,9 @@ class MicroBatch:
     place: Place | None = None
     token_types: Tensor | None = None
 
-    def share_of(self, cp: ContextParallel) -> MicroBatch:
+    def share_of(self, context_parallel: ContextParallel) -> MicroBatch:
         """The part of whole sequences that a context-parallel rank holds."""
-        positions = cp.positions(self.tokens.shape[1], self.tokens.device)
+        positions = context_parallel.positions(self.tokens.shape[1], self.tokens.device)
         samples = None if self.place is None else self.place.samples
         documents = None if self.place is None else self.place.documents
         return MicroBatch(
@@ -98,8 +98,8 @@ class Transformer(nn.Module):
         model: architecture.
         vocab_size: true vocabulary, without padding.
         part: which stages these are.
-        tp: how weights and activations are split over tensor-parallel ranks.
-        cp: how sequences are split over context-parallel ranks.
+        tensor_parallel: how weights and activations are split over tensor-parallel ranks.
+        context_parallel: how sequences are split over context-parallel ranks.
         engine: recomputation, compilation and chunking of the loss.
         objective: weight of the z-loss.
         seed: of dropout masks.
@@ -112,21 +112,23 @@ class Transformer(nn.Module):
         vocab_size: int,
         *,
         part: Part,
-        tp: TensorParallel,
-        cp: ContextParallel,
+        tensor_parallel: TensorParallel,
+        context_parallel: ContextParallel,
         engine: Engine,
         objective: Objective,
         seed: int,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.part, self.tp, self.cp = part, tp, cp
+        self.part, self.tensor_parallel, self.context_parallel = part, tensor_parallel, context_parallel
         self.tied = model.tie_embeddings
         self.recompute = Recompute(engine.recompute, engine.recompute_every)
         self.loss_chunk_tokens, self.z_loss = engine.loss_chunk_tokens, objective.z_loss
 
         def embedding() -> VocabParallelEmbedding:
-            return VocabParallelEmbedding(vocab_size, model.hidden_size, tp=tp, std=model.init_std)
+            return VocabParallelEmbedding(
+                vocab_size, model.hidden_size, tensor_parallel=tensor_parallel, std=model.init_std
+            )
 
         rotary = None
         if model.position == "rotary":
@@ -134,21 +136,21 @@ class Transformer(nn.Module):
         with device:
             self.embedding = embedding() if part.has_first or (part.has_last and self.tied) else None
             self.position = self.token_type = self.embedding_norm = None
-            hidden, std, partial = model.hidden_size, model.init_std, tp.splits_sequence
+            hidden, std, partial = model.hidden_size, model.init_std, tensor_parallel.splits_sequence
             if part.has_first and model.position == "learned":
                 self.position = LearnedPosition(model.sequence_length, hidden, std=std, partial=partial)
             if part.has_first and model.token_types:
                 self.token_type = TokenTypeEmbedding(model.token_types, hidden, std=std, partial=partial)
             if part.has_first and model.embedding_norm:
-                self.embedding_norm = make_norm(model, tp)
+                self.embedding_norm = make_norm(model, tensor_parallel)
             self.embedding_dropout = Dropout(model.dropout, seed=seed, layer=-1, site="embedding")
             self.blocks = nn.ModuleDict(
                 {
                     str(layer): BLOCKS[model.residual](
                         model,
                         layer,
-                        tp=tp,
-                        cp=cp,
+                        tensor_parallel=tensor_parallel,
+                        context_parallel=context_parallel,
                         rotary=rotary,
                         seed=seed,
                         recompute_core=self.recompute.core(index),
@@ -163,9 +165,9 @@ class Transformer(nn.Module):
                     block.compile(dynamic=False)
             # A post-norm block ends with a norm already.
             has_final_norm = part.has_last and model.residual != "post_norm"
-            self.final_norm = make_norm(model, tp) if has_final_norm else None
+            self.final_norm = make_norm(model, tensor_parallel) if has_final_norm else None
             has_transform = part.has_last and model.head == "masked_lm"
-            self.masked_lm = MaskedLMHead(model, vocab_size, tp=tp) if has_transform else None
+            self.masked_lm = MaskedLMHead(model, vocab_size, tensor_parallel=tensor_parallel) if has_transform else None
             self.head = embedding() if part.has_last and not self.tied else None
 
     def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
@@ -221,7 +223,7 @@ class Transformer(nn.Module):
         """[B, S] ▶ [B, S, H], or [B, S/T, H] under sequence parallelism."""
         assert self.embedding is not None
         x: Tensor = self.embedding(micro_batch.tokens)
-        positions = self.tp.own_tokens(place.positions)
+        positions = self.tensor_parallel.own_tokens(place.positions)
         if self.position is not None:
             x = x + self.position(self._own_part(place.within_documents))
         if self.token_type is not None:
@@ -235,7 +237,11 @@ class Transformer(nn.Module):
 
     def _own_part(self, per_token: Tensor) -> Tensor:
         """[S] or [B, S] of all tokens ▶ those of this rank under sequence parallelism."""
-        return self.tp.own_tokens(per_token.T).T if per_token.ndim == 2 else self.tp.own_tokens(per_token)
+        return (
+            self.tensor_parallel.own_tokens(per_token.T).T
+            if per_token.ndim == 2
+            else self.tensor_parallel.own_tokens(per_token)
+        )
 
     @property
     def output_embedding(self) -> VocabParallelEmbedding:
@@ -251,7 +257,8 @@ class Transformer(nn.Module):
             // max(p.parameter.shape[p.shard.dim or 0], 1)
             * (p.shard.local_size if p.shard.is_sharded else p.parameter.shape[0])
             for p in declared_parameters(self)
-            if (p.shard.is_sharded or self.tp.group.index == 0) and p.parameter is not self.second_tied_copy
+            if (p.shard.is_sharded or self.tensor_parallel.group.index == 0)
+            and p.parameter is not self.second_tied_copy
         )
 
     def stage_of_parameters(self) -> dict[nn.Parameter, int]:
@@ -297,12 +304,12 @@ def build_transformer(config: Config, vocab_size: int, *, context: ParallelConte
         config.model,
         vocab_size,
         part=Part({stage: layers[stage] for stage in context.stages}, context.topology.num_stages),
-        tp=TensorParallel(
-            context.tp,
+        tensor_parallel=TensorParallel(
+            context.tp_group,
             config.parallel.sequence_parallel,
             WeightGradients(enabled=splits_backward(config.parallel.schedule)),
         ),
-        cp=ContextParallel(context.cp, config.parallel.cp_attention),
+        context_parallel=ContextParallel(context.cp_group, config.parallel.cp_attention),
         engine=config.engine,
         objective=config.objective,
         seed=config.run.seed,
@@ -320,8 +327,8 @@ def build_full_model(
         model,
         vocab_size,
         part=Part({0: range(model.num_layers)}, 1),
-        tp=TensorParallel(),
-        cp=ContextParallel(),
+        tensor_parallel=TensorParallel(),
+        context_parallel=ContextParallel(),
         engine=Engine(),
         objective=Objective(),
         seed=seed,

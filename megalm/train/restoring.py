@@ -68,7 +68,7 @@ def restore(
         return Restored(Progress())
     reader = CheckpointReader(start.path)
     if start.extends_vocab:
-        dtype = next(engine.stage.parameters()).dtype
+        dtype = next(engine.model.parameters()).dtype
         reader = ExtendedReader(reader, engine.vocabulary_parameters(), seed=seed, dtype=dtype)
     manifest = reader.manifest
     reader.check_parameters(engine.full_shapes())
@@ -107,7 +107,7 @@ def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: Pa
     for piece in engine.state_pieces():
         if piece.kind == WEIGHT:
             sums[:, number[piece.name]] += torch.tensor([_share(piece), 1, _share(reader.saved_part(piece))])
-    totals, counts, kept = context.world.all_reduce(sums.to(context.device)).tolist()
+    totals, counts, kept = context.world_group.all_reduce(sums.to(context.device)).tolist()
     loaded = {name: total % (1 << 64) for name, total in zip(names, totals, strict=True)}
     as_saved = {name: total % (1 << 64) for name, total in zip(names, kept, strict=True)}
     saved = reader.manifest.fingerprints

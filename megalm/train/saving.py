@@ -117,7 +117,7 @@ class Saver:
             self._header(state),
             self._copy.take(pieces) if asynchronous else [PieceToWrite.of(piece) for piece in pieces],
             rank=self._context.rank,
-            world_size=self._context.world.size,
+            world_size=self._context.world_group.size,
             attempt=self._attempts if self._claim is None else f"{self._claim.token}-{self._attempts}",
             forbidden=self._lost,
             on_complete=self._prune,
@@ -242,9 +242,9 @@ class Saver:
     def _agree(self, error: str | None) -> str | None:
         """The first error of any rank, on every rank."""
         failed = torch.tensor([0.0 if error is None else 1.0], device=self._context.device)
-        if not float(self._context.world.all_reduce(failed)):
+        if not float(self._context.world_group.all_reduce(failed)):
             return None
-        errors: list[str | None] = [None] * self._context.world.size
+        errors: list[str | None] = [None] * self._context.world_group.size
         dist.all_gather_object(errors, error)
         return next(e for e in errors if e is not None)
 

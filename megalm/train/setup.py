@@ -90,9 +90,9 @@ def build_trainer(
     vocab_size = config.model.vocab_size or train_data.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
 
-    stage = build_transformer(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
-    _assert_nothing_lost(context, stage.unique_parameters(), config)
-    engine = DeepSpeedEngine(stage, context, config)
+    model = build_transformer(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
+    _assert_nothing_lost(context, model.unique_parameters(), config)
+    engine = DeepSpeedEngine(model, context, config)
     loader = TrainLoader(
         train_data,
         config.data,
@@ -149,7 +149,7 @@ def build_trainer(
 def _assert_nothing_lost(context: ParallelContext, local: int, config: Config) -> None:
     """The ranks' parameters, each counted once, are as many as one process would hold: no layer was lost or doubled."""
     count = torch.tensor(float(local), dtype=torch.float64, device=context.device)
-    total = int(context.model.all_reduce(count))
+    total = int(context.model_group.all_reduce(count))
     expected = parameter_count(config.model, config.model.vocab_size).total
     if total != expected:
         raise AssertionError(f"the ranks hold {total:,} parameters, the model has {expected:,}")

@@ -127,7 +127,11 @@ class Trainer:
         tokens = batch.global_size * self._config.model.sequence_length
         rate = self._learning_rate.at(self.progress.tokens, tokens)
         micro_batches, loss_tokens = training_micro_batches(
-            batch, self._config.train.micro_batch_size, self._context, self._engine.stage.cp, eos_id=self._eos_id
+            batch,
+            self._config.train.micro_batch_size,
+            self._context,
+            self._engine.model.context_parallel,
+            eos_id=self._eos_id,
         )
         result = self._engine.train_step(micro_batches, rate)
         self.progress = self.progress.after(batch.global_size, tokens)
@@ -136,7 +140,7 @@ class Trainer:
     def _agree(self, result: StepResult, rate: float, tokens: int, loss_tokens: int) -> tuple[StepMetrics, _StepEnd]:
         """Two small reductions over all ranks: sums (loss, bubble), and maxima (times, memory, what ends a step)."""
         step_seconds, data_seconds = self._timer.lap()
-        ranks = self._context.world.size
+        ranks = self._context.world_group.size
         device = self._context.device
         sums = torch.tensor(
             [result.loss_sum, result.pipeline.bubble_fraction / ranks], dtype=torch.float64, device=device
@@ -152,8 +156,8 @@ class Trainer:
             dtype=torch.float64,
             device=device,
         )
-        self._context.world.all_reduce(sums)
-        self._context.world.all_reduce(maxima, dist.ReduceOp.MAX)
+        self._context.world_group.all_reduce(sums)
+        self._context.world_group.all_reduce(maxima, dist.ReduceOp.MAX)
         loss, bubble_fraction = sums.tolist()
         step_seconds, data_seconds, memory_gib, stop, save_failed = maxima.tolist()
         rate_tokens = tokens_per_second(tokens, step_seconds)

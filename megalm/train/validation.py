@@ -88,12 +88,13 @@ class Validator:
         per_pass = _MICRO_BATCHES_PER_STAGE * self._context.topology.pp
         while chunk := list(islice(batches, per_pass)):
             micro_batches = [
-                validation_micro_batch(batch, self._context, engine.stage.cp, eos_id=self._eos_id) for batch in chunk
+                validation_micro_batch(batch, self._context, engine.model.context_parallel, eos_id=self._eos_id)
+                for batch in chunk
             ]
             totals[:2] += torch.tensor(engine.evaluate(micro_batches), dtype=torch.float64)
-            if self._context.model.index == 0 and self._context.cp.index == 0:
+            if self._context.model_group.index == 0 and self._context.cp_group.index == 0:
                 # Of the ranks that see the same sequences, one counts their labels.
                 for batch in chunk:
                     totals[2:] += label_counts(batch, self._corpora.vocab_size)
-        totals = self._context.world.all_reduce(totals.to(self._context.device)).cpu()
+        totals = self._context.world_group.all_reduce(totals.to(self._context.device)).cpu()
         return Scores.of(float(totals[0]), float(totals[1]), totals[2:])

@@ -141,14 +141,16 @@ def train_on_layout(config: Config, topology: Topology) -> Trace:
     """All steps of a config on this rank; collective over a gloo world of ``topology.world_size`` ranks."""
     context = ParallelContext.create(topology)
     _, _, vocab_size = _sizes(config)
-    stage = build_transformer(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
-    engine = DeepSpeedEngine(stage, context, config)
+    model = build_transformer(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
+    engine = DeepSpeedEngine(model, context, config)
     initial = _put_in_full(engine)
     losses, norms = [], []
     for step in range(config.train.steps):
-        result = engine.train_step(micro_batches_of_rank(config, step, context, stage.cp), config.optim.lr)
+        result = engine.train_step(
+            micro_batches_of_rank(config, step, context, model.context_parallel), config.optim.lr
+        )
         loss = torch.tensor([result.loss_sum], dtype=torch.float64)
-        losses.append(float(context.world.all_reduce(loss)))
+        losses.append(float(context.world_group.all_reduce(loss)))
         norms.append(result.grad_norm)
     return Trace(losses, norms, initial, _put_in_full(engine))
 

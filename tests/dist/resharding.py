@@ -88,8 +88,8 @@ class _NoData:
 def _run(folder: Path, task: Task) -> Curve:
     config = config_of(task.layout, task.learning_rate)
     context = ParallelContext.create(task.layout.topology)
-    stage = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
-    engine = DeepSpeedEngine(stage, context, config)
+    model = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
+    engine = DeepSpeedEngine(model, context, config)
     start = StartPoint(StartMode.FRESH)
     if task.source is not None:
         checkpoint = find_latest(folder / task.source / "checkpoints")
@@ -101,9 +101,9 @@ def _run(folder: Path, task: Task) -> Curve:
         if step == SAVED_AT and task.save_as is not None:
             state = RunState({"samples": step * BATCH}, engine.scalar_state(), Progress(step, step * BATCH, 0))
             saver.start(engine.state_pieces(), state, stall_began=time.perf_counter())
-        result = engine.train_step(micro_batches_of_rank(config, step, context, stage.cp), config.optim.lr)
+        result = engine.train_step(micro_batches_of_rank(config, step, context, model.context_parallel), config.optim.lr)
         loss = torch.tensor([result.loss_sum], dtype=torch.float64)
-        losses.append(float(context.world.all_reduce(loss)))
+        losses.append(float(context.world_group.all_reduce(loss)))
         norms.append(result.grad_norm)
     saver.finish()
     return Curve(losses, norms, restored.words)

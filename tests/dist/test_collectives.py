@@ -43,7 +43,7 @@ def probe(names: tuple[str, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor]
     for name in names:
         x = value(context.rank, 1).requires_grad_()
         function = getattr(collectives, name)
-        y = function(x, context.tp) if name in ("copy_to_group", "reduce_from_group") else function(x, context.tp, 1)
+        y = function(x, context.tp_group) if name in ("copy_to_group", "reduce_from_group") else function(x, context.tp_group, 1)
         seed = 0 if name in REPLICATED_GRADIENT else context.rank
         y.backward(value(seed, 2, y.shape[1]))
         results[name] = y.detach(), x.grad

@@ -49,9 +49,9 @@ def _record(layout: Layout) -> list[Event]:
     config = layout.config()
     context = ParallelContext.create(layout.topology)
     with record() as events:
-        stage = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype])
-        engine = DeepSpeedEngine(stage, context, config)
-        batch = micro_batches_of_rank(config, 0, context, stage.cp)
+        model = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype])
+        engine = DeepSpeedEngine(model, context, config)
+        batch = micro_batches_of_rank(config, 0, context, model.context_parallel)
         engine.train_step(batch, config.optim.lr)
         engine.evaluate(batch)
     return events

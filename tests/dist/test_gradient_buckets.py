@@ -56,7 +56,7 @@ def _log(layout: Layout) -> list[tuple]:
     engine = DeepSpeedEngine(model, context, config)
     GradientBuckets.before, GradientBuckets.after, GradientBuckets._issue = before, after, issue
     try:
-        engine.train_step(micro_batches_of_rank(config, 0, context, model.cp), 1e-4)
+        engine.train_step(micro_batches_of_rank(config, 0, context, model.context_parallel), 1e-4)
     finally:
         for name, function in original.items():
             setattr(GradientBuckets, name, function)
@@ -122,7 +122,7 @@ def overflow_on_ranks() -> list:
     seen = []
     for step in range(14):
         before = [p.detach().clone() for p in model.parameters()]
-        result = engine.train_step(micro_batches_of_rank(config, step, context, model.cp), 1e-3)
+        result = engine.train_step(micro_batches_of_rank(config, step, context, model.context_parallel), 1e-3)
         changed = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         finite = all(bool(p.isfinite().all()) for p in model.parameters())
         seen.append((result.loss_scale, result.grad_norm, changed, finite, engine.scalar_state()["optimizer_steps"]))
@@ -168,7 +168,7 @@ def resume_in_memory() -> tuple:
 
     def run(trained: DeepSpeedEngine, steps: range) -> list[tuple]:
         results = [
-            trained.train_step(micro_batches_of_rank(config, step, context, trained.stage.cp), 1e-3) for step in steps
+            trained.train_step(micro_batches_of_rank(config, step, context, trained.model.context_parallel), 1e-3) for step in steps
         ]
         return [(r.loss_sum, r.grad_norm, r.loss_scale) for r in results]
 

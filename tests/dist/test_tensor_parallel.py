@@ -76,7 +76,7 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
     from megalm.core.weight_gradients import WeightGradients
     from megalm.mesh.topology import Topology
 
-    group = ALONE if case.tp == 1 else ParallelContext.create(Topology(tp=case.tp, dp=4 // case.tp)).tp
+    group = ALONE if case.tp == 1 else ParallelContext.create(Topology(tp=case.tp, dp=4 // case.tp)).tp_group
     weight_gradients = WeightGradients(enabled=case.zero_bubble)
     tp = TensorParallel(group, case.sequence_parallel, weight_gradients)
 
@@ -122,32 +122,32 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
         results[name] = found
 
     results: dict[str, dict[str, Tensor]] = {}
-    column = ColumnParallelLinear(H, SIZES, tp=tp, std=1.0, bias=True)
+    column = ColumnParallelLinear(H, SIZES, tensor_parallel=tp, std=1.0, bias=True)
     run("column", {"column": column}, column, outside(INPUT), own_columns(values(B, S, 24, salt=11)))
 
-    row = RowParallelLinear(FFN, H, tp=tp, std=1.0, bias=True)
+    row = RowParallelLinear(FFN, H, tensor_parallel=tp, std=1.0, bias=True)
     wide = WIDE_INPUT.chunk(group.size, -1)[group.index]
     run("row", {"row": row}, row, wide, outside(values(B, S, H, salt=12)))
 
     up, down = (
-        ColumnParallelLinear(H, (FFN,), tp=tp, std=1.0, bias=True),
-        RowParallelLinear(FFN, H, tp=tp, std=1.0, bias=False),
+        ColumnParallelLinear(H, (FFN,), tensor_parallel=tp, std=1.0, bias=True),
+        RowParallelLinear(FFN, H, tensor_parallel=tp, std=1.0, bias=False),
     )
     FULL["down.weight"] = FULL["row.weight"]
     pair = {"up": up, "down": down}
     run("pair", pair, lambda x: down(F.gelu(up(x))), outside(INPUT), outside(values(B, S, H, salt=13)))
 
-    embedding = VocabParallelEmbedding(V, H, tp=tp, std=1.0)
+    embedding = VocabParallelEmbedding(V, H, tensor_parallel=tp, std=1.0)
     run("lookup", {"embedding": embedding}, lambda _: embedding(TOKENS), None, outside(values(B, S, H, salt=14)))
 
-    head = VocabParallelEmbedding(V, H, tp=tp, std=1.0)
+    head = VocabParallelEmbedding(V, H, tensor_parallel=tp, std=1.0)
     weight = values(B, S, V, salt=15)[..., head.first_token : head.stop_token]
     run("logits", {"embedding": head}, lambda x: head.logits(x)[..., : head.local_vocab_size], outside(INPUT), weight)
 
     chunks = (0, 2, 5, 8, 64)  # 5 and 8 leave a shorter last chunk; 64 is more than there are
     for chunk_tokens in chunks if not case.zero_bubble else ():
         for z_loss in (0.0, 0.2):
-            rows = VocabParallelEmbedding(V, H, tp=tp, std=1.0)
+            rows = VocabParallelEmbedding(V, H, tensor_parallel=tp, std=1.0)
             fill(rows, "embedding")
             x = outside(INPUT).clone().requires_grad_()
             arguments = rows, TOKENS, LOSS_WEIGHT
@@ -310,10 +310,10 @@ def trace() -> dict[str, list]:
     found: dict[str, list] = {}
     for sequence_parallel in (False, True):
         for zero_bubble in (False, True):
-            tp = TensorParallel(context.tp, sequence_parallel, WeightGradients(enabled=zero_bubble))
+            tp = TensorParallel(context.tp_group, sequence_parallel, WeightGradients(enabled=zero_bubble))
             name = ("sp" if sequence_parallel else "whole") + ("·zb" if zero_bubble else "")
-            column = ColumnParallelLinear(H, (FFN,), tp=tp, std=1.0, bias=True)
-            row = RowParallelLinear(FFN, H, tp=tp, std=1.0, bias=True)
+            column = ColumnParallelLinear(H, (FFN,), tensor_parallel=tp, std=1.0, bias=True)
+            row = RowParallelLinear(FFN, H, tensor_parallel=tp, std=1.0, bias=True)
             parameters = {p.data_ptr() for layer in (column, row) for p in layer.parameters()}
             saved: list[tuple[int, ...]] = []
 
@@ -340,7 +340,7 @@ def trace() -> dict[str, list]:
                     list(tp.weight_gradients.compute(0))
                     found[f"{name} later"] = log.copy()
                     log.clear()
-        rows = VocabParallelEmbedding(V, H, tp=tp, std=1.0)
+        rows = VocabParallelEmbedding(V, H, tensor_parallel=tp, std=1.0)
         weight = torch.ones(B, S)
         with Log():
             output_loss(x, rows, TOKENS, weight, chunk_tokens=B * S // 2)

@@ -34,8 +34,8 @@ class SelfAttention(nn.Module):
     Args:
         model: architecture.
         layer: number of the block in the whole model.
-        tp: how weights and activations are split over tensor-parallel ranks.
-        cp: how the sequence is split over context-parallel ranks.
+        tensor_parallel: how weights and activations are split over tensor-parallel ranks.
+        context_parallel: how the sequence is split over context-parallel ranks.
         rotary: rotary positions; None where positions are learned.
         projection_std: standard deviation of the output projection's initial weights.
         seed: of dropout masks.
@@ -50,29 +50,33 @@ class SelfAttention(nn.Module):
         model: Model,
         layer: int,
         *,
-        tp: TensorParallel,
-        cp: ContextParallel,
+        tensor_parallel: TensorParallel,
+        context_parallel: ContextParallel,
         rotary: RotaryPosition | None,
         projection_std: float,
         seed: int,
         recompute_core: bool,
     ) -> None:
         super().__init__()
-        self.tp, self.cp = tp, cp
+        self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
         self.head_dim = model.head_dim
         self.shared_kv_head: int | None = None
-        if model.kv_heads < tp.group.size:
-            self.shared_kv_head = tp.group.index * model.kv_heads // tp.group.size
+        if model.kv_heads < tensor_parallel.group.size:
+            self.shared_kv_head = tensor_parallel.group.index * model.kv_heads // tensor_parallel.group.size
         self.rotary = rotary
         self.recompute_core = recompute_core
         hidden, kv_size = model.hidden_size, model.kv_heads * self.head_dim
         self.qkv = ColumnParallelLinear(
-            hidden, (hidden, kv_size, kv_size), tp=tp, std=model.init_std, bias=model.has_qkv_bias
+            hidden,
+            (hidden, kv_size, kv_size),
+            tensor_parallel=tensor_parallel,
+            std=model.init_std,
+            bias=model.has_qkv_bias,
         )
         self.query_norm = self.key_norm = None
         if model.qk_norm:
             # The same weight serves the heads of all ranks, and each rank sees its own heads' part of the gradient.
-            partial = tp.group.size > 1
+            partial = tensor_parallel.group.size > 1
             self.query_norm = RMSNorm(self.head_dim, epsilon=model.norm_epsilon, partial=partial)
             self.key_norm = RMSNorm(self.head_dim, epsilon=model.norm_epsilon, partial=partial)
         self.core = AttentionCore(
@@ -82,9 +86,11 @@ class SelfAttention(nn.Module):
             seed=seed,
             layer=layer,
         )
-        self.projection = RowParallelLinear(hidden, hidden, tp=tp, std=projection_std, bias=model.bias)
-        local_heads = model.num_heads // tp.group.size
-        first = tp.group.index * local_heads
+        self.projection = RowParallelLinear(
+            hidden, hidden, tensor_parallel=tensor_parallel, std=projection_std, bias=model.bias
+        )
+        local_heads = model.num_heads // tensor_parallel.group.size
+        first = tensor_parallel.group.index * local_heads
         self.register_buffer("heads", torch.arange(first, first + local_heads), persistent=False)
 
     def forward(self, x: Tensor, place: Place) -> Tensor:
@@ -105,7 +111,7 @@ class SelfAttention(nn.Module):
         return y
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, place: Place) -> Tensor:
-        return self.cp.attend(self.core, query, key, value, self.heads, place)
+        return self.context_parallel.attend(self.core, query, key, value, self.heads, place)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, heads·D] ▶ [B, heads, S, D]."""
@@ -116,6 +122,6 @@ class SelfAttention(nn.Module):
         """What the local query heads look at: [B, S, K·D/T] each ▶ [B, max(K/T, 1), S, D] each."""
         if self.shared_kv_head is None:
             return self._heads(key), self._heads(value)
-        both = gather_for_matmul(torch.stack((key, value)), self.tp.group, dim=3)  # [2, B, S, K·D]
+        both = gather_for_matmul(torch.stack((key, value)), self.tensor_parallel.group, dim=3)  # [2, B, S, K·D]
         head = slice(self.shared_kv_head, self.shared_kv_head + 1)
         return self._heads(both[0])[:, head], self._heads(both[1])[:, head]

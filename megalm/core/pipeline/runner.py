@@ -117,7 +117,7 @@ class PipelineRunner(Generic[MicroBatch]):
         weight_gradients: WeightGradients | None = None,
     ) -> None:
         self._stages = stages
-        self._group = context.pp
+        self._group = context.pp_group
         self._device = context.device
         self._shape = activation_shape
         self._dtype = dtype

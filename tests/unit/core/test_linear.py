@@ -10,8 +10,8 @@ from megalm.core.tensor_parallel import TensorParallel
 from megalm.core.weight_gradients import WeightGradients
 
 KINDS = {
-    "column": lambda tp: ColumnParallelLinear(6, (4, 2), tp=tp, std=1.0, bias=True),
-    "row": lambda tp: RowParallelLinear(6, 6, tp=tp, std=1.0, bias=True),
+    "column": lambda tp: ColumnParallelLinear(6, (4, 2), tensor_parallel=tp, std=1.0, bias=True),
+    "row": lambda tp: RowParallelLinear(6, 6, tensor_parallel=tp, std=1.0, bias=True),
 }
 
 

@@ -19,7 +19,7 @@ B, S, H, V = 3, 10, 8, 37
 
 
 def head(dtype: torch.dtype, vocab_size: int = V, hidden_size: int = H) -> VocabParallelEmbedding:
-    embedding = VocabParallelEmbedding(vocab_size, hidden_size, tp=TensorParallel(), std=1.0)
+    embedding = VocabParallelEmbedding(vocab_size, hidden_size, tensor_parallel=TensorParallel(), std=1.0)
     with torch.no_grad():
         embedding.weight.copy_(torch.randn(vocab_size, hidden_size, generator=torch.Generator().manual_seed(0)))
     return embedding.to(dtype)

@@ -44,7 +44,7 @@ def whole() -> Batch:
 def rank(dp: int, cp: int, dp_rank: int, cp_rank: int, total: float) -> tuple[ParallelContext, ContextParallel]:
     data = Told(tuple(range(dp * cp)), dp_rank * cp + cp_rank, total=total)
     group = Group(tuple(range(cp)), cp_rank)
-    context = replace(ParallelContext.single(), topology=Topology(dp=dp, cp=cp), data=data, cp=group)
+    context = replace(ParallelContext.single(), topology=Topology(dp=dp, cp=cp), replica_group=data, cp_group=group)
     return context, Interleaved(group)
 
 
