@@ -9,6 +9,7 @@ from typing import Any
 
 from megalm.config.schema import Model
 from megalm.data.tokenization.postprocessor import with_marks
+from megalm.data.tokenization.roles import START
 from megalm.data.tokenization.settings_files import ROLES, SETTINGS_FILE, TEMPLATE_FILE
 from megalm.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -16,6 +17,7 @@ ORIGINAL_HASH = "megalm_tokenizer_sha256"
 """Where an export notes the tokenizer that it has added the ends of a text to."""
 TEMPLATES_FOLDER = "additional_chat_templates"
 """Where the library keeps chat templates that have other names than ``default``."""
+_END = "[SEP]"
 
 
 def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
@@ -78,10 +80,17 @@ def _with_processor(definition: str) -> str | None:
     """
     import tokenizers
 
-    from megalm.convert.huggingface.tokenizer_files import mark_ends
-
     tokenizer = tokenizers.Tokenizer.from_str(definition)
     if tokenizer.post_processor is not None:
         return None
     mark_ends(tokenizer)
     return None if tokenizer.post_processor is None else str(tokenizer.to_str())
+
+
+def mark_ends(tokenizer: Any) -> None:
+    """Let the library begin a text with ``[CLS]`` and end it with ``[SEP]``, where the tokenizer has both."""
+    from tokenizers import processors
+
+    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(_END)
+    if start is not None and end is not None:
+        tokenizer.post_processor = processors.BertProcessing((_END, end), (START, start))

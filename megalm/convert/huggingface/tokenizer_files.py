@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.convert.huggingface.library_tokenizer import ORIGINAL_HASH, TEMPLATES_FOLDER
+from megalm.convert.huggingface.library_tokenizer import ORIGINAL_HASH, TEMPLATES_FOLDER, mark_ends
 from megalm.convert.huggingface.token_ids import TokenIds
-from megalm.data.tokenization.roles import END_OF_TEXT, START
+from megalm.data.tokenization.roles import END_OF_TEXT
 from megalm.data.tokenization.settings_files import GENERATION_FILE, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE
 from megalm.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.data.tokenization.training import WORDPIECE_SPECIAL
@@ -23,8 +23,6 @@ _BPE_PAIRS = (("vocab.json", "merges.txt"), _OPENAI)
 _WORDPIECE_FILE = "vocab.txt"
 _SENTENCEPIECE_FILE = "tokenizer.model"
 _ADDED_FILE = "added_tokens.json"
-
-_END = "[SEP]"
 
 
 @dataclass(frozen=True)
@@ -206,15 +204,6 @@ def wordpiece(vocabulary: Path, *, lowercase: bool) -> str:
     _mark_special(tokenizer, WORDPIECE_SPECIAL)
     mark_ends(tokenizer)
     return str(tokenizer.to_str())
-
-
-def mark_ends(tokenizer: Any) -> None:
-    """Let the library begin a text with ``[CLS]`` and end it with ``[SEP]``, where the tokenizer has both."""
-    from tokenizers import processors
-
-    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(_END)
-    if start is not None and end is not None:
-        tokenizer.post_processor = processors.BertProcessing((_END, end), (START, start))
 
 
 def _mark_special(tokenizer: Any, names: tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ from megalm.data.prepare.clean import Cleaned, Cleaner, Cleaning
 from megalm.data.prepare.clean.near_duplicates import bands
 from megalm.data.prepare.left_out import LeftOutTotals
 from megalm.data.tally import EXAMPLES, FileTally, RejectedFile
+from megalm.data.tokenization.document_tokens import encode_documents
 from megalm.data.tokenization.tokenizer import Tokenizer
 
 CONVERSATIONS = "conversations, whose turns the chat template puts together"
@@ -144,7 +145,7 @@ def tokenise_block(work: Work, number: int, block: Block) -> tuple[int, int, int
     tokenizer = _tokenizer(work.tokenizer, work.tokenizer_hash)
     reading = _Reading()
     documents, texts = reading.rendered(work, block, tokenizer)
-    tokens, lengths, mask = tokenizer.encode_documents(documents)
+    tokens, lengths, mask = encode_documents(tokenizer, documents)
     digests = [text_digest(text) for text in texts] if work.exact_duplicates else []
     near = [bands(text) for text in texts] if work.cleaning.near_duplicates else []
     result = BlockResult(

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megalm.data.document import Document
-
-if TYPE_CHECKING:
-    from megalm.data.tokenization.tokenizer import Tokenizer
+from megalm.data.tokenization.tokenizer import Tokenizer
 
 Run = tuple[list[int], bool]
 """Tokens, and whether they carry loss."""

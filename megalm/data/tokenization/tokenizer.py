@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from megalm.data.document import Document, Rejected
 from megalm.data.tokenization.chat_tokens import ChatTokens, chat_of, chatml_of, learnt_tokens
-from megalm.data.tokenization.document_tokens import encode_documents
 from megalm.data.tokenization.roles import ENDS, MASKS, START_KEY, USUAL_START, Marks, RoleReader, Roles
 from megalm.data.tokenization.settings_files import (
     GENERATION_FILE,
@@ -285,12 +284,6 @@ class Tokenizer:
         flagged = zip(learnt_tokens(document.segments, encoding.offsets), encoding.ids, strict=True)
         runs = [([n for _, n in run], flag) for flag, run in groupby(flagged, key=itemgetter(0))]
         return [(self._as_text(ids, marks), flag) for ids, flag in runs]
-
-    def encode_documents(
-        self, documents: Sequence[Document]
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint8] | None]:
-        """Tokens of many documents, end to end: see :func:`document_tokens.encode_documents`."""
-        return encode_documents(self, documents)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out, and the marks of the chat template."""

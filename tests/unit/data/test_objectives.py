@@ -8,6 +8,7 @@ import pytest
 from megalm.config.schema import Objective
 from megalm.data.document import Document
 from megalm.data.objectives import CausalLM, Example, MaskedLM, make_objective
+from megalm.data.tokenization.document_tokens import encode_documents
 from megalm.data.tokenization.training import train_byte_level_bpe, train_wordpiece
 from megalm.errors import DataError
 
@@ -105,7 +106,7 @@ def test_only_learnt_tokens_of_supervised_rows_are_chosen() -> None:
 
 def test_whole_words_share_their_fate() -> None:
     tokenizer = WORDPIECE
-    tokens, _, _ = tokenizer.encode_documents([Document.plain("", " ".join(TEXTS) * 20)])
+    tokens, _, _ = encode_documents(tokenizer, [Document.plain("", " ".join(TEXTS) * 20)])
     length = tokens.size // 4
     rows = tokens[: 4 * length].reshape(4, length).astype(np.int64)
     objective = make_objective(Objective(name="mlm", whole_words=True), 3, tokenizer)

@@ -17,6 +17,7 @@ from megalm.config.schema import Config, Data, Engine, Launch, Model, Optim, Rep
 from megalm.core.sharding import StatePiece, declared_parameters
 from megalm.data.document import Document
 from megalm.data.shards.write import ShardWriter
+from megalm.data.tokenization.document_tokens import encode_documents
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.data.tokenization.training import train_byte_level_bpe
 from megalm.errors import CheckpointError, ConfigError, DataError
@@ -92,7 +93,7 @@ def write_split(folder, tokenizer):
         chunk_tokens=64,
         chunks_per_shard=2,
     )
-    tokens, lengths, _ = tokenizer.encode_documents([Document.plain("a", SENTENCE * 7)])
+    tokens, lengths, _ = encode_documents(tokenizer, [Document.plain("a", SENTENCE * 7)])
     writer.add(tokens, lengths.tolist(), ["a"])
     writer.close()
 

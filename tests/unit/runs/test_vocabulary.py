@@ -21,6 +21,7 @@ from megalm.core.sharding import StatePiece
 from megalm.data.document import Document
 from megalm.data.shards.store import open_store
 from megalm.data.shards.write import ShardWriter
+from megalm.data.tokenization.document_tokens import encode_documents
 from megalm.data.tokenization.postprocessor import with_marks
 from megalm.data.tokenization.roles import Marks
 from megalm.data.tokenization.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ def write_data(folder: Path, tokenizer: Tokenizer) -> Path:
         chunk_tokens=64,
         chunks_per_shard=2,
     )
-    tokens, lengths, _ = tokenizer.encode_documents([Document.plain("a", TEXTS[0] * 9)])
+    tokens, lengths, _ = encode_documents(tokenizer, [Document.plain("a", TEXTS[0] * 9)])
     writer.add(tokens, lengths.tolist(), ["a"])
     writer.close()
     (folder / "tokenizer.json").write_text(tokenizer.definition, encoding="utf-8")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.data.document import Document, Segment
+from megalm.data.tokenization.document_tokens import encode_documents
 from megalm.data.tokenization.library_classes import END_OF_TEXT
 from megalm.data.tokenization.roles import Marks
 from megalm.data.tokenization.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ def test_text_that_spells_a_special_token_stays_text() -> None:
 
 
 def test_documents_are_joined_with_end_of_text() -> None:
-    flat, lengths, mask = TOKENIZER.encode_documents([Document.plain("", text) for text in ("one", "", "two\n")])
+    flat, lengths, mask = encode_documents(TOKENIZER, [Document.plain("", text) for text in ("one", "", "two\n")])
     assert mask is None
     expected = [*TOKENIZER.encode("one"), 0, 0, *TOKENIZER.encode("two\n"), 0]
     assert TOKENIZER.eos_id == 0
@@ -75,7 +76,7 @@ def test_a_tokenizer_that_cuts_texts_loses_no_tokens_here() -> None:
     text = "a text of more than four tokens"
     cutting = Tokenizer(json.dumps(definition))
     assert cutting.decode(cutting.encode(text)) == text
-    assert cutting.encode_documents([Document.plain("", text)])[0].tolist() == [
+    assert encode_documents(cutting, [Document.plain("", text)])[0].tolist() == [
         *TOKENIZER.encode(text),
         TOKENIZER.eos_id,
     ]
@@ -108,7 +109,7 @@ def test_a_wordpiece_has_the_tokens_of_bert() -> None:
     assert list(WORDPIECE.special_tokens) == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<|im_start|>"]
     assert (WORDPIECE.eos_id, WORDPIECE.before_ids[0], WORDPIECE.mask_id) == (3, 2, 4)
     assert WORDPIECE.decode(WORDPIECE.encode("the fox")) == "the fox"
-    tokens, lengths, _ = WORDPIECE.encode_documents([Document.plain("", "the fox"), Document.plain("", "dogs")])
+    tokens, lengths, _ = encode_documents(WORDPIECE, [Document.plain("", "the fox"), Document.plain("", "dogs")])
     assert tokens[0] == 2 and tokens[lengths[0] - 1] == 3 and tokens[lengths[0]] == 2 and tokens[-1] == 3
     with pytest.raises(DataError, match=r"vocab_size=90: too small .* at least 105"):
         train_wordpiece(TEXTS, 90)
@@ -129,13 +130,13 @@ def test_segments_and_their_masks() -> None:
     plain = Document.plain("", "for x")
     row = Document("", (Segment("ask (", learnt=False), Segment("return 0")))
     cut = Document("", (Segment("a"), Segment("b", learnt=False)))
-    tokens, lengths, mask = TOKENIZER.encode_documents([plain, row, cut])
+    tokens, lengths, mask = encode_documents(TOKENIZER, [plain, row, cut])
     ids = TOKENIZER.encode("ask (return 0")
     second = tokens[lengths[0] : lengths[0] + lengths[1]].tolist()
     assert second == [*ids, TOKENIZER.eos_id]
     prompt = len(TOKENIZER.encode("ask ("))
     assert mask.tolist() == [1] * lengths[0] + [0] * prompt + [1] * (len(ids) + 1 - prompt) + [1, 0, 0]
-    assert TOKENIZER.encode_documents([plain])[2] is None
+    assert encode_documents(TOKENIZER, [plain])[2] is None
 
 
 def test_a_token_that_a_learnt_character_is_in_is_learnt() -> None:
@@ -143,7 +144,7 @@ def test_a_token_that_a_learnt_character_is_in_is_learnt() -> None:
     tokenizer = train_byte_level_bpe(["return x"] * 9, 290)
     assert len(tokenizer.encode("return")) == 1
     row = Document("", (Segment("re", learnt=False), Segment("turn"), Segment(" x", learnt=False)))
-    tokens, _, mask = tokenizer.encode_documents([row])
+    tokens, _, mask = encode_documents(tokenizer, [row])
     assert tokens.tolist() == [*tokenizer.encode("return x"), tokenizer.eos_id]
     assert mask.tolist() == [1, *[0] * (len(tokens) - 1)]
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from mwparserfromhell.nodes import Template
+from mwparserfromhell.nodes import Node, Template
 from mwparserfromhell.wikicode import Wikicode
 
 from megalm.data.prepare.corpora.wikitext.marks import plain
 from megalm.data.prepare.corpora.wikitext.site import Site, normalised
 
-if TYPE_CHECKING:
-    from megalm.data.prepare.corpora.wikitext.render import Renderer
+
+class ArticleRenderer(Protocol):
+    """What a template needs of the renderer of its article.
+
+    Attributes:
+        site: the wiki.
+        title: name of the article.
+    """
+
+    site: Site
+    title: str
+
+    def nodes(self, nodes: Iterable[Node]) -> str:
+        """Rendered text of parsed markup."""
+
+    def leave_out(self, kind: str, wikitext: str, *, reference: bool = False) -> str:
+        """Count markup that is not rendered, and give what stands in its place."""
 
 
 class Call:
@@ -23,7 +39,7 @@ class Call:
         renderer: of the article.
     """
 
-    def __init__(self, node: Template, renderer: Renderer) -> None:
+    def __init__(self, node: Template, renderer: ArticleRenderer) -> None:
         self._node = node
         self._renderer = renderer
         self._rendered: dict[str, str] = {}
