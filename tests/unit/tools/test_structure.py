@@ -19,7 +19,7 @@ MODULES = {
     "loose": "def one():\n    return 1\n",
     "low/__init__": "",
     "low/a": f"from megalm.low import b\n\n\ndef longest(factor):\n{BLOCK}\n    return factor\n",
-    "low/b": "from megalm.high import top\n\n\ndef inner():\n    from megalm.low.a import longest\n    return longest, top\n",
+    "low/b": "from megalm.high import top\n\n\ndef f():\n    from megalm.low.a import longest\n    return longest\n",
     "high/__init__": "",
     "high/top": f"def same(factor):\n{BLOCK}\n    return None\n",
 }
