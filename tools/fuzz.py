@@ -31,7 +31,7 @@ sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 from fuzzing.draw import STEPS, Case, Fields, draw, overrides_of
 from fuzzing.runs import Run, make_datasets, start_all
 
-from megalm.train.callbacks.metrics_jsonl import read_metrics, step_rows, validation_rows
+from megalm.runs.record import read_metrics, step_rows, validation_rows
 
 LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
 """Nats, at any step; 16-bit weights round otherwise where sums are cut otherwise."""

@@ -21,7 +21,8 @@ from megalm.data.stream.phases import DataState, fingerprint_of, new_state, orde
 from megalm.data.stream.sequences import Corpora
 from megalm.data.tokenization.tokenizer import TOKENIZER_FILE
 from megalm.errors import ConfigError, DataError
-from megalm.train.callbacks.metrics_jsonl import FILE_NAME, attempt_rows, read_metrics, step_rows
+from megalm.runs.folder import METRICS_FILE
+from megalm.runs.record import attempt_rows, read_metrics, step_rows
 
 
 def show_lines(
@@ -78,7 +79,7 @@ def _steps(config: Config, run_dir: Path) -> Steps:
     Raises:
         DataError: the record does not say how many samples came before it.
     """
-    path = run_dir / FILE_NAME
+    path = run_dir / METRICS_FILE
     rows = read_metrics(path) if path.exists() else []
     taken = step_rows(rows)
     begins = taken[0]["step"] - 1 if taken else max((row["step"] for row in attempt_rows(rows)), default=0)

@@ -32,10 +32,8 @@ from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, ConfigError
 from megalm.models.balance import split_layers
 from megalm.models.transformer import Part
+from megalm.runs.folder import CONFIG_FILE
 from megalm.runs.vocabulary import TOKENIZER, check_own_tokenizer, tokenizer_folder, tokenizer_record
-
-CONFIG_FILE = "config.yaml"
-"""Where a run keeps its config."""
 
 IMPORTED = "imported"
 """Where a manifest's ``training`` says what its weights were converted from."""

@@ -17,13 +17,15 @@ from megalm.errors import ConfigError
 from megalm.launch.console import LastingStream
 from megalm.launch.discovery import MPIRUN, RankInfo
 
+LOGS_FOLDER = "logs"
+
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """ANSI control sequences: colours and cursor movements."""
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
     """The log of one rank."""
-    return run_dir / "logs" / f"rank-{rank}.log"
+    return run_dir / LOGS_FOLDER / f"rank-{rank}.log"
 
 
 class Console:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megalm.config.compose import CONFIG_FILE, save_config
+from megalm.config.compose import save_config
 from megalm.config.schema import Config
-
-ATTEMPTS_FOLDER = "attempts"
+from megalm.runs.folder import ATTEMPTS_FOLDER, CONFIG_FILE
 
 
 def keep_config(config: Config, run_dir: Path) -> tuple[int, str]:

@@ -79,7 +79,7 @@ def load_full_model(run_dir: str | Path, overrides: Sequence[str] = ()) -> Train
     checkpoint = locate(run_dir if resume in ("auto", "never") else resume).path
     vocabulary = Vocabulary.of(tokenizer, run_dir / TOKENIZER_FILE)
     check_own_tokenizer(checkpoint, read_manifest(checkpoint), vocabulary)
-    device = choose_device(config.launch.device)
+    device = device_of_one_process(config.launch.device)
     vocab_size = resolve_vocab_size(config.model, tokenizer.vocab_size)
     model = build_full_model(config.model, vocab_size, dtype=DTYPES[config.engine.dtype], device=str(device))
     load_weights(model, checkpoint)
@@ -96,7 +96,7 @@ def load_weights(model: Transformer, checkpoint: Path) -> None:
             declared.parameter.copy_(reader.read_local(declared.name, "weight", declared.shard))
 
 
-def choose_device(name: str) -> torch.device:
+def device_of_one_process(name: str) -> torch.device:
     """The device of a single process: ``auto`` takes CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

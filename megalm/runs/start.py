@@ -29,6 +29,7 @@ from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.config.violation import format_value
 from megalm.errors import CheckpointError
+from megalm.runs.folder import METRICS_FILE
 
 RESUMED_FROM = "resumed_from"
 """Where a manifest's ``training`` says which named checkpoint the run went on from."""
@@ -295,7 +296,7 @@ def _steps_again(run_dir: Path, step: int) -> tuple[str, ...]:
 
 def _last_recorded_step(run_dir: Path) -> int:
     """The last step in the run's record; 0: none."""
-    metrics = run_dir / "metrics.jsonl"
+    metrics = run_dir / METRICS_FILE
     if not metrics.is_file():
         return 0
     last = 0

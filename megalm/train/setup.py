@@ -30,9 +30,9 @@ from megalm.runs.history import history_of, schedule_for
 from megalm.runs.start import StartPoint, await_visible, run_folder
 from megalm.runs.vocabulary import TOKENIZER, tokenizer_record
 from megalm.train.callbacks.base import Attempt, Callback, CallbackList, Outcome, RunContext
+from megalm.train.callbacks.closing_report import ClosingReport
 from megalm.train.callbacks.console import ConsoleLog
 from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
-from megalm.train.callbacks.report import ClosingReport
 from megalm.train.callbacks.tensorboard import TensorBoardLog
 from megalm.train.callbacks.wandb import WandbLog
 from megalm.train.restoring import Restored, restore

@@ -14,13 +14,12 @@ from megalm.config.rules import planned_world_size_of
 from megalm.config.schema import Config
 from megalm.errors import ExitCode
 from megalm.plan.preflight import check_config
+from megalm.runs.folder import CERTIFICATE_FILE
 from megalm.runs.start import run_folder
 from megalm.verify.certificate import Certificate, Row
 from megalm.verify.parity import Trace, differences, train_on_layout, train_plainly
 from megalm.verify.ranks import RankFailure, run_on_ranks
 from megalm.verify.shrink import Case, related_layouts, shrink
-
-CERTIFICATE_FILE = "layout_certificate.json"
 
 _CLIP_SHARE = 0.5
 """Of the first gradient norm: clipping is active in every step."""

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from megalm.train.callbacks.metrics_jsonl import read_metrics, step_rows
+from megalm.runs.record import read_metrics, step_rows
 
 TINY = (
     "experiment=quickstart",

@@ -10,7 +10,7 @@ from cli_runs import losses_of, run
 from megalm.config.compose import load_run_config
 from megalm.data.stream.batch_size import BatchSize
 from megalm.engine.lr_schedule import LearningRate
-from megalm.train.callbacks.metrics_jsonl import read_metrics, step_rows
+from megalm.runs.record import read_metrics, step_rows
 
 SEQUENCE = 32
 RAMP = (

@@ -15,7 +15,7 @@ from megalm.checkpoint.store import CHECKPOINTS_FOLDER, find_latest
 from megalm.config.compose import load_run_config
 from megalm.cli.data_show import show_lines
 from megalm.runs.history import history_of, schedule_for
-from megalm.train.callbacks.metrics_jsonl import attempt_rows, read_metrics, step_rows
+from megalm.runs.record import attempt_rows, read_metrics, step_rows
 
 LENGTH = 32
 PEAK, FLOOR = 1.5e-3, 1.5e-4

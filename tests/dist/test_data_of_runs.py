@@ -13,7 +13,7 @@ import pytest
 from cli_runs import MEGALM, losses_of, run, steps_of
 
 from megalm.data.tokenization.tokenizer import Tokenizer
-from megalm.train.callbacks.metrics_jsonl import read_metrics, validation_rows
+from megalm.runs.record import read_metrics, validation_rows
 from tests.web_server import serve
 
 pytestmark = pytest.mark.slow

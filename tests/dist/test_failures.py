@@ -14,7 +14,7 @@ from cli_runs import run, steps_of
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import complete_checkpoints
 from megalm.launch.device import slow_format
-from megalm.train.callbacks.metrics_jsonl import read_metrics
+from megalm.runs.record import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import pytest
 from cli_runs import losses_of, run, start, steps_of, wait_for_step
 
 from megalm.checkpoint.manifest import read_manifest
-from megalm.train.callbacks.metrics_jsonl import checkpoint_rows, read_metrics
+from megalm.runs.record import checkpoint_rows, read_metrics
 
 STEPS = 16
 LAYOUT = (

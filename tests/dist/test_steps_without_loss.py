@@ -14,7 +14,7 @@ from parity import MODEL, Layout, train_on_ranks
 
 from megalm.data.shards.write import ShardWriter
 from megalm.data.tokenization.tokenizer import Tokenizer
-from megalm.train.callbacks.metrics_jsonl import read_metrics, step_rows, validation_rows
+from megalm.runs.record import read_metrics, step_rows, validation_rows
 from megalm.verify import parity
 from megalm.verify.parity import GlobalBatch, Trace, differences, synthetic_batch, train_plainly
 from tests.families import bert_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from megalm.runs.folder import TENSORBOARD_FOLDER
 from megalm.train.callbacks.base import Callback, CheckpointMetrics, RunContext, StepMetrics, ValidationMetrics
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class TensorBoardLog(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(
-            str(context.run_dir / "tensorboard"),
+            str(context.run_dir / TENSORBOARD_FOLDER),
             purge_step=context.start_step + 1 if context.start_step else None,
             flush_secs=_FLUSH_SECONDS,
         )

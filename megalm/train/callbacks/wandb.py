@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 from urllib.parse import urlparse
 
 from megalm.config.parse import config_to_dict
+from megalm.runs.folder import WANDB_ID_FILE
 from megalm.train.callbacks.base import (
     Callback,
     CheckpointMetrics,
@@ -30,8 +31,6 @@ from megalm.train.callbacks.base import (
     describe_error,
     warn,
 )
-
-ID_FILE = "wandb_id"
 
 INIT_TIMEOUT_SECONDS = 10
 """Longest that the sending thread tries to start a W&B run."""
@@ -146,11 +145,11 @@ def resolve_mode(mode: str, environment: Mapping[str, str]) -> str:
 
 def stored_run_id(run_dir: Path) -> str:
     """The W&B id of the run, made at its first start and kept in its folder."""
-    path = run_dir / ID_FILE
+    path = run_dir / WANDB_ID_FILE
     if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
         return run_id
     run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(12))
-    temporary = path.with_name(f"{ID_FILE}.tmp")
+    temporary = path.with_name(f"{WANDB_ID_FILE}.tmp")
     temporary.write_text(f"{run_id}\n", encoding="utf-8")
     temporary.replace(path)
     return run_id

@@ -26,8 +26,8 @@ from megalm.generate.run import run_generate
 from megalm.models.transformer import build_full_model
 from megalm.runs.load import load_full_model
 from megalm.train.callbacks.base import Outcome, RunContext, StepMetrics, ValidationMetrics
+from megalm.train.callbacks.closing_report import ClosingReport
 from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
-from megalm.train.callbacks.report import ClosingReport
 
 SENTENCE = "one two three four five six seven eight nine ten, "
 ROWS = 400

@@ -8,8 +8,9 @@ from pathlib import Path
 from megalm.config.compose import load_run_config, save_config
 from megalm.config.schema import Config
 from megalm.runs.attempts import keep_config
+from megalm.runs.record import attempt_rows, read_metrics, step_rows
 from megalm.train.callbacks.base import Attempt
-from megalm.train.callbacks.metrics_jsonl import MetricsJsonl, attempt_rows, read_metrics, step_rows
+from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
 
 
 def test_the_newest_config_is_the_runs_and_the_others_stay(config: Config, tmp_path: Path) -> None:

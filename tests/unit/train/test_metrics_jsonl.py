@@ -6,16 +6,9 @@ import pytest
 
 from megalm.errors import ConfigError, DataError
 from megalm.ownership import owned
+from megalm.runs.record import checkpoint_rows, cut_back, encode_row, read_metrics, step_rows, validation_rows
 from megalm.train.callbacks.base import CheckpointMetrics, Outcome, StepMetrics
-from megalm.train.callbacks.metrics_jsonl import (
-    MetricsJsonl,
-    checkpoint_rows,
-    cut_back,
-    encode_row,
-    read_metrics,
-    step_rows,
-    validation_rows,
-)
+from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
 
 CHECKPOINT = CheckpointMetrics(step=1, checkpoint="here", stall_seconds=0.1, write_seconds=2.0, gigabytes=1.5)
 

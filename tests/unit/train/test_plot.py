@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from megalm.train.report import interpolate, plot_loss, smooth
+from megalm.train.loss_curve import interpolate, plot_loss, smooth
 
 
 def rows(steps):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.figure import new_figure
-from megalm.train.callbacks.metrics_jsonl import step_rows, validation_rows
+from megalm.runs.record import step_rows, validation_rows
 
 _TRAIN_COLOUR = "#3366a8"
 _VALIDATION_COLOUR = "#c8501e"

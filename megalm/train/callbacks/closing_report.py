@@ -7,11 +7,10 @@ from typing import TextIO
 
 from megalm.data.shards.dataset import TOKENIZER_FILE
 from megalm.models.counts import resolve_vocab_size
+from megalm.runs.folder import LOSS_CURVE_FILE, METRICS_FILE
+from megalm.runs.record import read_metrics, step_rows, validation_rows
 from megalm.train.callbacks.base import Callback, Outcome, RunContext, describe_error, warn
-from megalm.train.callbacks.metrics_jsonl import FILE_NAME, read_metrics, step_rows, validation_rows
 from megalm.train.callbacks.words import format_number
-
-PLOT_NAME = "loss.png"
 
 MOST_SAMPLED_PARAMETERS = 3_000_000_000
 """A larger model is not loaded into one process beside the training state; ``megalm generate`` samples it."""
@@ -43,18 +42,18 @@ class ClosingReport(Callback):
                 warn(f"report without its {part.__name__.strip('_')}: {describe_error(error)}")
 
     def _plot(self, context: RunContext) -> None:
-        rows = read_metrics(context.run_dir / FILE_NAME)
+        rows = read_metrics(context.run_dir / METRICS_FILE)
         if not context.config.report.plot or not step_rows(rows):
             return
-        from megalm.train.report import plot_loss
+        from megalm.train.loss_curve import plot_loss
 
-        path = context.run_dir / PLOT_NAME
+        path = context.run_dir / LOSS_CURVE_FILE
         plot_loss(rows, path, run_name=context.config.run.name)
         self._print(f"curve    {path}")
 
     def _perplexity(self, context: RunContext) -> None:
         """Of the validation after the last step; an earlier one is no result of the run, and may be of other data."""
-        rows = validation_rows(read_metrics(context.run_dir / FILE_NAME))
+        rows = validation_rows(read_metrics(context.run_dir / METRICS_FILE))
         validations = [row for row in rows if row["step"] == context.total_steps]
         if not validations:
             return

@@ -1,0 +1,39 @@
+"""What lies in a run's folder, ``runs/<run.name>/``: the name of every file and folder in it. No torch.
+
+config.yaml                the resolved config of the newest start
+attempts/N.yaml            the resolved config of start N
+metrics.jsonl              the record: a row per start, step, validation and checkpoint
+checkpoints/step-00000200  the complete checkpoints
+tokenizer.json             the tokenizer of the data, and its settings beside it
+logs/rank-0.log            what each rank wrote
+tensorboard/, wandb/       what those loggers keep; wandb_id is the run's id there
+loss.png                   the loss curve, drawn when the run ends
+layout_certificate.json    what ``megalm verify`` found
+"""
+
+from __future__ import annotations
+
+from megalm.checkpoint.store import CHECKPOINTS_FOLDER
+from megalm.config.compose import CONFIG_FILE
+from megalm.data.tokenization.tokenizer import TOKENIZER_FILE
+from megalm.launch.logs import LOGS_FOLDER
+
+ATTEMPTS_FOLDER = "attempts"
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+WANDB_ID_FILE = "wandb_id"
+LOSS_CURVE_FILE = "loss.png"
+CERTIFICATE_FILE = "layout_certificate.json"
+
+__all__ = [
+    "ATTEMPTS_FOLDER",
+    "CERTIFICATE_FILE",
+    "CHECKPOINTS_FOLDER",
+    "CONFIG_FILE",
+    "LOGS_FOLDER",
+    "LOSS_CURVE_FILE",
+    "METRICS_FILE",
+    "TENSORBOARD_FOLDER",
+    "TOKENIZER_FILE",
+    "WANDB_ID_FILE",
+]
