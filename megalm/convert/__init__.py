@@ -1,1 +1,1 @@
-"""Models in other formats, as sources and targets of weights under megalm's names; see ``weights.py``."""
+"""Conversion between megalm and other formats: each is a source or a target of named weights; see ``weights.py``."""

@@ -1,4 +1,4 @@
-"""What every reader checks of a model that somebody else describes, and how tensors are compared."""
+"""Checks that every reader makes of a model described by someone else's files, and the comparison of tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def config_around(model: Model, *, name: str = "model") -> Config:
-    """The least config that a model needs to be one of megalm's."""
+    """A minimal valid config around a model."""
     return Config(
         run=Run(name=name),
         model=model,
@@ -54,7 +54,7 @@ def check_size(path: Path, model: Model, elements: int, tensors: int) -> None:
 
 
 def some_of(lines: Sequence[str], start: str = "") -> str:
-    """The first of many lines, and how many more there are."""
+    """The first lines of a long list, then how many more there are."""
     shown = [start + line for line in lines[:_MOST_LINES]]
     if len(lines) > _MOST_LINES:
         shown.append(f"{start}and {len(lines) - _MOST_LINES} more")
@@ -62,7 +62,7 @@ def some_of(lines: Sequence[str], start: str = "") -> str:
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; a NaN is as good as another."""
+    """Whether two tensors have the same dtype, shape and bits; all NaNs count as equal."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     integers = _INTEGERS[one.dtype.itemsize]
@@ -74,7 +74,7 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is infinite or NaN; in no memory of its own."""
+    """Whether every element is finite; allocates nothing."""
     if not tensor.numel():
         return True
     low, high = torch.aminmax(tensor)

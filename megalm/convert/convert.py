@@ -28,9 +28,9 @@ from megalm.models.counts import parameter_count
 
 SAME_DTYPE = "source"
 LAYOUTS = ("megalm", "megatron")
-"""Formats that are written in pieces for a layout."""
+"""Formats that are written as one piece per rank of a layout."""
 SHARDED = ("hf",)
-"""Formats that are cut by size."""
+"""Formats whose weight files have a maximum size."""
 SHARD_BYTES = 5 * 10**9
 
 
@@ -46,7 +46,7 @@ class Request:
         tp: tensor-parallel degree of what is written.
         pp: pipeline-parallel degree of what is written.
         dtype: a key of ``DTYPES``, or ``source``: as it is.
-        shard_bytes: most that one file of weights holds, where the format cuts by size; None: ``SHARD_BYTES``.
+        shard_bytes: maximum bytes of one weight file, for formats that have a maximum; None: ``SHARD_BYTES``.
         verify: whether to read everything again, and compare.
     """
 
@@ -63,7 +63,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a request, as lines for the user.
+    """The result of a conversion, as lines for the user.
 
     Attributes:
         done: what was written.
@@ -79,26 +79,26 @@ class Report:
 
 
 class Watcher(Protocol):
-    """Hears how far a conversion has come."""
+    """Receives the progress of a conversion."""
 
     def begin(self, what: str, total: int) -> Progress:
         """A phase begins.
 
         Args:
             what: it does, in words.
-            total: bytes that will pass.
+            total: bytes that the phase will process.
 
         Returns:
-            What to call with the bytes that have.
+            A function to call with the bytes processed since the last call.
         """
         ...
 
 
 def convert(request: Request, watcher: Watcher) -> Report:
-    """Do what a request says.
+    """Convert a model as a request says.
 
     Raises:
-        ConfigError: the request cannot be fulfilled, whatever is in the files.
+        ConfigError: the request itself is wrong, whatever the files hold.
         CheckpointError: the source is not whole, not what it says, or no model of the target's; or the target, read
             again, is not the source.
         OSError: the disk is full or broken.
@@ -175,7 +175,7 @@ def _convert(source: WeightSource, request: Request, watcher: Watcher, started: 
 
 
 def _losses(model: Model, request: Request) -> list[str]:
-    """What of a model the target has no place for, and does not need for its logits."""
+    """Parts of a model that the target format cannot hold and that do not change its logits."""
     if request.target_format != "hf":
         return []
     from megalm.convert.huggingface.families import family_of
@@ -245,7 +245,7 @@ def _tokenizer_of(source: WeightSource) -> tuple[Tokenizer | None, list[str]]:
 
 
 def _vocabulary_notes(source: WeightSource, vocabulary: Vocabulary) -> list[str]:
-    """What of a tokenizer the model has no embedding of.
+    """Tokens of a tokenizer that the model has no embedding for.
 
     Raises:
         CheckpointError: the tokenizer is another model's.

@@ -1,4 +1,4 @@
-"""A folder that comes into being whole, or not at all."""
+"""A folder that appears complete, or not at all: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megalm.ownership import owned
 
 _UNIQUE_BYTES = 4
 _UNIQUE = rf"[0-9a-f]{{{2 * _UNIQUE_BYTES}}}"
-"""What tells the temporary folders of conversions to one place apart."""
+"""Random bytes in the name of a temporary folder, so that two conversions to one target do not share it."""
 
 
 def check_absent(folder: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse a target that exists already.
 
     Raises:
         ConfigError: the path exists and is not an empty folder.
@@ -69,7 +69,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _temporary_folder(home: Path, name: str) -> Path:
-    """A folder of this conversion's own, once those that others have left are gone."""
+    """Make this conversion's temporary folder, after removing those that killed conversions left."""
     prefix = f"{TEMPORARY_PREFIX}{name}-"
     for left in home.iterdir():
         if re.fullmatch(re.escape(prefix) + _UNIQUE, left.name):
@@ -80,7 +80,7 @@ def _temporary_folder(home: Path, name: str) -> Path:
 
 
 def _take_place(temporary: Path, folder: Path) -> None:
-    """Rename, which fails where something stands but an empty folder: between a look and a rename it could appear."""
+    """Rename; fails if the target has become a file or a folder with something in it since it was checked."""
     try:
         temporary.rename(folder)
     except OSError as error:
@@ -99,7 +99,7 @@ def _fill(temporary: Path, folder: Path) -> None:
 
 
 def _is_conversions(entry: Path, folder: Path) -> bool:
-    """Whether an entry of a folder is what conversions to it work with."""
+    """Whether an entry is the lock or a temporary folder of a conversion."""
     return entry.name.startswith(TEMPORARY_PREFIX) or is_lock(entry, real_path(folder))
 
 

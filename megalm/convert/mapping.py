@@ -1,4 +1,4 @@
-"""How one megalm tensor is stored elsewhere: under other names, transposed, in parts, or its rows in another order.
+"""How a megalm tensor is stored in another format: renamed, transposed, split, or with its rows reordered.
 
 A format is a list of :class:`Rule`; each works in both directions, and both move bytes, never numbers: a round trip is
 byte-equal.
@@ -19,34 +19,34 @@ Shape = tuple[int, ...]
 
 
 class Form(ABC):
-    """An arrangement of a tensor's elements in one or more foreign tensors."""
+    """How the elements of one megalm tensor are arranged in one or more tensors of another format."""
 
     @abstractmethod
     def foreign_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """Shapes of the foreign tensors of a megalm tensor of ``shape``."""
+        """Shapes of the other format's tensors for a megalm tensor of ``shape``."""
 
     @abstractmethod
     def to_megalm(self, parts: Sequence[Tensor]) -> Tensor:
-        """The megalm tensor that the foreign ones are."""
+        """Other format's tensors ▶ megalm tensor."""
 
     @abstractmethod
     def to_foreign(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The foreign tensors of a megalm one."""
+        """megalm tensor ▶ the other format's tensors."""
 
 
 class Plain(Form):
     """The same tensor."""
 
     def foreign_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """One of the same shape."""
+        """One tensor of the same shape."""
         return (shape,)
 
     def to_megalm(self, parts: Sequence[Tensor]) -> Tensor:
-        """As it is."""
+        """Unchanged."""
         return parts[0]
 
     def to_foreign(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """As it is."""
+        """Unchanged."""
         return (tensor,)
 
 
@@ -77,11 +77,11 @@ class Fused(Form):
         return tuple((size, *shape[1:]) for size in self.sizes)
 
     def to_megalm(self, parts: Sequence[Tensor]) -> Tensor:
-        """One below the other."""
+        """Concatenate along dim 0."""
         return torch.cat(tuple(parts))
 
     def to_foreign(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut apart."""
+        """Split along dim 0."""
         return tuple(tensor.split(self.sizes))
 
 
@@ -102,14 +102,14 @@ class GroupedHeads(Form):
         return (shape,)
 
     def to_megalm(self, parts: Sequence[Tensor]) -> Tensor:
-        """Collect query, key and value heads."""
+        """Rows grouped by key/value head ▶ [all query heads | all key heads | all value heads]."""
         per_group = self.heads // self.kv_heads
         grouped = parts[0].unflatten(0, (self.kv_heads, per_group + 2, self.head_dim))
         pieces = (grouped[:, :per_group], grouped[:, per_group : per_group + 1], grouped[:, per_group + 1 :])
         return torch.cat([piece.flatten(0, 2) for piece in pieces])
 
     def to_foreign(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Deal query, key and value heads out to their groups."""
+        """[all query heads | all key heads | all value heads] ▶ rows grouped by key/value head."""
         kv = self.kv_heads * self.head_dim
         query, key, value = tensor.split((self.heads * self.head_dim, kv, kv))
         grouped = [part.unflatten(0, (self.kv_heads, -1, self.head_dim)) for part in (query, key, value)]
@@ -122,8 +122,8 @@ class Rule:
 
     Attributes:
         name: megalm's.
-        foreign: names there, in the order of the form's parts.
-        form: how elements are arranged there.
+        foreign: names in the other format, in the order of the form's parts.
+        form: how elements are arranged in the other format.
     """
 
     name: str

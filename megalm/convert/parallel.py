@@ -1,4 +1,4 @@
-"""Several files written at once, by threads: reading, writing and hashing let go of the interpreter."""
+"""Writes several files at once in threads: reading, writing and hashing release the interpreter lock."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 MOST_THREADS = 8
-"""More would only wait for the disk."""
+"""Maximum threads; more would only wait for the disk."""
 
 
 def run_all(tasks: Sequence[Callable[[], object]], *, call_off: Callable[[], None]) -> None:
-    """Run tasks in threads until all are done; the first error, or Ctrl-C, calls the others off and is raised."""
+    """Run tasks in threads until all are done; the first error, or Ctrl-C, cancels the others and is raised."""
     threads = min(len(tasks), os.cpu_count() or 1, MOST_THREADS)
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         futures = [pool.submit(task) for task in tasks]

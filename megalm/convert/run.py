@@ -1,4 +1,4 @@
-"""megalm's own runs: read from any layout, and written as a run folder that every command accepts."""
+"""megalm's own runs: read whatever layout wrote them, and written as a run folder that every command accepts."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from megalm.runs.vocabulary import TOKENIZER, check_own_tokenizer, tokenizer_fol
 IMPORTED = "imported"
 """Where a manifest's ``training`` says what its weights were converted from."""
 IDS = "ids"
-"""And there, the ids of special tokens that the model came with."""
+"""Key of ``training.imported`` with the ids of special tokens that the model came with."""
 
 
 class RunSource(WeightSource):
-    """A checkpoint, or the newest of a run.
+    """A checkpoint of megalm; of a run, the newest one.
 
     Args:
         path: folder of a checkpoint or of a run.
@@ -74,7 +74,7 @@ class RunSource(WeightSource):
         return tensor.to(self.info.dtype)
 
     def check_tokenizer(self, vocabulary: Vocabulary) -> None:
-        """Refuse a tokenizer that is not the one which the model was trained with.
+        """Refuse a tokenizer other than the one that the model was trained with.
 
         Raises:
             CheckpointError: naming both.
@@ -83,12 +83,12 @@ class RunSource(WeightSource):
 
 
 def open_source(path: Path) -> WeightSource:
-    """A checkpoint of megalm, or the newest of a run, opened for reading."""
+    """Open a checkpoint of megalm for reading; of a run, the newest one."""
     return RunSource(path)
 
 
 def check_layout(model: Model, *, tp: int, pp: int) -> None:
-    """Refuse a layout that megalm does not split a model over.
+    """Refuse a layout over which the model cannot be split.
 
     Raises:
         ConfigError: naming what does not divide.
@@ -103,7 +103,7 @@ def write_run(transfer: Transfer, folder: Path, *, name: str, tokenizer: Tokeniz
     Args:
         transfer: the model.
         folder: an empty folder.
-        name: of the folder that it is going to be.
+        name: of the run.
         tokenizer: the model's; None: it has none.
         tp: tensor-parallel degree of the pieces.
         pp: pipeline-parallel degree of the pieces.
@@ -189,7 +189,7 @@ def _with_defaults(model: Model) -> Model:
 
 
 def _run_name(name: str) -> str:
-    """A folder's name as a run's."""
+    """A folder's name as a valid run name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:200] or "converted"
 
 
@@ -210,12 +210,12 @@ def _model_of(manifest: Manifest, path: Path) -> Model:
 
 
 def _stored_dtype(manifest: Manifest) -> torch.dtype:
-    """What the weights were before they were imported; fp32 where megalm has trained them."""
+    """The dtype that imported weights had in their own format; fp32 if megalm has trained them since."""
     name = _imported(manifest).get("dtype")
     return {str(dtype): dtype for dtype in DTYPE_NAMES}.get(f"torch.{name}", torch.float32)
 
 
 def _imported(manifest: Manifest) -> dict[str, Any]:
-    """What is known of where weights were imported from; nothing of weights that megalm has trained since."""
+    """Where weights were imported from; empty if megalm has trained them since."""
     imported = manifest.training.get(IMPORTED)
     return imported if isinstance(imported, dict) and "progress" not in manifest.training else {}

@@ -1,4 +1,4 @@
-"""Tensors on their way from one format to another: cast, checked, counted, and few at a time."""
+"""Tensors between a source and a target: cast, checked for NaN, counted, and few in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from megalm.core.dtype import DTYPE_NAMES
 from megalm.errors import CheckpointError
 
 Progress = Callable[[int], object]
-"""Called with the bytes that have passed since the last call."""
+"""Called with the bytes processed since the last call."""
 
 
 class Transfer(WeightSource):
-    """A source as a target sees it. Safe to use from several threads.
+    """The view of a source that targets read from. Safe to use from several threads.
 
     Args:
         source: what is converted.
         dtype: what its weights are cast to.
-        progress: hears of each tensor when it passes for the first time.
+        progress: called for each tensor when it is read for the first time.
     """
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, *, progress: Progress = lambda _: None) -> None:
@@ -50,12 +50,12 @@ class Transfer(WeightSource):
         return prod(self.shapes[name]) * max(self.info.dtype.itemsize, 4)
 
     def call_off(self) -> None:
-        """Let every thread that asks for a tensor fail."""
+        """Make every further read fail."""
         self._called_off = True
         self._budget.call_off()
 
     def is_called_off(self) -> bool:
-        """Whether nobody wants the result any more."""
+        """Whether the conversion was cancelled."""
         return self._called_off
 
     def read(self, name: str) -> Tensor:
@@ -117,7 +117,7 @@ class _Budget:
                 self._changed.notify_all()
 
     def call_off(self) -> None:
-        """Wake those who wait, in vain."""
+        """Make every waiting thread fail."""
         with self._changed:
             self._called_off = True
             self._changed.notify_all()

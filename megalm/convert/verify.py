@@ -1,4 +1,4 @@
-"""Proves a conversion: what was written is read again, compared tensor by tensor, and asked for logits.
+"""Verifies a conversion: what was written is read again and compared, tensor by tensor and by logits.
 
 Shapes: B batch, S sequence, V vocabulary.
 """
@@ -29,7 +29,7 @@ from megalm.models.transformer import build_full_model
 
 SEQUENCES = 4
 LONGEST = 512
-"""Tokens of each sequence, where the model takes as many."""
+"""Tokens of each sequence, or the model's longest if that is shorter."""
 TOLERANCE = 1e-4
 """Largest difference of two logits. In fp32 rounding alone may exceed it, where logits are in the hundreds as GPT-2's:
 then fp64 tells. What the library computes in fp32 whatever it is asked for, as angles and RMSNorm, stays rounded."""
@@ -42,11 +42,11 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Side:
-    """One end of a conversion, for its logits.
+    """The source or the target of a conversion, to compute logits with.
 
     Attributes:
         source: its tensors.
-        folder: where the library finds it; None: megalm computes.
+        folder: a Hugging Face folder, with which the library computes; None: megalm computes.
         is_new: whether it was written just now, so that the library must find exactly what it wants.
     """
 
@@ -56,7 +56,7 @@ class Side:
 
 
 def compare_tensors(transfer: Transfer, target: WeightSource) -> None:
-    """Prove that every tensor of a source is in what was written, bit for bit.
+    """Check that every tensor of a source was written bit for bit.
 
     Args:
         transfer: the source, with the cast that the conversion made.
@@ -71,7 +71,7 @@ def compare_tensors(transfer: Transfer, target: WeightSource) -> None:
 
 
 def compare_logits(source: Side, target: Side) -> list[str]:
-    """Prove that both sides answer random sequences alike: in fp32, or, where that rounds too much to tell, in fp64.
+    """Compare source's and target's logits for random sequences, in fp32, or in fp64 if fp32 rounds too much.
 
     Returns:
         What was found, as lines for the user.
@@ -132,7 +132,7 @@ def _compare_in(dtype: torch.dtype, source: Side, target: Side, tokens: Tensor) 
     if not one.any() and not other.any():
         raise CheckpointError(
             f"logits of random sequences are all NaN or infinite ({bad:,} of {one.numel():,}), so that they prove "
-            "nothing of the architecture; mend the weights that are no numbers, or convert without --verify"
+            "nothing of the architecture; repair the weights that are not finite, or convert without --verify"
         )
     if not torch.equal(one, other):
         raise CheckpointError(
@@ -145,7 +145,7 @@ def _compare_in(dtype: torch.dtype, source: Side, target: Side, tokens: Tensor) 
 
 
 def has_library() -> bool:
-    """Whether the library can be imported."""
+    """Whether transformers can be imported."""
     return importlib.util.find_spec(LIBRARY) is not None
 
 
@@ -230,7 +230,7 @@ def _library_logits(side: Side, folder: Path, tokens: Tensor, dtype: torch.dtype
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing that the library says while it loads reaches the user: progress bars, warnings, advice."""
+    """Silence the library's progress bars, warnings and advice."""
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         from transformers.utils import logging

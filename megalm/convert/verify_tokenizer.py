@@ -1,4 +1,4 @@
-"""Proves that a tokenizer came through a conversion: its tokens, what they are for, its ids, its chat template."""
+"""Checks that a conversion kept the tokenizer: tokens, their roles, ids, and chat template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import CheckpointError
 
 _SAMPLES = ("It's 7 o'clock; naïve ☃ snowmen.\n\n\tdef f(x): return x**2", " two  spaces", "")
-"""Texts that the library's tokenizers are compared by."""
+"""Texts with which the library's tokenizers are compared."""
 
 
 def compare_tokenizers(source: Tokenizer, target: Tokenizer | None, *, source_at: Path, target_at: Path) -> str:
@@ -43,7 +43,7 @@ def compare_tokenizers(source: Tokenizer, target: Tokenizer | None, *, source_at
 
 
 def compare_ids(source: TokenIds | None, target: TokenIds | None) -> None:
-    """Prove that ids which a model came with are those that were written.
+    """Check that the special-token ids of the source were written.
 
     Raises:
         CheckpointError: naming everything in which they differ.

@@ -1,4 +1,4 @@
-"""What every format is converted through: an architecture, and its full tensors under megalm's names, one by one.
+"""What every format is converted through: an architecture and its full tensors, by megalm's names, one at a time.
 
 A format that can be read is a :class:`WeightSource`; a format that can be written takes one. Tensors are whole (no
 tensor-parallel slices, no padding of the vocabulary) and in megalm's arrangement; their dtype is that of the source.
@@ -26,7 +26,7 @@ from megalm.models.transformer import Part, Transformer
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What is known of a model before any of its tensors is read.
+    """Metadata of a model, read before any of its tensors.
 
     Attributes:
         format: name of the format, as on the command line.
@@ -35,7 +35,7 @@ class SourceInfo:
         dtype: of the stored weights.
         step: optimizer steps that the weights have seen; 0 where the format does not say.
         tokenizer: folder that holds ``tokenizer.json`` or other files of the tokenizer; None: there is none.
-        notes: what a user should know, one line each: what the format holds and a conversion leaves out.
+        notes: one line for each thing that the source holds and a conversion leaves out.
         ids: of special tokens, as the model's Hugging Face folder gave them; None: it has none, or was trained since.
     """
 
@@ -69,7 +69,7 @@ class WeightSource(ABC):
         """
 
     def close(self) -> None:  # noqa: B027 - most formats keep nothing open
-        """Release files."""
+        """Close open files."""
 
 
 def declared_of(model: Model, *, tp: int = 1, tp_rank: int = 0, part: Part | None = None) -> list[DeclaredParameter]:

@@ -1,4 +1,4 @@
-"""Proof of ownership, which is asked for before something is written, and the heartbeat that upholds it. No torch."""
+"""Proof of ownership, checked before each write, and the heartbeat that keeps the lock. No torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megalm.errors import ConfigError
 from megalm.ownership.record import Record
 
 BEAT_SECONDS = 5.0
-"""How often an owner says that it lives."""
+"""Seconds between heartbeats."""
 
 _REMOVED_OPEN_PREFIX = ".nfs"
-"""What an NFS client calls a file that was removed while it is open."""
+"""Prefix that an NFS client gives a file that was removed while open."""
 _GRACE_SECONDS = 0.2
 
 
@@ -47,7 +47,7 @@ class Claim:
             raise ConfigError(problem)
 
     def problem(self) -> str | None:
-        """Why nothing may be written any more; None: it may."""
+        """Why nothing may be written any more; None if the lock is still held."""
         try:
             os.close(os.open(self.lock / self.token, os.O_RDONLY))  # unlike stat, it makes an NFS client ask the server
         except (FileNotFoundError, NotADirectoryError):

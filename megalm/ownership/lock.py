@@ -1,4 +1,4 @@
-"""Takes a lock, from nobody or from an owner that is dead, and gives it back. No torch."""
+"""Acquires a lock, free or left by a dead owner, and releases it. No torch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Ownership:
     _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def release(self) -> None:
-        """Give the lock back; again is no error."""
+        """Release the lock; a second call does nothing."""
         if self.descriptor < 0:
             return
         self._exit.close()
@@ -85,12 +85,12 @@ def owned(
         lock: the lock's folder; its parent is made where it does not exist.
         what: is owned, as messages name it: ``run.name=try1``.
         remedy: what else a second owner could do.
-        say: told why one has to wait.
+        say: called with the reason for a wait.
         me: this process.
-        cancelled: asked while waiting; ends it.
+        cancelled: polled while waiting; True ends the wait.
 
     Raises:
-        ConfigError: it has an owner who lives.
+        ConfigError: another live process owns it.
         OSError: the lock cannot be made.
         WaitEndedError: cancelled.
     """
@@ -168,7 +168,7 @@ class _Newcomer:
 
 
 def _take(lock: Path, prepared: Path, newcomer: _Newcomer) -> None:
-    """Rename the prepared folder to the lock, once nobody who lives has it."""
+    """Rename the prepared folder to the lock's name, once no live process owns it."""
     deadline = time.monotonic() + STALE_SECONDS
     while True:
         with contextlib.suppress(OSError):

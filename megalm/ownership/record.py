@@ -1,4 +1,4 @@
-"""Who owns a lock, as its file says it, and whether a process of this machine lives. No torch."""
+"""The owner that a lock's file records, and whether a process of this machine is alive. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Identity:
         pid: process number.
         started: when the process began, in the kernel's ticks; None where the system does not say.
         job: name of the scheduler's job, None outside of any; no other job of the cluster has it.
-        attempt: how often the job has been run again.
+        attempt: how often the scheduler has requeued the job.
     """
 
     host: str

@@ -1,8 +1,8 @@
 """Reads DeepSpeed's checkpoints: ``global_step100/mp_rank_00_model_states.pt`` and ZeRO's partitions beside it.
 
-They hold weights under the names of whatever module was trained, and not what that module is. Megatron-DeepSpeed leaves
-its ``args`` in them; for other models the architecture is looked for in a ``config.json`` of Hugging Face's or a
-``config.yaml`` of megalm's, beside the files or in the folder above.
+They hold weights under the names of the trained module, but not its architecture. Megatron-DeepSpeed adds its ``args``;
+for other models the architecture is read from a Hugging Face ``config.json`` or a megalm ``config.yaml``, beside the
+files or in the folder above.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def open_source(path: Path) -> WeightSource:
 
 
 class _Renamed:
-    """Tensors under other names.
+    """Renamed tensors.
 
     Args:
         stored: the tensors.

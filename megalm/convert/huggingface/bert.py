@@ -21,7 +21,7 @@ _DECODER_BIAS = f"{_HEAD}.decoder.bias"
 
 
 class BertFamily(Family):
-    """``BertForMaskedLM``. What predicts the next sentence has no place in megalm."""
+    """``BertForMaskedLM``. The head for next-sentence prediction is left out."""
 
     model_type = "bert"
     title = "BERT"

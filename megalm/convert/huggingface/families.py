@@ -13,11 +13,11 @@ from megalm.errors import CheckpointError
 FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (GPT2Family(), NeoXFamily(), LlamaFamily(), BertFamily())
 }
-"""By ``model_type``; a model goes to the first that can be it."""
+"""By ``model_type``; a megalm model is exported as the first family that can hold it."""
 
 
 def family_of(model: Model) -> Family:
-    """The architecture that a model of megalm is there.
+    """The family that can hold a megalm model.
 
     Raises:
         CheckpointError: none is; with the reasons of each.
@@ -27,4 +27,4 @@ def family_of(model: Model) -> Family:
         if not against:
             return family
     lines = [f"  {family.title}: {'; '.join(against)}" for family, against in reasons.items()]
-    raise CheckpointError("\n".join(["no architecture of Hugging Face's that megalm converts is this model", *lines]))
+    raise CheckpointError("\n".join(["no Hugging Face architecture that megalm converts can hold this model", *lines]))

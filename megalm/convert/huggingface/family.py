@@ -1,6 +1,6 @@
-"""What a Hugging Face architecture is to the converter: its config, its tensors' names, and what megalm must be for it.
+"""A Hugging Face architecture: its config, its tensor names, and which megalm models it can hold.
 
-A family is one small subclass of :class:`Family` in a file of its own, registered in ``hf_families.py``.
+A family is one small subclass of :class:`Family` in a file of its own, registered in ``families.py``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from megalm.convert.mapping import Form, Plain, Rule
 from megalm.convert.untrusted.json_fields import Fields
 
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf"}
-"""What the library calls GELUs ▶ what megalm does: the tanh approximation, or the exact function."""
+"""The library's names of GELU ▶ megalm's: the tanh approximation, or the exact function."""
 
 ACTIVATION_NAMES = {"gelu": "gelu_new", "gelu_erf": "gelu"}
-"""The same, back."""
+"""megalm's names of activations ▶ the library's."""
 
 
 class Family(ABC):
@@ -27,12 +27,12 @@ class Family(ABC):
 
     Attributes:
         model_type: how ``config.json`` names it.
-        title: how people name it.
+        title: its usual name.
         architecture: the library's class with a head.
         prefix: begins the names of all tensors but the head's; some published files leave it out.
         word_embedding: name of the word embedding, without the prefix.
         head_prefixes: begin the names of the head's tensors.
-        head_title: how people name the head.
+        head_title: the head's usual name.
         renamed: older spellings in published files, patterns ▶ replacements.
         ignored: tensors that are constants of the architecture.
         left_out: tensors that megalm has no place for, patterns ▶ what they are.
@@ -63,7 +63,7 @@ class Family(ABC):
 
     @abstractmethod
     def rules(self, model: Model) -> list[Rule]:
-        """Where each tensor of the model is."""
+        """One rule per tensor of the model."""
 
     def notes(self, fields: Fields) -> list[str]:  # noqa: ARG002 - most have no such field
         """What a ``config.json`` says that changes no logits and that megalm has no place for, one line each."""

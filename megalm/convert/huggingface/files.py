@@ -19,7 +19,7 @@ from megalm.errors import CheckpointError
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-"""What weights may be stored as."""
+"""Dtypes that weights may have."""
 
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _COMPARED_ROWS = 4096
@@ -27,7 +27,7 @@ _COMPARED_ROWS = 4096
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is, and what its file's header says of it."""
+    """Where a tensor is stored, with its dtype and shape from the file's header."""
 
     file: Path
     name: str

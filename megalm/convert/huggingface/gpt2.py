@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019) as the library has it: ``Conv1D`` layers, whose weights are transposed."""
+"""GPT-2 (Radford et al. 2019) in Hugging Face's form: ``Conv1D`` layers, whose weights are transposed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a tokenizer for the library's ``AutoTokenizer``: what a published one said of itself stays as it was."""
+"""Writes a tokenizer for the library's ``AutoTokenizer``; settings of a published tokenizer are kept unchanged."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megalm.data.tokenization.settings_files import ROLES, SETTINGS_FILE, TEMPLA
 from megalm.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 
 ORIGINAL_HASH = "megalm_tokenizer_sha256"
-"""Where an export notes the tokenizer that it has added the ends of a text to."""
+"""Setting with the hash of the original tokenizer, in an export that adds start and end tokens to each text."""
 TEMPLATES_FOLDER = "additional_chat_templates"
-"""Where the library keeps chat templates that have other names than ``default``."""
+"""Folder in which the library keeps chat templates other than ``default``."""
 _END = "[SEP]"
 
 
 def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
-    """Write ``tokenizer.json``, the ``tokenizer_config.json`` that ``AutoTokenizer`` wants, and what else it reads."""
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and the other files that ``AutoTokenizer`` reads."""
     tokenizer.save(folder)
     settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     if "tokenizer_class" not in settings:
@@ -38,7 +38,7 @@ def save_for_library(tokenizer: Tokenizer, folder: Path, model: Model) -> None:
 
 
 def _new_settings(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
-    """What the library is told of a tokenizer that was made for megalm."""
+    """``tokenizer_config.json`` for a tokenizer that megalm trained."""
     roles = {f"{role}_token": token for role in ROLES if (token := tokenizer.roles.token(role)) is not None}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -88,7 +88,7 @@ def _with_processor(definition: str) -> str | None:
 
 
 def mark_ends(tokenizer: Any) -> None:
-    """Let the library begin a text with ``[CLS]`` and end it with ``[SEP]``, where the tokenizer has both."""
+    """Make the library begin a text with ``[CLS]`` and end it with ``[SEP]``, if the tokenizer has both."""
     from tokenizers import processors
 
     start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(_END)

@@ -1,4 +1,4 @@
-"""What a ``config.json`` of Hugging Face's describes, and which of some tensors are that model's: for any container.
+"""The architecture that a Hugging Face ``config.json`` describes, and which stored tensors belong to it.
 
 DeepSpeed's files hold such models too, their tensors neither in safetensors nor all under the library's names.
 """
@@ -86,7 +86,7 @@ def what_megalm_lacks(values: Mapping[str, Any]) -> list[str]:
 
 
 def _is_there(value: Any) -> bool:
-    """Whether a field tells of something: models write null, false, 0 or 1 expert where they have it not."""
+    """Whether a field asks for a feature; null, false, 0, or 1 expert mean that the model does not have it."""
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         return len(set(value)) > 1
     return value is True or (bool(value) and value not in (1, "none"))

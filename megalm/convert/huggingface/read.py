@@ -1,7 +1,7 @@
 """Reads Hugging Face folders: ``config.json`` and safetensors, with or without an index.
 
-Nothing of a folder that is read is trusted: files must lie in it, headers are checked by the safetensors library, and
-every tensor must be what ``config.json`` says.
+The files are validated: they must lie in the folder, the safetensors library checks their headers, and every tensor
+must have the shape that ``config.json`` implies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes Megatron-LM checkpoints: one file per rank, tensors in parallel, with no rank's share ever in memory."""
+"""Writes Megatron-LM checkpoints: one file per rank, tensors in parallel, and never a rank's whole share in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from megalm.convert.untrusted.torch_archive import Part, read_parts
 from megalm.errors import CheckpointError
 
 IMPLEMENTATIONS = ("transformer_engine", "local")
-"""What Megatron-LM's ``--transformer-impl`` chooses from, its default first; tensors' names differ."""
+"""Values of Megatron-LM's ``--transformer-impl``, its default first; they name tensors differently."""
 
 
 def write_megatron(

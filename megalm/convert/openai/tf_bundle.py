@@ -3,8 +3,8 @@
 The index is a sorted table of blocks, as LevelDB has them: a footer names the block of blocks, each block holds keys
 that share prefixes, and ends with a type and a checksum. Its values are protocol buffers that say in which data file,
 where, and as what a tensor lies. From TensorFlow's ``core/lib/io/table_format.txt``,
-``core/protobuf/tensor_bundle.proto`` and ``core/util/tensor_bundle``. Nothing is trusted: every length and offset is
-compared with what is there before it is used, and both blocks and tensors have checksums, which are checked.
+``core/protobuf/tensor_bundle.proto`` and ``core/util/tensor_bundle``. The files are validated: every length and
+offset is checked against the file before it is used, and the checksums of blocks and tensors are compared.
 """
 
 from __future__ import annotations

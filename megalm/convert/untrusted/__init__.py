@@ -1,1 +1,1 @@
-"""Files that somebody else wrote, read without running anything in them."""
+"""Files from elsewhere: validated before use, and read without executing anything in them."""

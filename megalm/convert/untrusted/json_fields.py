@@ -1,4 +1,4 @@
-"""Fields of a JSON file that somebody else wrote, such as ``config.json``: each checked, all mistakes named at once."""
+"""Fields of a JSON file from elsewhere, such as ``config.json``: validated, and all mistakes reported at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGEST = 2**31 - 1
 
 
 class Fields:
-    """A mapping read from a JSON file. Asking for a field that is not as it should be notes a problem and goes on.
+    """A mapping read from a JSON file. Reading an invalid field records a problem and goes on.
 
     A field that is null counts as absent.
 
@@ -69,7 +69,7 @@ class Fields:
         return default
 
     def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
-        """What a text means, of those that mean something to megalm."""
+        """One of several known texts, as the value it stands for."""
         value = self.values.get(name, default)
         if isinstance(value, str) and value in choices:
             return choices[value]

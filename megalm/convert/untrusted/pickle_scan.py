@@ -1,4 +1,4 @@
-"""Follows a pickle of ``torch.save`` without making anything of it, to refuse what torch would believe.
+"""Walks through a pickle of ``torch.save`` without executing it, and refuses what torch's own check would let through.
 
 Torch's own list of harmless names has some that fill memory from a few bytes (``bytearray(1 << 33)``), and torch takes
 the length of a storage from the pickle, not from the file. Both are seen here first: names outside a list, calls of
@@ -70,7 +70,7 @@ _HEAVIEST_TUPLE = 1 << 16
 
 @dataclass(frozen=True)
 class _Name:
-    """A class or function."""
+    """A class or function that the pickle names."""
 
     text: str
 

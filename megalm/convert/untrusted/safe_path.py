@@ -1,4 +1,4 @@
-"""Which files of a folder that somebody else made may be read: those that lie in it."""
+"""Paths named by files from elsewhere: only files inside their folder may be read."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from megalm.core.dtype import DTYPE_NAMES
 from megalm.errors import CheckpointError
 
 DTYPES = tuple(DTYPE_NAMES)
-"""What weights may be stored as."""
+"""Dtypes that weights may have."""
 
 _FORGET_BYTES = 1 << 26
 """Bytes read of a file after which its mapping is released, so that pages that were read do not pile up."""
@@ -82,7 +82,7 @@ _INERT_FULL_NAMES = frozenset(f"{module}.{name}" for module, names in _INERT_NAM
 
 
 class Inert:
-    """Stands for an object of a class that is not loaded: what it was made of, and its state."""
+    """Placeholder for an object of a class that is not loaded; keeps its arguments and state from the file."""
 
     args: tuple[object, ...]
     state: object

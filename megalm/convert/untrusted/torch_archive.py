@@ -1,4 +1,4 @@
-"""The zip archive around a pickle of ``torch.save``: where its parts are, so that none can pass for another's bytes."""
+"""The zip archive of ``torch.save``: where each part lies, checked so that no two parts share bytes."""
 
 from __future__ import annotations
 
