@@ -31,7 +31,7 @@ class Form(ABC):
 
     @abstractmethod
     def to_foreign(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """megalm tensor ▶ the other format's tensors."""
+        """A megalm tensor ▶ the other format's tensors."""
 
 
 class Plain(Form):
