@@ -122,7 +122,7 @@ def _train_here(overrides: list[str]) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from megalm.config.compose import compose
-    from megalm.config.rules import planned_world_size_of
+    from megalm.config.job import planned_world_size_of
     from megalm.plan.preflight import check_config, check_data
     from megalm.plan.summary import note_lines, summary_lines
 

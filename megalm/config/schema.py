@@ -1,4 +1,4 @@
-"""Frozen dataclasses that describe a run, one per group of ``conf/``. No torch, no logic: rules live in ``rules.py``.
+"""Frozen dataclasses that describe a run, one per group of ``conf/``. No torch, no logic: ``rules/`` has the rules.
 
 A config is composed once, checked once, and never changed afterwards. ``None`` always means "derived from something
 else", and the docstring of the field says from what.

@@ -1,6 +1,6 @@
 """Settings that a config gives and its run does not use: each is said, so that nobody waits for an effect.
 
-What can only be a mistake is a rule (see ``rules.py``) and refused. What is here is legal, since an experiment may set
+What can only be a mistake is a rule (see ``rules/``) and refused. What is here is legal, since an experiment may set
 it for one of its variants, and is told of only where it is not the default.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megalm.config.field_rules import Job, value_of
+from megalm.config.job import Job, value_of
 from megalm.config.parse import default_dict
 from megalm.config.violation import format_value
 

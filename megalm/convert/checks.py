@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalm.config.rules import violations
+from megalm.config.check import violations
 from megalm.config.schema import Config, Data, Model, Objective, Optim, Run, Train
 from megalm.errors import CheckpointError
 from megalm.models.counts import parameter_count

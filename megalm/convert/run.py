@@ -17,8 +17,8 @@ from megalm.checkpoint.manifest import WEIGHT, Manifest
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, TEMPORARY_PREFIX, locate, step_folder
 from megalm.checkpoint.writer import Header, PieceToWrite, complete_checkpoint, write_rank
+from megalm.config.check import violations
 from megalm.config.parse import config_from_dict, config_to_dict
-from megalm.config.rules import violations
 from megalm.config.schema import Config, Model, Parallel
 from megalm.convert.checks import check_architecture, config_around
 from megalm.convert.huggingface.token_ids import TokenIds

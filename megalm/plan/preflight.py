@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.manifest import Manifest, read_manifest
+from megalm.config.check import violations
 from megalm.config.compose import compose
-from megalm.config.field_rules import Job
+from megalm.config.job import Job, world_size_of
 from megalm.config.parse import config_from_dict, config_to_dict
-from megalm.config.rules import violations, world_size_of
 from megalm.config.schema import Config
 from megalm.config.unused import unused_settings
 from megalm.data.shards.dataset import DatasetInfo, inspect_dataset, inspect_datasets, open_datasets, tokenizer_of

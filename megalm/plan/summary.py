@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from megalm.config.field_rules import Job
-from megalm.config.rules import topology_of
+from megalm.config.job import Job, topology_of
 from megalm.config.schema import Config
 from megalm.config.unused import unused_settings
 from megalm.core.pipeline.schedule import SCHEDULES, Shape, bubble_fraction

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalm.checkpoint.manifest import Manifest
+from megalm.config.job import topology_of
 from megalm.config.parse import config_to_dict, default_dict
-from megalm.config.rules import topology_of
 from megalm.config.schema import Config
 from megalm.config.violation import format_value
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megalm.config.rules import topology_of
+from megalm.config.job import topology_of
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
 from megalm.data.objectives import make_objective

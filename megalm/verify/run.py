@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megalm.config.compose import compose
-from megalm.config.rules import planned_world_size_of
+from megalm.config.job import planned_world_size_of
 from megalm.config.schema import Config
 from megalm.errors import ExitCode
 from megalm.plan.preflight import check_config

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megalm.config.rules import topology_of, violations
+from megalm.config.check import violations
+from megalm.config.job import topology_of
 from megalm.config.schema import Config, Engine, Model, Parallel
 from megalm.mesh.topology import Topology
 

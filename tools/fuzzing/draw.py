@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalm.config.field_rules import Job
+from megalm.config.check import RULES
+from megalm.config.job import Job
 from megalm.config.parse import config_from_dict
-from megalm.config.rules import RULES
 from megalm.config.schema import Config
 
 STEPS, SAVE_EVERY = 6, 2

@@ -68,7 +68,7 @@ class ContextParallel:
         if self.group.size == 1:
             return core(query, key, value, heads, place.samples, place.documents)  # type: ignore[no-any-return]
         if self.method == "ring":
-            assert place.documents is None, "refused by data_rules.documents_are_seen_whole"
+            assert place.documents is None, "refused by config.rules.data.documents_are_seen_whole"
             return ring_attention(core, query, key, value, heads, place.samples, self._chunks, self.group)
         key, value = (_repeat_heads(t, self.group.size) for t in (key, value))
         query, key, value = (_AllToAll.over(t, self.group, give=1, take=2) for t in (query, key, value))

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 
+from megalm.config.check import violations
 from megalm.config.compose import CONFIG_FILE, compose, conf_dir, group_options, load_run_config, save_config
+from megalm.config.job import planned_world_size_of
 from megalm.config.parse import config_from_dict, config_to_dict, field_paths
-from megalm.config.rules import planned_world_size_of, violations
 from megalm.errors import ConfigError
 from megalm.models.counts import parameter_count
 from megalm.plan.hardware import device_violations, devices

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -8,17 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalm.config.field_rules import Job, with_value
-from megalm.config.parse import config_from_dict, field_paths
-from megalm.config.rules import (
-    RULES,
-    _after,
-    find_violations,
-    planned_world_size_of,
-    topology_of,
-    violations,
-    world_size_of,
-)
+from megalm.config import rules
+from megalm.config.check import RULES, _after, find_violations, violations
+from megalm.config.job import Job, planned_world_size_of, topology_of, with_value, world_size_of
+from megalm.config.parse import config_from_dict, field_paths, section_names
 from megalm.config.schema import Config
 from megalm.config.support import BOUNDS, CHOICES, PROVEN
 from megalm.mesh.topology import Topology
@@ -75,6 +71,19 @@ def test_every_remedy_is_legal(invalid: InvalidConfig, data: list[tuple[int, int
                 same = [other for other in left if other.field == fix.field]
                 assert len(same) <= len([field for field, _ in before if field == fix.field])
                 assert (violation.field, violation.wrong) not in {(other.field, other.wrong) for other in left}
+
+
+def test_every_rule_stands_in_the_file_of_a_group_and_is_applied() -> None:
+    files = [file.name for file in pkgutil.iter_modules(rules.__path__)]
+    assert set(files) - {"fields"} <= set(section_names())
+    modules = [importlib.import_module(f"{rules.__name__}.{name}") for name in files]
+    written = {
+        item.__name__
+        for module in modules
+        for item in vars(module).values()
+        if inspect.isfunction(item) and item.__annotations__.get("return") == "Iterator[Violation]"
+    }
+    assert written == {rule.__name__ for rule in RULES}
 
 
 def test_every_number_has_bounds_and_every_rule_a_name_and_a_doc() -> None:

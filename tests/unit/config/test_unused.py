@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megalm.config.compose import compose
-from megalm.config.field_rules import Job, with_value
+from megalm.config.job import Job, with_value
 from megalm.config.schema import Config, Data, Model, Optim, Run, Train
 from megalm.config.unused import unused_overrides, unused_settings
 

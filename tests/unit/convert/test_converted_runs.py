@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from foreign_models import BERT, LLAMA, MODELS, convert_quietly, write_random_run
 
+from megalm.config.check import violations
 from megalm.config.compose import load_run_config
-from megalm.config.rules import violations
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.evaluate.perplexity import run_evaluate
 from megalm.generate.run import run_generate

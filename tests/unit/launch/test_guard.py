@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from megalm.cli.main import main
+from megalm.config.check import violations
 from megalm.config.compose import compose
+from megalm.config.job import planned_world_size_of
 from megalm.config.parse import config_from_dict, config_to_dict, field_paths
-from megalm.config.rules import planned_world_size_of, violations
 from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.launch.guard import explained, guarded
 from megalm.launch.interfaces import check_interfaces, loopback_alone

@@ -6,8 +6,9 @@ from dataclasses import fields, replace
 
 import pytest
 
+from megalm.config.check import violations
 from megalm.config.compose import compose, group_options
-from megalm.config.rules import planned_world_size_of, violations, world_size_of
+from megalm.config.job import planned_world_size_of, world_size_of
 from megalm.config.schema import Config
 from megalm.verify.shrink import MOST_RANKS, SEQUENCE_LENGTH, Case, Shrunk, related_layouts, shrink
 

@@ -1,15 +1,76 @@
-"""Rules about how a model's layers, heads and sequence split over a layout of ranks."""
+"""Rules about how layers, heads and the sequence are split over tensor, pipeline and context parallelism."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import lcm
+from math import gcd, lcm
 
-from megalm.config.cross_rules import needs
-from megalm.config.field_rules import Job, divisors
-from megalm.config.violation import Fix, Violation
+from megalm.config.job import Job, Rule, divisors, is_in_bounds, needs
+from megalm.config.violation import Fix, Violation, spoken_list
 
+_DEGREES = ("parallel.tp", "parallel.pp", "parallel.cp")
+_HEADS = ("model.hidden_size", "model.num_heads", "model.num_kv_heads")
 _INTERLEAVED = "interleaved_1f1b"
+
+
+@needs("parallel.tp")
+def tensor_parallelism_divides_model(job: Job) -> Iterator[Violation]:
+    """Each tensor-parallel rank holds whole query heads and an equal share of the MLP (Shoeybi et al. 2019).
+
+    The vocabulary is padded, so it need not divide.
+    """
+    tp, model = job.config.parallel.tp, job.config.model
+    ffn_source = "model.hidden_size" if model.ffn_hidden_size is None else "model.ffn_hidden_size"
+    ffn_label = "the derived model.ffn_hidden_size" if model.ffn_hidden_size is None else ffn_source
+    sizes = {
+        label: size
+        for label, size, source in (
+            ("model.num_heads", model.num_heads, "model.num_heads"),
+            (ffn_label, model.ffn_size, ffn_source),
+        )
+        if is_in_bounds(job.config, source)
+    }
+    uneven = [f"{label}={size}" for label, size in sizes.items() if size % tp]
+    if uneven:
+        yield Violation(
+            "parallel.tp",
+            tp,
+            f"does not divide {spoken_list(uneven, 'and')}",
+            fixes=(Fix("parallel.tp", divisors(gcd(*sizes.values()))),),
+        )
+
+
+@needs("parallel.tp", *_HEADS)
+def tensor_parallelism_shares_kv_heads(job: Job) -> Iterator[Violation]:
+    """Key/value heads are dealt out over tensor-parallel ranks, or each is shared by equally many of them."""
+    tp, model = job.config.parallel.tp, job.config.model
+    heads = model.kv_heads
+    if model.num_kv_heads is None or heads % tp == 0 or model.num_heads % tp or model.hidden_size % model.num_heads:
+        return
+    if tp % heads:
+        wrong = f"neither divides model.num_kv_heads={heads} nor is a multiple of it"
+    elif heads * model.head_dim % tp:
+        wrong = f"does not divide the {heads * model.head_dim} rows of model.num_kv_heads={heads} heads"
+    else:
+        return
+    fitting = tuple(d for d in divisors(model.num_heads) if heads % d == 0 or d % heads == 0)
+    yield Violation("parallel.tp", tp, wrong, fixes=(Fix("parallel.tp", fitting), Fix("model.num_kv_heads", (None,))))
+
+
+@needs(*_DEGREES, "parallel.virtual_stages", "model.num_layers")
+def stages_have_layers(job: Job) -> Iterator[Violation]:
+    """Every pipeline stage has at least one layer; an uneven split is fine."""
+    stages, layers = job.config.parallel.pp * job.config.parallel.virtual_stages, job.config.model.num_layers
+    if layers < stages:
+        virtual = job.config.parallel.virtual_stages
+        split = f"parallel.pp={job.config.parallel.pp}" + (f" times virtual_stages={virtual}" if virtual > 1 else "")
+        yield Violation(
+            "model.num_layers",
+            layers,
+            f"too few for the {stages} pipeline stages of {split}, each needs one",
+            f"at least {stages} layers",
+            fixes=(Fix("parallel.pp", tuple(range(1, min(layers, 1024) + 1))),),
+        )
 
 
 @needs("parallel.pp", "parallel.virtual_stages")
@@ -106,3 +167,14 @@ def ulysses_divides_heads(job: Job) -> Iterator[Violation]:
             "divide",
             fixes=(Fix("parallel.cp", divisors(local)), Fix("parallel.cp_attention", ("ring",))),
         )
+
+
+RULES: tuple[Rule, ...] = (
+    tensor_parallelism_divides_model,
+    tensor_parallelism_shares_kv_heads,
+    stages_have_layers,
+    virtual_stages_have_their_schedule,
+    stage_layers_are_a_split,
+    sequence_splits_evenly,
+    ulysses_divides_heads,
+)

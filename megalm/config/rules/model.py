@@ -1,15 +1,54 @@
-"""Rules about the architecture alone."""
+"""Rules about the architecture: heads, and rotary positions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megalm.config.cross_rules import needs
-from megalm.config.field_rules import Job
+from megalm.config.job import Job, Rule, divisors, needs
 from megalm.config.violation import Fix, Violation
 
 _NOTHING = 1e-6
 """What a share of a head is off by, in elements, when it is only rounded."""
+
+
+@needs("model.hidden_size", "model.num_heads")
+def heads_divide_hidden_size(job: Job) -> Iterator[Violation]:
+    """Every head is equally wide."""
+    hidden, heads = job.config.model.hidden_size, job.config.model.num_heads
+    if hidden % heads:
+        above = hidden + heads - hidden % heads
+        yield Violation(
+            "model.num_heads",
+            heads,
+            f"does not divide model.hidden_size={hidden}",
+            fixes=(Fix("model.num_heads", divisors(hidden)), Fix("model.hidden_size", (above,))),
+        )
+
+
+@needs("model.num_heads", "model.num_kv_heads")
+def kv_heads_divide_heads(job: Job) -> Iterator[Violation]:
+    """Every key/value head serves equally many query heads (Ainslie et al. 2023)."""
+    heads, shared = job.config.model.num_heads, job.config.model.kv_heads
+    if heads % shared:
+        yield Violation(
+            "model.num_kv_heads",
+            shared,
+            f"does not divide model.num_heads={heads}",
+            fixes=(Fix("model.num_kv_heads", (*divisors(heads), None)),),
+        )
+
+
+@needs("model.hidden_size", "model.num_heads")
+def rotary_heads_are_even(job: Job) -> Iterator[Violation]:
+    """Rotary positions turn pairs of a head's elements (Su et al. 2021)."""
+    hidden, heads = job.config.model.hidden_size, job.config.model.num_heads
+    if job.config.model.position == "rotary" and hidden % heads == 0 and hidden // heads % 2:
+        yield Violation(
+            "model.num_heads",
+            heads,
+            f"makes heads of {hidden // heads} elements, and model.position=rotary needs an even number",
+            fixes=(Fix("model.num_heads", divisors(hidden)), Fix("model.position", ("learned",))),
+        )
 
 
 @needs("model.hidden_size", "model.num_heads", "model.rotary_fraction")
@@ -76,3 +115,12 @@ def rotary_scaling_is_whole(job: Job) -> Iterator[Violation]:
             f"not below model.rotary_beta_fast={fast:g}, where the ramp ends",
             fixes=(Fix("model.rotary_beta_slow", (fast / 32,)),),
         )
+
+
+RULES: tuple[Rule, ...] = (
+    heads_divide_hidden_size,
+    kv_heads_divide_heads,
+    rotary_heads_are_even,
+    rotary_turns_whole_pairs,
+    rotary_scaling_is_whole,
+)

@@ -1,14 +1,14 @@
-"""Rules about what changes in the course of a run: the batch-size ramp and the phases of the learning rate."""
+"""Rules about the batch: how it splits over ranks, and how a ramp grows it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import gcd
 
-from megalm.config.cross_rules import needs
-from megalm.config.field_rules import Job, divisors
+from megalm.config.job import Job, Rule, divisors, needs
 from megalm.config.violation import Fix, Violation
 
+_DEGREES = ("parallel.tp", "parallel.pp", "parallel.cp")
 _RAMP = (
     "train.batch_ramp_start",
     "train.batch_ramp_increment",
@@ -23,6 +23,31 @@ _RAMP = (
 )
 _MOST_SIZES = 6
 _MOST_TRIED = 1000
+
+
+@needs(*_DEGREES, "train.micro_batch_size", "train.global_batch_size")
+def batch_splits_evenly(job: Job) -> Iterator[Violation]:
+    """Every replica runs equally many whole micro-batches in a step."""
+    model_ranks = job.config.parallel.tp * job.config.parallel.pp * job.config.parallel.cp
+    if job.world_size % model_ranks:
+        return
+    micro, batch, dp = (
+        job.config.train.micro_batch_size,
+        job.config.train.global_batch_size,
+        job.world_size // model_ranks,
+    )
+    unit = dp * micro
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        yield Violation(
+            "train.global_batch_size",
+            batch,
+            f"not a multiple of dp*micro_batch_size = {dp}*{micro} = {unit} on {job.world_size} ranks",
+            fixes=(
+                Fix("train.global_batch_size", tuple(size for size in (below, above) if size)),
+                Fix("train.micro_batch_size", divisors(batch // dp) if batch % dp == 0 else ()),
+            ),
+        )
 
 
 @needs(*_RAMP)
@@ -94,47 +119,6 @@ def batch_ramp_arrives(job: Job) -> Iterator[Violation]:
         yield Violation("train.batch_ramp_increment", increment, wrong, fixes=(sizes, starts))
 
 
-def cooldown_has_its_schedule(job: Job) -> Iterator[Violation]:
-    """The shape of a cooldown belongs to ``wsd``."""
-    optim = job.config.optim
-    if optim.schedule != "wsd" and optim.cooldown == "sqrt":
-        fixes = (Fix("optim.cooldown", ("linear",)), Fix("optim.schedule", ("wsd",)))
-        yield Violation(
-            "optim.cooldown", optim.cooldown, f"optim.schedule={optim.schedule} has no cooldown", fixes=fixes
-        )
-
-
-@needs("optim.warmup_tokens", "optim.decay_tokens", "optim.cooldown_tokens")
-def cooldown_fits(job: Job) -> Iterator[Violation]:
-    """A cooldown belongs to ``wsd`` and lies between the warm-up and the end of the decay.
-
-    Where that end is the run's own the run may be shorter: that is how a job is tried out.
-    """
-    optim = job.config.optim
-    if optim.schedule != "wsd":
-        wsd = Fix("optim.schedule", ("wsd",))
-        wrong = f"optim.schedule={optim.schedule} has no cooldown"
-        if optim.cooldown_tokens is not None:
-            fixes = (Fix("optim.cooldown_tokens", (None,)), wsd)
-            yield Violation("optim.cooldown_tokens", optim.cooldown_tokens, wrong, fixes=fixes)
-        return
-    if optim.cooldown_tokens is None or optim.decay_tokens is None or optim.warmup_tokens >= optim.decay_tokens:
-        return
-    room = optim.decay_tokens - optim.warmup_tokens
-    if optim.cooldown_tokens > room:
-        yield Violation(
-            "optim.cooldown_tokens",
-            optim.cooldown_tokens,
-            f"longer than the {room} tokens between optim.warmup_tokens={optim.warmup_tokens} and "
-            f"optim.decay_tokens={optim.decay_tokens}",
-            f"at most {room}",
-            fixes=(
-                Fix("optim.cooldown_tokens", (None,)),
-                Fix("optim.decay_tokens", (optim.warmup_tokens + optim.cooldown_tokens,)),
-            ),
-        )
-
-
 def _unit(job: Job) -> int | None:
     """Sequences of one micro-batch on every replica; None where the ranks form no whole replicas."""
     parallel = job.config.parallel
@@ -173,3 +157,11 @@ def _ramp_increments(job: Job) -> tuple[int, ...]:
 
 def _nearest(sizes: tuple[int, ...], size: int) -> tuple[int, ...]:
     return tuple(sorted(sorted(sizes, key=lambda other: abs(other - size))[:_MOST_SIZES]))
+
+
+RULES: tuple[Rule, ...] = (
+    batch_splits_evenly,
+    batch_ramp_is_whole,
+    batch_ramp_splits_evenly,
+    batch_ramp_arrives,
+)

@@ -1,11 +1,10 @@
-"""Rules about the data and about what is learnt from them."""
+"""Rules about datasets: their vocabulary, their sequence length, their documents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megalm.config.cross_rules import needs
-from megalm.config.field_rules import Job, value_of
+from megalm.config.job import Job, Rule, needs, value_of
 from megalm.config.violation import Fix, Violation, spoken_list
 
 
@@ -66,25 +65,6 @@ def pipes_name_their_file(job: Job) -> Iterator[Violation]:
             )
 
 
-def objective_fits_attention(job: Job) -> Iterator[Violation]:
-    """Next tokens are predicted by a model that does not see them; masked ones by a model that sees both sides."""
-    objective, causal = job.config.objective.name, job.config.model.causal
-    if objective == "clm" and not causal:
-        yield Violation(
-            "model.causal",
-            causal,
-            "every token would see the next one, which objective.name=clm asks it for",
-            fixes=(Fix("model.causal", (True,)), Fix("objective.name", ("mlm",))),
-        )
-    if objective == "mlm" and causal:
-        yield Violation(
-            "model.causal",
-            causal,
-            "objective.name=mlm recovers a masked token from both sides",
-            fixes=(Fix("model.causal", (False,)), Fix("objective.name", ("clm",))),
-        )
-
-
 def documents_are_seen_whole(job: Job) -> Iterator[Violation]:
     """Attention within documents needs whole sequences on one rank, and no graph of a fixed shape."""
     config = job.config
@@ -107,12 +87,10 @@ def documents_are_seen_whole(job: Job) -> Iterator[Violation]:
         )
 
 
-def prompts_are_for_decoders(job: Job) -> Iterator[Violation]:
-    """A closing sample continues a text, which an encoder does not."""
-    if not job.config.model.causal and job.config.report.prompt is not None:
-        yield Violation(
-            "report.prompt",
-            job.config.report.prompt,
-            "model.causal=false continues no text",
-            fixes=(Fix("report.prompt", (None,)),),
-        )
+RULES: tuple[Rule, ...] = (
+    vocabulary_holds_the_data,
+    sequences_fit_the_data,
+    one_number_per_dataset,
+    pipes_name_their_file,
+    documents_are_seen_whole,
+)

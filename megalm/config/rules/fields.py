@@ -1,0 +1,71 @@
+"""Rules about every field by itself, whatever its group: ranges, choices, and text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from megalm.config.job import Job, Rule, is_in_bounds, value_of
+from megalm.config.support import BOUNDS, CHOICES
+from megalm.config.violation import Violation, spoken_list
+
+
+def numbers_are_in_range(job: Job) -> Iterator[Violation]:
+    """Each number lies in its range (``support.BOUNDS``)."""
+    for path, bounds in BOUNDS.items():
+        if not is_in_bounds(job.config, path):
+            yield Violation(path, value_of(job.config, path), "out of range", str(bounds))
+    if job.world_size < 1:
+        yield Violation("world_size", job.world_size, "no ranks to run on", "at least 1")
+
+
+def choices_are_known(job: Job) -> Iterator[Violation]:
+    """Each named alternative exists (``support.CHOICES``)."""
+    for path, choices in CHOICES.items():
+        value = value_of(job.config, path)
+        if value in choices:
+            continue
+        yield Violation(path, value, "there is no such choice", f"{path}={spoken_list(choices)}")
+
+
+def texts_are_not_empty(job: Job) -> Iterator[Violation]:
+    """Folders, paths and project names that are given are not empty."""
+    remedies = {
+        "run.dir": "a folder, such as run.dir=runs",
+        "data.cache_dir": "a folder, or data.cache_dir=null",
+        "data.path": "the folder of a prepared dataset, such as data.path=data/quickstart",
+        "checkpoint.resume": "checkpoint.resume=auto, never or the path of a checkpoint",
+        "checkpoint.init_from": "the path of a checkpoint, or checkpoint.init_from=null",
+        "checkpoint.finetune_from": "the path of a checkpoint, or checkpoint.finetune_from=null",
+        "logging.wandb_project": "a project name, such as logging.wandb_project=megalm",
+        "cluster.name": "a name, such as cluster.name=local",
+        "cluster.gpu": "a key of hardware.yaml such as cluster.gpu=a100_80gb, or cluster.gpu=null",
+    }
+    for path, right in remedies.items():
+        value = value_of(job.config, path)
+        texts = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(text.strip() for text in texts):
+            yield Violation(path, value, "empty", right)
+
+
+def texts_are_text(job: Job) -> Iterator[Violation]:
+    """Texts can be written into files and be names of files: no NUL, no halves of characters."""
+    for section in fields(job.config):
+        part = getattr(job.config, section.name)
+        for item in fields(part):
+            value = getattr(part, item.name)
+            texts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(text, str) and not _is_text(text) for text in texts):
+                yield Violation(f"{section.name}.{item.name}", value, "holds NUL or is not UTF-8", "plain text")
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and text.encode(errors="replace").decode() == text
+
+
+RULES: tuple[Rule, ...] = (
+    numbers_are_in_range,
+    choices_are_known,
+    texts_are_not_empty,
+    texts_are_text,
+)
