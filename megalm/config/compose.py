@@ -1,57 +1,120 @@
-"""Command line ▶ :class:`Config`, by way of the YAML groups in ``conf/``. The only file that imports hydra.
+"""Command line ▶ :class:`Config`, by way of the YAML groups that megalm ships and those of the user.
 
-Hydra merges files and parses overrides; nothing else of it is used: no working directory, no logging, no sweeps.
-Overrides are checked against the schema first, so that a misspelling gets a suggestion instead of a Hydra stack.
+From weak to strong: the schema's defaults, megalm's ``config.yaml``, the options of groups, the experiment; options
+that a ``--config`` file names, and its fields; options that were typed, and fields that were typed.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 import yaml
 
-from megalm.config.parse import (
-    MISSING_VALUE,
-    PATHS,
-    config_from_dict,
-    config_to_dict,
-    default_dict,
-    field_paths,
-    section_names,
-    unknown_key,
+from megalm.config.command_line import Settings, read_settings
+from megalm.config.hydra_calls import follow_defaults
+from megalm.config.layers import (
+    FieldPath,
+    Layer,
+    Merged,
+    Value,
+    family,
+    layer_of_defaults,
+    layer_of_file,
+    layer_of_settings,
 )
+from megalm.config.overrides import Reader, Setting
+from megalm.config.parse import MISSING_VALUE, config_from_dict, config_to_dict, default_dict
+from megalm.config.references import resolve_references
 from megalm.config.schema import Config
-from megalm.config.violation import Violation, close_matches, format_value, spoken_list
+from megalm.config.search_path import CONFIG_FILE, SearchPath, conf_dir
+from megalm.config.violation import Violation, format_value, spoken_list
+from megalm.config.yaml_file import read_yaml
 from megalm.errors import ConfigError
 
-if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
-
-CONFIG_FILE = "config.yaml"
+__all__ = [
+    "CONFIG_FILE",
+    "Composition",
+    "Source",
+    "compose",
+    "conf_dir",
+    "group_options",
+    "load_run_config",
+    "save_config",
+]
 
 _SCHEMA = "schema"
 """Name under which ``conf/config.yaml`` finds the schema's defaults."""
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
-    """The config that ``conf/config.yaml`` and the overrides make.
+@dataclass(frozen=True)
+class Source:
+    """The model of the run whose weights a new run begins with.
+
+    Attributes:
+        name: how messages name the run.
+        model: the section ``model`` of its config.
+    """
+
+    name: str
+    model: Mapping[str, Any]
+
+
+FindSource = Callable[[Mapping[str, Any]], Source | None]
+"""Mapping of a config ▶ the run that it begins with; None: it begins with none."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A config, and how it came to be.
+
+    Attributes:
+        config: the config.
+        places: dotted name of each field ▶ where its value is from.
+        notes: what the user should know of it, one line each.
+    """
+
+    config: Config
+    places: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def compose(arguments: Sequence[str] = (), find_source: FindSource | None = None) -> Config:
+    """The config that arguments make: see :func:`composition`."""
+    return composition(arguments, find_source).config
+
+
+def composition(arguments: Sequence[str] = (), find_source: FindSource | None = None) -> Composition:
+    """The config that the shipped configs, the user's and the arguments make.
 
     Args:
-        overrides: as on the command line: ``experiment=quickstart``, ``model=gpt3_125m``, ``parallel.tp=2``.
+        arguments: as on the command line: ``experiment=quickstart``, ``parallel.tp=2``, ``--config-dir=DIR``.
+        find_source: of a run that begins with another's weights, the model of that one, so that it need not be named.
 
     Raises:
-        ConfigError: every override that is malformed or names something unknown; or every field that is missing or
-            of the wrong type.
+        ConfigError: everything that is wrong with arguments and files, one line each: what is malformed, unknown, or
+            by itself out of range; or every field that is missing or of the wrong type.
     """
-    checked = _checked_overrides(overrides, groups=True)
-    mapping = _hydra_compose(checked)
-    if all(mapping["model"][name] == MISSING_VALUE for name in ("num_layers", "hidden_size", "num_heads")):
-        raise ConfigError(str(_nothing_chosen()))
-    return config_from_dict(mapping)
+    settings = read_settings(arguments)
+    layers = _layers_of_files(settings)
+    notes = list(settings.search_path.notes())
+    merged = _merge(layers, settings)
+    source = None if find_source is None or _is_chosen(settings, "model") else find_source(merged.mapping())
+    if source is not None:
+        layers, told = _with_model_of(source, layers)
+        notes += told
+        merged = _merge(layers, settings)
+    mapping = resolve_references(merged.mapping(), merged.places())
+    if source is None and all(mapping["model"].get(name) == MISSING_VALUE for name in _ESSENTIAL):
+        raise ConfigError(str(_nothing_chosen(settings.search_path)))
+    files = {path: place for path, place in merged.places().items() if ":" in place}
+    return Composition(config_from_dict(mapping, files), merged.places(), tuple(notes))
+
+
+_ESSENTIAL = ("num_layers", "hidden_size", "num_heads")
+"""What every model says of itself."""
 
 
 def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -69,10 +132,15 @@ def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Confi
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"run={run_dir}: cannot read {CONFIG_FILE} ({_one_line(error)}); a run's own file") from None
     mapping = config_to_dict(config_from_dict(saved))
-    for override in _checked_overrides(overrides, groups=False):
-        section, _, name = override.key_or_group.partition(".")
-        mapping[section][name] = override.value()
-    return config_from_dict(mapping)
+    reader = Reader({})
+    for override in overrides:
+        reader.read(override)
+    if problems := [*reader.problems, *(reader.problems_of_values() if reader.problems else [])]:
+        raise ConfigError(problems)
+    for setting in reader.settings:
+        section, _, name = setting.key.partition(".")
+        mapping[section][name] = setting.value
+    return config_from_dict(resolve_references(mapping, {}))
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -81,204 +149,91 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def conf_dir() -> Path:
-    """The folder of YAML groups: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    raise ConfigError(f"conf={package / 'conf'}: this installation has no conf folder; install megalm again")
-
-
 def group_options() -> dict[str, list[str]]:
-    """The groups of ``conf/`` and the names that each can be set to."""
-    return {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
-        for folder in sorted(conf_dir().iterdir())
-        if folder.is_dir()
-    }
+    """The groups of the shipped ``conf/`` and of ``./conf``, and the names that each can be set to."""
+    return SearchPath.of().group_options()
 
 
-def _checked_overrides(overrides: Sequence[str], *, groups: bool) -> list[Override]:
-    """The parsed overrides, or a ConfigError with a line for each that is wrong."""
-    options = group_options() if groups else {}
-    problems: list[Violation] = []
-    checked = []
-    for text in overrides:
-        override = _parse_override(text, problems)
-        if override is None:
-            continue
-        problem = _problem_with(override, options)
-        if problem is None:
-            checked.append(override)
-        else:
-            problems.append(problem)
-    if problems:
-        raise ConfigError([str(problem) for problem in problems])
-    return checked
-
-
-def _parse_override(text: str, problems: list[Violation]) -> Override | None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    key, separator, value = text.partition("=")
-    if (meant := _as_meant(key, separator, value)) is not None:
-        sign = {"+": "leave out the plus: ", "-": "leave out the dashes: "}.get(key[:1], "write ")
-        right = f"{sign}{meant}"
-        problems.append(Violation("override", text, "not how a setting is written", right))
-        return None
-    if not key.strip() or not (separator or key.startswith("~")):
-        problems.append(Violation("override", text, "not an override", "field=value, such as train.steps=200"))
-        return None
-    if key in PATHS and value.startswith("~") and not set(value) & set("'\"\\"):
-        text = f"{key}='{value}'"  # Hydra's grammar has another use for it
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException:
-        quoted = "'" + key + '="' + value.replace("\\", "\\\\").replace('"', '\\"') + "\"'"
-        right = f"quote text with special characters, for the shell and for Hydra: {quoted}"
-        problems.append(Violation(key, value, "not a value in Hydra's grammar", right))
-        return None
-    if _wants_text(override.key_or_group) and _is_number(override.value()):
-        # `run.name=007` means the text 007, not the number 7.
-        return OverridesParser.create().parse_override(f"{key}='{value}'")
-    return override
-
-
-_SIGNS = re.compile(r"^(\+\+|\+|--?)?\s*([\w.]+)\s*$")
-
-
-def _as_meant(key: str, separator: str, value: str) -> str | None:
-    """The setting that habits from other tools mean: ``+train.steps=3``, ``--train.steps=3``, ``train.steps 3``."""
-    if not separator:
-        key, _, value = key.strip().partition(" ")
-    match, value = _SIGNS.match(key), value.strip()
-    if match is None or (separator and match[0] == match[2]):
-        return None
-    name = match[2]
-    if name not in field_paths() and name not in group_options():
-        return None
-    quoted = f"'{value}'" if " " in value and value[0] not in "'\"[{" else value
-    return f"{name}={quoted or 'VALUE'}"
-
-
-def _problem_with(override: Override, options: dict[str, list[str]]) -> Violation | None:
-    """What is wrong with an override that the grammar accepts; None: nothing."""
-    key, value = override.key_or_group, override.value()
-    if override.is_delete():
-        return Violation(f"~{key}", value, "nothing can be deleted", f"set it instead, such as {key}=null")
-    if override.is_sweep_override():
-        text = (override.input_line or "").partition("=")[2]
-        right = f"one value; or text in quotes: '{key}=\"{text}\"'"
-        return Violation(key, text, "several values, and a run has one", right)
-    if override.package is not None:
-        return Violation(f"{key}@{override.package}", value, "groups have fixed places", f"{key}=NAME")
-    if key in options:
-        return _problem_with_option(key, value, options[key])
-    return None if key in field_paths() else _problem_with_name(key, value, options)
-
-
-def _problem_with_name(key: str, value: Any, options: dict[str, list[str]]) -> Violation:
-    """What to write instead of a name that is neither a group's nor a field's."""
-    if key in section_names():
-        fields = [path for path in field_paths() if path.startswith(f"{key}.")]
-        return Violation(key, value, "a whole section", f"set its fields: {spoken_list(fields, 'and')}")
-    close = close_matches(key, [*options, *section_names()]) if "." not in key else []
-    if close:
-        return Violation(key, value, "there is no such group or section", f"did you mean {spoken_list(close)}?")
-    return unknown_key(key, value)
-
-
-def _problem_with_option(group: str, value: Any, options: list[str]) -> Violation | None:
-    if value in options or (value is None and group in ("model", "experiment")):
-        return None
-    close = close_matches(value, options) if isinstance(value, str) else []
-    right = f"did you mean {group}={spoken_list(close)}?" if close else f"{group}={spoken_list(options)}"
-    return Violation(group, value, "there is no such option", right)
-
-
-def _wants_text(path: str) -> bool:
-    kind = field_paths().get(path)
-    return kind is str or str in get_args(kind)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _hydra_compose(overrides: Sequence[Override]) -> dict[str, Any]:
-    """Nested plain dictionaries of the composed config, interpolations resolved.
+def _layers_of_files(settings: Settings) -> list[Layer]:
+    """The schema's defaults and every file that the chosen options come to, in the order of merging.
 
     Raises:
-        ConfigError: the files do not go together, or what was typed does not.
+        ConfigError: what is wrong with the files, all of it that can be read.
     """
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    search_path, options = settings.search_path, settings.options
+    primary = read_yaml(search_path.primary)
+    chosen = follow_defaults(
+        primary.values,
+        default_dict(),
+        [folder.path for folder in search_path.folders],
+        {group: name for group, name in options.items() if name is not None},
+        [group for group, name in options.items() if name is None],
+    )
+    layers, problems = [], []
+    for item in chosen:
+        try:
+            if item.config_path == _SCHEMA:
+                layers.append(layer_of_defaults(default_dict()))
+                continue
+            path = search_path.find(item.config_path) if item.config_path else search_path.primary
+            if path is not None:  # a folder may hold other things than files
+                file = read_yaml(path)
+                layers.append(layer_of_file(file, item.package, option=item.config_path, parent=item.parent))
+        except ConfigError as error:
+            problems += error.lines
+    if problems:
+        raise ConfigError(problems)
+    return layers
 
-    folder = conf_dir()
-    try:
-        with _clean_hydra(), hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            lines = [override.input_line or "" for override in overrides]
-            composed = hydra.compose(config_name="config", overrides=lines)
-            _let_typed_options_win(composed, overrides)
-        container = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        line = f"conf={folder}: {_one_line(error)}; the files in {folder} and the overrides must name what exists"
-        raise ConfigError(line) from None
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
 
-
-def _let_typed_options_win(composed: Any, overrides: Sequence[Override]) -> None:
-    """Give the fields of each option that was typed the values that its file has, whatever an experiment sets.
+def _merge(layers: Sequence[Layer], settings: Settings) -> Merged:
+    """All layers, weak to strong.
 
     Hydra merges an experiment after all groups, so that a value in its file beats an option of the command line. Here a
-    field's own override wins, then a group's option, then the experiment.
+    field's own override wins, then a group's option that was asked for, then the experiment.
 
     Raises:
         ConfigError: of two that set a field otherwise, the one that does not win was typed last; both were asked for.
     """
-    import hydra
-    from omegaconf import OmegaConf
-
-    groups = group_options()
-    typed = {override.key_or_group: number for number, override in enumerate(overrides)}
-    experiment = overrides[typed["experiment"]].value() if "experiment" in typed else None
-    problems = []
-    for group, number in typed.items():
-        option = overrides[number].value()
-        if group not in groups or group == "experiment" or option is None:
-            continue
-        has_rival = experiment is not None or any(path.startswith(f"{group}.") for path in typed)
-        if not has_rival:
-            continue
-        alone = OmegaConf.to_container(hydra.compose(config_name=f"{group}/{option}"), resolve=False)
-        for path, value in _leaves(alone):
-            now = OmegaConf.select(composed, path)
-            if now == value:
-                continue
-            if path in typed:
-                if typed[path] < number:
-                    problems.append(_both_asked_for(path, now, f"{group}={option}", path, value))
-                continue
-            if experiment is not None and number < typed["experiment"]:
-                problems.append(_both_asked_for(group, option, f"experiment={experiment}", path, now))
-            OmegaConf.update(composed, path, value)
-    if problems:
+    merged = Merged()
+    merged.add(layers)
+    merged.add(_asked_for(layers, settings.of_files))
+    merged.add([layer_of_settings(settings.of_files)])
+    if problems := _contradictions(layers, merged, settings.typed):
         raise ConfigError([str(problem) for problem in problems])
+    merged.add(_asked_for(layers, settings.typed))
+    merged.add([layer_of_settings(settings.typed)])
+    return merged
 
 
-def _leaves(mapping: Any) -> list[tuple[str, Any]]:
-    """(dotted name of a field, value) of everything that an option sets."""
+def _asked_for(layers: Sequence[Layer], settings: Sequence[Setting]) -> list[Layer]:
+    """The layers of options that were chosen by name, which an experiment does not change."""
     return [
-        (f"{section}.{name}", value)
-        for section, fields in mapping.items()
-        if isinstance(fields, dict)
-        for name, value in fields.items()
+        layer
+        for item in settings
+        if item.is_group and item.value is not None and item.key != "experiment"
+        for layer in family(layers, f"{item.key}/{item.value}")
     ]
+
+
+def _contradictions(layers: Sequence[Layer], below: Merged, typed: Sequence[Setting]) -> list[Violation]:
+    """What was typed first and would win over what was typed after it."""
+    number_of = {item.key: number for number, item in enumerate(typed)}
+    experiment = number_of.get("experiment", -1)
+    problems = []
+    for number, item in enumerate(typed):
+        for layer in _asked_for(layers, [item]):
+            for path, value in layer.values.items():
+                name = ".".join(path)
+                if name in number_of:
+                    field = typed[number_of[name]]
+                    if number_of[name] < number and field.value != value.value:
+                        later = f"{item.key}={item.value}"
+                        problems.append(_both_asked_for(name, field.value, later, name, value.value))
+                elif number < experiment and below.values[path].value != value.value:
+                    later = f"experiment={typed[experiment].value}"
+                    problems.append(_both_asked_for(item.key, item.value, later, name, below.values[path].value))
+    return problems
 
 
 def _both_asked_for(key: str, value: Any, later: str, path: str, other: Any) -> Violation:
@@ -289,28 +244,41 @@ def _both_asked_for(key: str, value: Any, later: str, path: str, other: Any) -> 
     return Violation(key, value, wrong, right)
 
 
-@contextmanager
-def _clean_hydra() -> Iterator[None]:
-    """Hydra with the schema's defaults registered; its process-wide state is as before afterwards."""
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.singleton import Singleton
-
-    before = Singleton.get_state()
-    try:
-        GlobalHydra.instance().clear()
-        ConfigStore.instance().store(name=_SCHEMA, node=default_dict())
-        yield
-    finally:
-        Singleton.set_state(before)
+def _is_chosen(settings: Settings, group: str) -> bool:
+    """Whether the user names an option of a group, not an experiment for him."""
+    return settings.options.get(group) is not None
 
 
-def _nothing_chosen() -> Violation:
-    options = group_options()
+def _with_model_of(source: Source, layers: Sequence[Layer]) -> tuple[list[Layer], list[str]]:
+    """The layers with another run's model in the place of the option that an experiment chooses.
+
+    What an experiment's own file or the user sets of the model stays on top, and is compared with the weights later.
+    """
+    replaced = [layer for layer in layers if layer.option.startswith("model/")]
+    kept = [layer for layer in layers if layer not in replaced]
+    known = default_dict()["model"]
+    values: dict[FieldPath, Value] = {
+        ("model", name): Value(value, source.name) for name, value in source.model.items() if name in known
+    }
+    first = next((at for at, layer in enumerate(kept) if layer.option), len(kept))
+    notes = [f"model    taken from {source.name}"]
+    different = [
+        f"{path[1]} {format_value(value.value)} → {format_value(values[path].value)}"
+        for layer in replaced
+        for path, value in layer.values.items()
+        if path in values and values[path].value != value.value
+    ]
+    if different:
+        notes[0] += f", not the experiment's model={replaced[-1].option.partition('/')[2]}: {', '.join(different)}"
+    return [*kept[:first], Layer(values), *kept[first:]], notes
+
+
+def _nothing_chosen(search_path: SearchPath) -> Violation:
+    options = search_path.group_options()
     right = f"experiment={spoken_list(options['experiment'])}, or model={spoken_list(options['model'])}"
     return Violation("model", None, "no model is chosen", right)
 
 
 def _one_line(error: Exception) -> str:
-    """The first line of a message; the rest is Hydra's advice to Hydra's developers."""
+    """The first line of a message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -112,6 +112,10 @@ def with_value(config: Config, path: str, value: Any) -> Config:
 
 def is_in_bounds(config: Config, path: str) -> bool:
     """Whether a number is within its range, so that other rules can calculate with it."""
-    value = value_of(config, path)
+    return all_in_bounds(path, value_of(config, path))
+
+
+def all_in_bounds(path: str, value: Any) -> bool:
+    """Whether a field's number, or all of its numbers, are within its range; null is."""
     numbers = value if isinstance(value, tuple) else () if value is None else (value,)
     return all(BOUNDS[path].contain(number) for number in numbers)

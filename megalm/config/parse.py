@@ -6,6 +6,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from megalm.config.arguments import expand_home
@@ -43,10 +44,14 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def config_from_dict(mapping: Mapping[str, Any]) -> Config:
+def config_from_dict(mapping: Mapping[str, Any], places: Mapping[str, str] = MappingProxyType({})) -> Config:
     """The config that ``mapping`` (of nested mappings, as YAML yields) describes.
 
     An integer is accepted where a number is wanted, and ``1e3`` where an integer is; nothing else is converted.
+
+    Args:
+        mapping: section ▶ field ▶ value.
+        places: of fields that a file sets, the file and line, with which messages about them begin.
 
     Raises:
         ConfigError: unknown keys, missing fields and wrong types, all of them, one per line.
@@ -54,9 +59,20 @@ def config_from_dict(mapping: Mapping[str, Any]) -> Config:
     problems: list[Violation] = []
     config = _parse_dataclass(Config, mapping, "", problems)
     if problems:
-        raise ConfigError([str(problem) for problem in problems])
+        raise ConfigError([_with_place(problem, places) for problem in problems])
     assert isinstance(config, Config)
     return config
+
+
+def parse_problems(path: str, value: Any) -> tuple[Any, list[Violation]]:
+    """One field's value converted to its type, and what is wrong with it."""
+    problems: list[Violation] = []
+    return _parse_field(field_paths()[path], value, path, problems), problems
+
+
+def _with_place(problem: Violation, places: Mapping[str, str]) -> str:
+    place = places.get(problem.field)
+    return str(problem) if place is None else f"{place}: {problem}"
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -91,7 +107,12 @@ def section_names() -> tuple[str, ...]:
 
 def describe_type(kind: Any) -> str:
     """A field's type in words: ``an integer or null``."""
-    return spoken_list(_WORDS[member] for member in _members(kind))
+    return spoken_list(_WORDS[member] for member in members_of(kind))
+
+
+def members_of(kind: Any) -> tuple[Any, ...]:
+    """The types that a field takes: of ``int | None``, both."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def unknown_key(path: str, value: Any) -> Violation:
@@ -142,7 +163,7 @@ def _parse_field(kind: Any, value: Any, full: str, problems: list[Violation]) ->
     if value == MISSING_VALUE:
         problems.append(Violation(full, MISSING_VALUE, "a value is required", describe_type(kind)))
         return None
-    for member in _members(kind):
+    for member in members_of(kind):
         accepted, parsed = _CONVERTERS[member](value)
         if accepted:
             return _at_home(full, parsed, problems) if full in PATHS else parsed
@@ -223,10 +244,6 @@ _CONVERTERS: dict[Any, Callable[[Any], tuple[bool, Any]]] = {
     tuple[str, ...]: _strs,
     type(None): lambda value: (value is None, value),
 }
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _field_types(schema: Any) -> dict[str, Any]:

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
-from megalm.config.job import Job, Rule, is_in_bounds, value_of
+from megalm.config.job import Job, Rule, all_in_bounds, value_of
 from megalm.config.support import BOUNDS, CHOICES
 from megalm.config.violation import Violation, spoken_list
 
 
 def numbers_are_in_range(job: Job) -> Iterator[Violation]:
     """Each number lies in its range (``support.BOUNDS``)."""
-    for path, bounds in BOUNDS.items():
-        if not is_in_bounds(job.config, path):
-            yield Violation(path, value_of(job.config, path), "out of range", str(bounds))
+    for path in BOUNDS:
+        if (problem := range_problem(path, value_of(job.config, path))) is not None:
+            yield problem
     if job.world_size < 1:
         yield Violation("world_size", job.world_size, "no ranks to run on", "at least 1")
 
 
 def choices_are_known(job: Job) -> Iterator[Violation]:
     """Each named alternative exists (``support.CHOICES``)."""
-    for path, choices in CHOICES.items():
-        value = value_of(job.config, path)
-        if value in choices:
-            continue
-        yield Violation(path, value, "there is no such choice", f"{path}={spoken_list(choices)}")
+    for path in CHOICES:
+        if (problem := choice_problem(path, value_of(job.config, path))) is not None:
+            yield problem
+
+
+def range_problem(path: str, value: Any) -> Violation | None:
+    """A number, or one of several, that is out of its field's range; None: it is in range, or the field has none."""
+    if path not in BOUNDS or all_in_bounds(path, value):
+        return None
+    return Violation(path, value, "out of range", str(BOUNDS[path]))
+
+
+def choice_problem(path: str, value: Any) -> Violation | None:
+    """A name that is not one of a field's choices; None: it is, or the field has none."""
+    if path not in CHOICES or value in CHOICES[path]:
+        return None
+    return Violation(path, value, "there is no such choice", f"{path}={spoken_list(CHOICES[path])}")
 
 
 def texts_are_not_empty(job: Job) -> Iterator[Violation]:
