@@ -158,8 +158,8 @@ class Objective:
     """What is learnt from the tokens."""
 
     name: str = "clm"
-    """``clm``: next-token prediction, of what a loss mask leaves where the data have one (supervised fine-tuning); or
-    ``mlm``: masked tokens are recovered (Devlin et al. 2019)."""
+    """``clm``: predict the next token; where the data have a loss mask, only what it names. ``sft``: the same, on data
+    that have a mask (completions of prompts). ``mlm``: recover masked tokens (Devlin et al. 2019)."""
     mask_probability: float = 0.15
     """``mlm``: share of tokens that are to be recovered; of them 80 % are masked, 10 % replaced, 10 % left."""
     whole_words: bool = False

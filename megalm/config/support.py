@@ -130,7 +130,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.norm": ("layernorm", "rmsnorm"),
     "model.activation": ("gelu", "gelu_erf", "swiglu"),
     "model.head": ("linear", "masked_lm"),
-    "objective.name": ("clm", "mlm"),
+    "objective.name": ("clm", "mlm", "sft"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
     "optim.cooldown": ("linear", "sqrt"),
     "engine.dtype": ("bf16", "fp16", "fp32"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalm.config.schema import Engine, Model, Objective
+from megalm.config.schema import Engine, Model
 from megalm.convert.huggingface.token_ids import TokenIds
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.sharding import DeclaredParameter, declared_parameters
@@ -91,7 +91,7 @@ def declared_of(model: Model, *, tp: int = 1, tp_rank: int = 0, part: Part | Non
             tensor_parallel=TensorParallel(Group(tuple(range(tp)), tp_rank)),
             context_parallel=ContextParallel(),
             engine=Engine(),
-            objective=Objective(),
+            objective=None,
             seed=0,
             device=torch.device("meta"),
         )

@@ -35,25 +35,20 @@ class Documents:
     _block_masks: dict[tuple[bool, int], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def from_tokens(cls, tokens: Tensor, eos_id: int) -> Documents:
-        """Documents end with ``eos_id``; a run of it after that, which is padding, counts as one more document.
+    def from_starts(cls, starts: Tensor) -> Documents:
+        """Documents that begin at given tokens.
 
         Args:
-            tokens: whole rows, [B, S], on the host.
-            eos_id: the token that ends a document.
+            starts: whole rows, [B, S] bool, on the host; the first token of a row begins a document.
         """
-        ends = tokens == eos_id
-        begins = torch.zeros_like(ends)
-        begins[:, 1:] = ends[:, :-1]
-        begins[:, 2:] &= ~(ends[:, 2:] & ends[:, 1:-1] & ends[:, :-2])
-        begins[:, 0] = True
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        starts = torch.where(begins, positions, 0).cummax(dim=1).values
+        length = starts.shape[1]
+        positions = torch.arange(length).expand_as(starts)
+        latest = torch.where(starts, positions, 0).cummax(dim=1).values
         lengths = []
-        for row in begins:
-            edges = [*row.nonzero().flatten().tolist(), tokens.shape[1]]
+        for row in starts:
+            edges = [*row.nonzero().flatten().tolist(), length]
             lengths.append(tuple(stop - start for start, stop in pairwise(edges)))
-        return cls((begins.cumsum(dim=1) - 1).int(), positions - starts, tuple(lengths))
+        return cls((starts.cumsum(dim=1) - 1).int(), positions - latest, tuple(lengths))
 
     def to(self, device: torch.device) -> Documents:
         """The same on a device; nothing is waited for."""

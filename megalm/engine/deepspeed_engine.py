@@ -6,8 +6,7 @@ weights. Micro-batches, the pipeline, the loss, the accumulation and reduction o
 norm and their clipping (``zero.py``) are megalm's own: DeepSpeed 0.19.8 accumulates 16-bit gradients in 16 bits,
 reduces after the schedule, and at stages 0 and 3 computes a wrong norm under tensor or pipeline parallelism.
 
-The loss of a rank is scaled by the data-parallel size over the number of tokens in the *global* batch, so that the mean
-over data-parallel ranks is the gradient of the global mean.
+The losses that come in are weighted for the mean over the global batch; see ``global_mean.py``.
 """
 
 from __future__ import annotations
@@ -29,13 +28,15 @@ from torch import Tensor, nn
 from megalm.config.schema import Config
 from megalm.core.pipeline.runner import PipelineResult, PipelineRunner, Stages
 from megalm.core.sharding import DeclaredParameter, ShardSpec, StatePiece, declared_parameters
+from megalm.engine.global_mean import share_of_mean
 from megalm.engine.gradients import FlatLayout, GradientBuckets
 from megalm.engine.loss_scale import LossScale
 from megalm.engine.optimizer import ParameterGroup, make_adamw, parameter_groups
 from megalm.engine.zero import PartitionedAdamW, ReplicatedAdamW, ZeroOptimizer
 from megalm.engine.zero3 import Root, Zero3AdamW
 from megalm.mesh.groups import ParallelContext
-from megalm.models.transformer import MicroBatch, Transformer
+from megalm.models.micro_batch import MicroBatch
+from megalm.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,15 @@ class StepResult:
     """What one optimizer step gave.
 
     Attributes:
-        loss_sum: this rank's share of the loss, to be summed over all ranks: the mean over tokens of the global batch.
+        terms: this rank's part of each term of the objective, by name; the sum over all ranks is the mean over the
+            global batch.
         grad_norm: global gradient norm before clipping; NaN if it is not finite, and then nothing was updated. The same
             on every rank.
         loss_scale: dynamic loss scale of this step; None where there is none.
         pipeline: timing of the schedule on this rank.
     """
 
-    loss_sum: float
+    terms: dict[str, float]
     grad_norm: float
     loss_scale: float | None
     pipeline: PipelineResult
@@ -60,14 +62,16 @@ class DeepSpeedEngine:
     """One rank's stages under a ZeRO optimizer.
 
     Args:
-        model: this rank's part of the model, with initial weights, in the run's dtype.
+        model: this rank's part of the model and its objective, with initial weights, in the run's dtype.
         context: this rank's place and groups.
         config: the run; dtype, ZeRO stage, optimizer, schedule and micro-batch size are read.
     """
 
     def __init__(self, model: Transformer, context: ParallelContext, config: Config) -> None:
+        assert model.objective is not None, "the model was built without an objective, so there is nothing to train"
         self.model = model
         self.context = context
+        self.objective = model.objective
         self.parameters = declared_parameters(model)
         groups = parameter_groups(self.parameters, tied=model.tied_weight, second_copy=model.second_tied_copy)
         run_stage: Stages[MicroBatch]
@@ -97,17 +101,19 @@ class DeepSpeedEngine:
         if scale is not None:
             self._loss_scale = scale.after(overflowed=not math.isfinite(grad_norm))
         return StepResult(
-            loss_sum=self._reported(result, 1)[0] / self.context.replica_group.size,
+            terms={
+                name: share_of_mean(value, self.context.replica_group)
+                for name, value in self._reported(result, self.objective.terms).items()
+            },
             grad_norm=grad_norm,
             loss_scale=None if scale is None else scale.value,
             pipeline=result,
         )
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, float]:
-        """This rank's share of the weighted sums of token losses and of right guesses, to be summed over all ranks."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """This rank's part of each measure of the objective, by name, to be summed over all ranks."""
         self.model.eval()
-        loss_sum, correct = self._reported(self.runner.evaluate(micro_batches), 2)
-        return loss_sum, correct
+        return self._reported(self.runner.evaluate(micro_batches), self.objective.measures)
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every parameter that this rank holds a slice of, by name."""
@@ -163,12 +169,11 @@ class DeepSpeedEngine:
                 elif steps:
                     values.copy_(source.read_flat(p.name, kind, p.shard, start, values.numel()))
 
-    def _reported(self, result: PipelineResult, terms: int) -> list[float]:
-        """The first terms, summed over micro-batches, on one of the ranks that compute the same; zeros elsewhere."""
+    def _reported(self, result: PipelineResult, names: tuple[str, ...]) -> dict[str, float]:
+        """Sums over micro-batches by name, on one of the ranks that compute the same; zeros elsewhere."""
         if not result.losses or self.context.tp_group.index:
-            return [0.0] * terms
-        totals: list[float] = torch.stack(result.losses)[:, :terms].double().sum(dim=0).tolist()
-        return totals
+            return dict.fromkeys(names, 0.0)
+        return dict(zip(names, torch.stack(result.losses).double().sum(dim=0).tolist(), strict=True))
 
     def _owns(self, p: DeclaredParameter) -> bool:
         if p.parameter is self.model.second_tied_copy:

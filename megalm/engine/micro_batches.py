@@ -5,72 +5,79 @@ Shapes: B rows of this replica, b of a micro-batch, S sequence length, C context
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.documents import Documents
 from megalm.core.place import Place
-from megalm.data.stream.loader import Batch
+from megalm.data.stream.batch import Batch
+from megalm.engine.global_mean import count_units, unit_weight
 from megalm.mesh.groups import ParallelContext
-from megalm.models.transformer import MicroBatch
+from megalm.models.micro_batch import MicroBatch
 
 
 def training_micro_batches(
-    batch: Batch, micro_batch_size: int, context: ParallelContext, cp: ContextParallel, *, eos_id: int | None = None
+    batch: Batch, micro_batch_size: int, context: ParallelContext, cp: ContextParallel
 ) -> tuple[list[MicroBatch], int]:
-    """Split a batch; weigh each token so that the mean of the data-parallel ranks' gradients is the global mean's.
+    """Split a batch, and weigh each loss so that the mean over replicas is the mean of the global batch.
 
-    All context-parallel ranks of a replica read the same rows, count all of their tokens, and keep their share of each.
-    Dropout masks are keyed by the rows' global numbers. Collective over ``context.replica_group``.
+    All context-parallel ranks of a replica read the same rows and keep their share of each. Dropout masks depend on the
+    rows' global numbers. Collective over ``context.replica_group``.
 
     Args:
         batch: whole sequences, [B, S].
         micro_batch_size: b, which divides B.
         context: this rank's place and groups.
         cp: which part of each sequence this rank holds.
-        eos_id: ends a document, with which attention and positions begin anew; None: rows are one document each.
 
     Returns:
-        B / b micro-batches of [b, S/C] on the context's device; and the loss tokens of the global batch, over all
-        replicas. Without any, every weight is 0, and so are loss and gradients.
+        B / b micro-batches of [b, S/C] on the context's device; and what carries loss in the global batch, over all
+        replicas. If nothing does, every weight is 0, and so are loss and gradients.
     """
-    device, data = context.device, context.replica_group
-    counted = batch.loss_mask.sum(dtype=torch.float64).to(device)
-    loss_tokens = round(float(data.all_reduce(counted))) // context.cp_group.size
-    weight = batch.loss_mask * (data.size / max(loss_tokens, 1))
-    positions = torch.arange(batch.tokens.shape[1], device=device)
-    micro_batches = [
-        MicroBatch(
-            tokens.to(device),
-            labels.to(device),
-            weights.to(device),
-            Place(positions, samples.to(device), _documents(tokens, eos_id, device)),
-        ).share_of(cp)
-        for tokens, labels, weights, samples in zip(
-            batch.tokens.split(micro_batch_size),
-            batch.labels.split(micro_batch_size),
-            weight.split(micro_batch_size),
-            torch.from_numpy(batch.samples).split(micro_batch_size),
-            strict=True,
-        )
-    ]
-    return micro_batches, loss_tokens
+    units = count_units(batch.loss_mask, context)
+    weight = unit_weight(units, context.replica_group)
+    samples = torch.from_numpy(batch.samples).to(context.device)
+    return [
+        _micro_batch(batch, slice(start, start + micro_batch_size), context.device, cp, weight=weight, samples=samples)
+        for start in range(0, len(batch.tokens), micro_batch_size)
+    ], units
 
 
-def validation_micro_batch(
-    batch: Batch, context: ParallelContext, cp: ContextParallel, *, eos_id: int | None = None
+def evaluation_micro_batch(batch: Batch, device: torch.device, cp: ContextParallel) -> MicroBatch:
+    """This rank's share of a whole batch, each loss weighed by the mask alone, without dropout."""
+    return _micro_batch(batch, slice(None), device, cp, weight=1.0, samples=None)
+
+
+def _micro_batch(
+    batch: Batch, rows: slice, device: torch.device, cp: ContextParallel, *, weight: float, samples: Tensor | None
 ) -> MicroBatch:
-    """This rank's share of a batch, each token weighed by the mask alone, without dropout."""
-    device = context.device
-    place = evaluation_place(batch.tokens, eos_id, device)
-    return MicroBatch(batch.tokens.to(device), batch.labels.to(device), batch.loss_mask.to(device), place).share_of(cp)
+    length = batch.tokens.shape[1]
+    positions = cp.positions(length, device)
 
+    def whole(values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values[rows]).to(device)  # [b, ...]
 
-def evaluation_place(tokens: Tensor, eos_id: int | None, device: torch.device) -> Place:
-    """Where the tokens [B, S] of whole rows lie, without dropout."""
-    return Place(torch.arange(tokens.shape[1], device=device), documents=_documents(tokens, eos_id, device))
+    def share(values: NDArray[np.generic]) -> Tensor:
+        return whole(values)[:, positions]  # [b, S, ...] ▶ [b, S/C, ...]
 
+    def shares(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, Tensor]:
+        return {name: share(values) for name, values in inputs.items()}
 
-def _documents(tokens: Tensor, eos_id: int | None, device: torch.device) -> Documents | None:
-    return None if eos_id is None else Documents.from_tokens(tokens, eos_id).to(device)
+    documents = None
+    if batch.document_starts is not None:
+        starts = torch.from_numpy(batch.document_starts[rows])
+        documents = Documents.from_starts(starts).to(device).share(positions)
+    loss_mask = share(batch.loss_mask) if batch.loss_mask.ndim > 1 else whole(batch.loss_mask)
+    return MicroBatch(
+        tokens=share(batch.tokens),
+        labels=share(batch.labels),
+        loss_weight=loss_mask * weight,
+        place=Place(positions, None if samples is None else samples[rows], documents),
+        token_inputs=shares(batch.token_inputs),
+        row_inputs={name: whole(values) for name, values in batch.row_inputs.items()},
+    )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megalm.core.pipeline.runner import Gradients
 from megalm.core.sums import sum_of_squares
+from megalm.engine.global_mean import gradient_factor
 from megalm.engine.gradients import FlatLayout, GradientBuckets
 from megalm.engine.optimizer import ParameterGroup
 from megalm.mesh.groups import ParallelContext
@@ -120,8 +121,7 @@ class FlatZeroOptimizer(ZeroOptimizer):
 
     def step(self, learning_rate: float, *, loss_scale: float) -> float:
         """See :meth:`ZeroOptimizer.step`; branch-free until the norm is returned."""
-        # Gradients are sums over replicas of a loss that carries the number of replicas (see micro_batches.py).
-        factor = 1.0 / (self._context.replica_group.size * loss_scale)
+        factor = gradient_factor(self._context.replica_group, loss_scale)
         norm = self._squared_norm().sqrt() * factor
         overflow = ~norm.isfinite()
         shrink = (self._clip / (norm + NORM_EPSILON)).clamp(max=1.0) if self._clip else torch.ones_like(norm)

@@ -19,7 +19,8 @@ from megalm.core.pipeline.runner import PlainGradients
 from megalm.core.sums import sum_of_squares
 from megalm.engine.zero import MOMENTS, ReducedGradients, ZeroOptimizer, adamw_state
 from megalm.mesh.groups import ParallelContext
-from megalm.models.transformer import MicroBatch, Transformer
+from megalm.models.micro_batch import MicroBatch
+from megalm.models.transformer import Transformer
 
 
 class Root(nn.Module):

@@ -1,24 +1,22 @@
 """``megalm evaluate``: loss and perplexity of a run over a whole validation split.
 
-Shapes: B batch, S sequence length, V vocabulary.
+Shapes: K measures of the objective.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn import functional as F
 
-from megalm.data.objectives import make_objective
 from megalm.data.shards.dataset import AS_THE_MODELS, open_datasets, other_marks, with_validation
 from megalm.data.shards.vocabulary import Vocabulary, check_same
-from megalm.data.stream.loader import Batch, label_counts, validation_batches
+from megalm.data.stream.loader import validation_batches
 from megalm.data.stream.sequences import Corpora
-from megalm.engine.micro_batches import evaluation_place
+from megalm.engine.micro_batches import evaluation_micro_batch
 from megalm.errors import DataError
 from megalm.runs.load import TrainedModel, load_full_model
 
@@ -32,10 +30,10 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
             ``train.micro_batch_size`` sets the batch.
 
     Returns:
-        ``run``, ``checkpoint`` and ``data`` as text; ``val_loss`` in nats per token; ``val_perplexity``;
-        ``val_accuracy``, the share of tokens that the model holds most likely; ``val_commonest``, that of always
-        guessing the commonest token; ``tokens`` that these are the means of; and ``note``, where documents begin or
-        end otherwise than those that the run was trained with.
+        ``run``, ``checkpoint`` and ``data`` as text; what the run's objective reports, for language models ``val_loss``
+        in nats per token, ``val_perplexity``, ``val_accuracy`` (share of tokens that the model holds most likely),
+        ``val_commonest`` (that of always guessing the commonest token) and ``tokens`` (how many these are means over);
+        and ``note``, where documents begin or end otherwise than those that the run was trained with.
 
     Raises:
         ConfigError, CheckpointError, DataError: see :func:`megalm.runs.load.load_full_model`; and the data are not
@@ -49,7 +47,11 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
             f"data.path={' '.join(config.data.path)}: was prepared without validation documents; "
             "data.path=DIR evaluates on another dataset"
         )
-    corpora = Corpora.open([dataset.below("val") for dataset in datasets], config.model.sequence_length)
+    corpora = Corpora.open(
+        [dataset.below("val") for dataset in datasets],
+        config.model.sequence_length,
+        trained.objective.sequences_per_example,
+    )
     where = ", ".join(dataset.location for dataset in datasets)
     for dataset in datasets:
         check_same(
@@ -58,51 +60,44 @@ def run_evaluate(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
             f"data.path={dataset.location}",
             "so its perplexity would mean nothing",
         )
-    batches = validation_batches(
-        corpora,
-        None,
-        config.train.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-        objective=make_objective(config.objective, config.run.seed, trained.tokenizer),
-    )
-    loss, accuracy, commonest, tokens = scores(trained, batches, corpora)
+    found = scores(trained, corpora)
+    units = f"{trained.objective.unit}s"
     marks = other_marks(trained.tokenizer, corpora.shards[0].index)
     note = f"{marks}: the perplexity is of documents as they are in these data; {AS_THE_MODELS}"
     return {
         "run": str(run_dir),
         "checkpoint": str(trained.checkpoint),
         "data": where,
-        "val_loss": loss,
-        "val_perplexity": _perplexity(loss),
-        "val_accuracy": accuracy,
-        "val_commonest": commonest,
-        "tokens": tokens,
+        **{name: value for name, value in found.items() if name != f"val_{units}"},
+        units: found[f"val_{units}"],
         **({} if marks is None else {"note": note}),
     }
 
 
 @torch.inference_mode()
-def scores(trained: TrainedModel, batches: Iterable[Batch], corpora: Corpora) -> tuple[float, float, float, int]:
-    """Over all loss tokens: mean cross-entropy in nats, accuracy, that of the commonest token, and their number."""
-    loss_sum, correct = 0.0, 0.0
-    counts = torch.zeros(corpora.vocab_size, dtype=torch.float64)
-    eos_id = corpora.eos_id if trained.config.data.reset_at_documents else None
+def scores(trained: TrainedModel, corpora: Corpora) -> dict[str, float | int | None]:
+    """What the run's objective reports over whole validation splits, by the names of ``metrics.jsonl``.
+
+    Raises:
+        DataError: nothing in the split carries loss.
+    """
+    config, objective = trained.config, trained.objective
+    batches = validation_batches(
+        corpora,
+        None,
+        config.train.micro_batch_size,
+        make_batch=objective.make_batch(trained.tokenizer, config.run.seed),
+        dp_rank=0,
+        dp_size=1,
+        reset_at_documents=config.data.reset_at_documents,
+    )
+    sums = torch.zeros(len(objective.measures), dtype=torch.float64)
+    counts = np.zeros(objective.num_counts(corpora.vocab_size))
     for batch in batches:
         trained.check_tokens(int(batch.tokens.max()), "the validation split")
-        place = evaluation_place(batch.tokens, eos_id, trained.device)
-        logits = trained.model(batch.tokens.to(trained.device), place).float()  # [B, S, V]
-        losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.to(trained.device).flatten(), reduction="none")
-        mask = batch.loss_mask.to(trained.device).flatten()  # [B·S]
-        loss_sum += float((losses * mask).double().sum())
-        right = logits.argmax(-1).flatten() == batch.labels.to(trained.device).flatten()
-        correct += float((right * mask).double().sum())
-        counts += label_counts(batch, corpora.vocab_size)
-    tokens = int(counts.sum())
-    if tokens == 0:
+        micro_batch = evaluation_micro_batch(batch, trained.device, trained.model.context_parallel)
+        sums += trained.model.run(0, None, micro_batch).cpu()  # [K]
+        counts += objective.counts(batch, corpora.vocab_size)
+    if not counts.sum():
         raise DataError("the validation split has no tokens that a loss could be computed of; prepare more text")
-    return loss_sum / tokens, correct / tokens, float(counts.max()) / tokens, tokens
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 709 else math.inf
+    return objective.scores(dict(zip(objective.measures, sums.tolist(), strict=True)), counts)

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megalm.config.schema import Config, Engine, Model, Objective
+from megalm.config.schema import Config, Engine, Model
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.block import BLOCKS
 from megalm.core.dropout import Dropout
 from megalm.core.embedding import VocabParallelEmbedding
-from megalm.core.loss import output_loss, output_metrics
 from megalm.core.masked_lm_head import MaskedLMHead
 from megalm.core.norm import make_norm
 from megalm.core.pipeline.schedule import splits_backward
@@ -34,38 +33,9 @@ from megalm.core.token_type import TokenTypeEmbedding
 from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.groups import ParallelContext
 from megalm.models.balance import split_layers
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What the stages of one micro-batch read: one context-parallel rank's share of each sequence.
-
-    Attributes:
-        tokens: input ids, [B, S] int64.
-        labels: target ids, [B, S] int64.
-        loss_weight: factor of each token's loss, [B, S] fp32: the mask times the run's normalisation.
-        place: where the tokens lie in their sequences; None: whole sequences from their start, without dropout.
-        token_types: rows of the token-type embedding, [B, S] int64; None: all of type 0.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    loss_weight: Tensor
-    place: Place | None = None
-    token_types: Tensor | None = None
-
-    def share_of(self, context_parallel: ContextParallel) -> MicroBatch:
-        """The part of whole sequences that a context-parallel rank holds."""
-        positions = context_parallel.positions(self.tokens.shape[1], self.tokens.device)
-        samples = None if self.place is None else self.place.samples
-        documents = None if self.place is None else self.place.documents
-        return MicroBatch(
-            self.tokens[:, positions],
-            self.labels[:, positions],
-            self.loss_weight[:, positions],
-            Place(positions, samples, None if documents is None else documents.share(positions)),
-            None if self.token_types is None else self.token_types[:, positions],
-        )
+from megalm.models.learning import Learning
+from megalm.models.micro_batch import MicroBatch
+from megalm.models.output import Output
 
 
 @dataclass(frozen=True)
@@ -101,7 +71,7 @@ class Transformer(nn.Module):
         tensor_parallel: how weights and activations are split over tensor-parallel ranks.
         context_parallel: how sequences are split over context-parallel ranks.
         engine: recomputation, compilation and chunking of the loss.
-        objective: weight of the z-loss.
+        objective: what is learnt; None: nothing, the model gives logits alone.
         seed: of dropout masks.
         device: where parameters are made.
     """
@@ -115,7 +85,7 @@ class Transformer(nn.Module):
         tensor_parallel: TensorParallel,
         context_parallel: ContextParallel,
         engine: Engine,
-        objective: Objective,
+        objective: Learning | None,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -123,7 +93,7 @@ class Transformer(nn.Module):
         self.part, self.tensor_parallel, self.context_parallel = part, tensor_parallel, context_parallel
         self.tied = model.tie_embeddings
         self.recompute = Recompute(engine.recompute, engine.recompute_every)
-        self.loss_chunk_tokens, self.z_loss = engine.loss_chunk_tokens, objective.z_loss
+        self.loss_chunk_tokens, self.objective = engine.loss_chunk_tokens, objective
 
         def embedding() -> VocabParallelEmbedding:
             return VocabParallelEmbedding(
@@ -169,6 +139,9 @@ class Transformer(nn.Module):
             has_transform = part.has_last and model.head == "masked_lm"
             self.masked_lm = MaskedLMHead(model, vocab_size, tensor_parallel=tensor_parallel) if has_transform else None
             self.head = embedding() if part.has_last and not self.tied else None
+            self.heads = nn.ModuleDict()
+            if objective is not None and part.has_last:
+                self.heads.update(objective.make_heads(model, tensor_parallel=tensor_parallel))
 
     def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
         """Token ids [B, S] ▶ logits [B, S, V]; for a part that is the whole model on one rank."""
@@ -189,17 +162,28 @@ class Transformer(nn.Module):
             micro_batch: this micro-batch's tokens, labels and places.
 
         Returns:
-            The same shape for the next stage. On the last stage, in training the terms of the objective, [1]: the
-            weighted sum of token losses, in nats; or [2], with the z-loss. In evaluation, [2]: the weighted sums of
-            token losses and of labels that have the largest logit.
+            The same shape for the next stage. On the last stage [K]: in training the terms of the objective, in
+            evaluation its measures.
         """
         x = self._blocks(stage, hidden, micro_batch)
         if stage != self.part.num_stages - 1:
             return x
-        ends = (self._last_vectors(x), self.output_embedding, micro_batch.labels, micro_batch.loss_weight)
-        if not self.training:
-            return output_metrics(*ends, chunk_tokens=self.loss_chunk_tokens, bias=self._output_bias)
-        return output_loss(*ends, chunk_tokens=self.loss_chunk_tokens, z_loss=self.z_loss, bias=self._output_bias)
+        return self._objective_of(x, micro_batch)
+
+    def _objective_of(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """The last block's output, [B, S, H] or [B, S/T, H] ▶ [K], the objective's terms or measures."""
+        assert self.objective is not None, "a model that was built without an objective gives logits alone"
+        output = Output(
+            hidden=self._last_vectors(x),
+            embedding=self.output_embedding,
+            bias=self._output_bias,
+            chunk_tokens=self.loss_chunk_tokens,
+            context_parallel=self.context_parallel,
+            heads=dict(self.heads),
+            carried={},
+        )
+        values = (self.objective.loss if self.training else self.objective.measure)(output, micro_batch)
+        return torch.stack(tuple(values.values()))
 
     def _blocks(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         place = micro_batch.place
@@ -297,7 +281,9 @@ class Transformer(nn.Module):
         return None
 
 
-def build_transformer(config: Config, vocab_size: int, *, context: ParallelContext, dtype: torch.dtype) -> Transformer:
+def build_transformer(
+    config: Config, vocab_size: int, *, context: ParallelContext, dtype: torch.dtype, objective: Learning
+) -> Transformer:
     """This rank's part of the model with its initial weights, in ``dtype`` on the context's device."""
     layers = split_layers(config, vocab_size)
     model = Transformer(
@@ -311,7 +297,7 @@ def build_transformer(config: Config, vocab_size: int, *, context: ParallelConte
         ),
         context_parallel=ContextParallel(context.cp_group, config.parallel.cp_attention),
         engine=config.engine,
-        objective=config.objective,
+        objective=objective,
         seed=config.run.seed,
         device=context.device,
     ).to(dtype)
@@ -320,9 +306,18 @@ def build_transformer(config: Config, vocab_size: int, *, context: ParallelConte
 
 
 def build_full_model(
-    model: Model, vocab_size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    model: Model,
+    vocab_size: int,
+    *,
+    objective: Learning | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Transformer:
-    """The whole model in one process: ``model(tokens)`` gives logits [B, S, V]."""
+    """The whole model in one process: ``model(tokens)`` gives logits [B, S, V].
+
+    With an objective, ``model.run(0, None, micro_batch)`` gives its terms, or its measures, too.
+    """
     whole = Transformer(
         model,
         vocab_size,
@@ -330,7 +325,7 @@ def build_full_model(
         tensor_parallel=TensorParallel(),
         context_parallel=ContextParallel(),
         engine=Engine(),
-        objective=Objective(),
+        objective=objective,
         seed=seed,
         device=torch.device(device),
     ).to(dtype)

@@ -21,6 +21,8 @@ from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.models.counts import resolve_vocab_size
 from megalm.models.transformer import Transformer, build_full_model
+from megalm.objectives.base import Objective
+from megalm.objectives.registry import make_objective
 from megalm.runs.vocabulary import check_own_tokenizer
 
 
@@ -29,7 +31,8 @@ class TrainedModel:
     """A model ready to be asked.
 
     Attributes:
-        model: token ids [B, S] ▶ logits [B, S, V].
+        model: token ids [B, S] ▶ logits [B, S, V]; with the heads of its objective.
+        objective: what it was trained for.
         tokenizer: the one that it was trained with.
         config: of the run, overrides applied.
         device: where the model is.
@@ -38,6 +41,7 @@ class TrainedModel:
     """
 
     model: Transformer
+    objective: Objective
     tokenizer: Tokenizer
     config: Config
     device: torch.device
@@ -81,9 +85,12 @@ def load_full_model(run_dir: str | Path, overrides: Sequence[str] = ()) -> Train
     check_own_tokenizer(checkpoint, read_manifest(checkpoint), vocabulary)
     device = device_of_one_process(config.launch.device)
     vocab_size = resolve_vocab_size(config.model, tokenizer.vocab_size)
-    model = build_full_model(config.model, vocab_size, dtype=DTYPES[config.engine.dtype], device=str(device))
+    objective = make_objective(config.objective)
+    model = build_full_model(
+        config.model, vocab_size, objective=objective, dtype=DTYPES[config.engine.dtype], device=str(device)
+    )
     load_weights(model, checkpoint)
-    return TrainedModel(model.eval(), tokenizer, config, device, checkpoint, vocabulary)
+    return TrainedModel(model.eval(), objective, tokenizer, config, device, checkpoint, vocabulary)
 
 
 def load_weights(model: Transformer, checkpoint: Path) -> None:

@@ -1,8 +1,7 @@
-"""Meters: time, throughput, utilisation, perplexity and memory of a training step."""
+"""Meters: time, throughput, utilisation and memory of a training step."""
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -67,14 +66,6 @@ def mfu(flops_per_token: float, tokens_per_second: float, ranks: int, peak_flops
     if peak_flops is None:
         return None
     return flops_per_token * tokens_per_second / (ranks * peak_flops)
-
-
-def perplexity(loss: float) -> float:
-    """``exp(loss)`` of a mean cross-entropy in nats; infinity where that is no double."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def peak_memory_gib(device_type: str) -> float:

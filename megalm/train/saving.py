@@ -216,8 +216,8 @@ class Saver:
             training[SCHEDULE] = schedule_to_dict(state.schedule)
         if state.validation is not None:
             training["validation"] = {
-                "val_loss": state.validation.val_loss,
-                "val_accuracy": state.validation.val_accuracy,
+                "val_loss": state.validation.loss,
+                "val_accuracy": state.validation.scores.get("val_accuracy"),
                 "whole_split": state.whole_split,
             }
         return Header(

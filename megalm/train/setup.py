@@ -10,7 +10,6 @@ import torch
 from megalm.config.job import topology_of
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
-from megalm.data.objectives import make_objective
 from megalm.data.shards.dataset import open_datasets, tokenizer_of, with_validation
 from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.loader import TrainLoader
@@ -22,6 +21,7 @@ from megalm.launch.signals import StopRequest
 from megalm.mesh.groups import ParallelContext
 from megalm.models.counts import flops_per_token, parameter_count
 from megalm.models.transformer import build_transformer
+from megalm.objectives.registry import make_objective
 from megalm.ownership import Claim
 from megalm.plan.hardware import match_device, peak_flops
 from megalm.runs.attempts import keep_config
@@ -79,24 +79,27 @@ def build_trainer(
     run_dir = run_folder(config)
     await_visible(start)
     context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
+    objective = make_objective(config.objective)
     datasets = open_datasets(config.data)
-    length = config.model.sequence_length
-    train_data = Corpora.open([dataset.below("train") for dataset in datasets], length)
+    length, each = config.model.sequence_length, objective.sequences_per_example
+    train_data = Corpora.open([dataset.below("train") for dataset in datasets], length, each)
     validating = [dataset.below("val") for dataset in with_validation(datasets)]
-    val_data = Corpora.open(validating, length) if validating else None
+    val_data = Corpora.open(validating, length, each) if validating else None
     tokenizer = tokenizer_of(datasets)
-    objective = make_objective(config.objective, config.run.seed, tokenizer)
-    eos_id = train_data.eos_id if config.data.reset_at_documents else None
+    make_batch = objective.make_batch(tokenizer, config.run.seed)
     vocab_size = config.model.vocab_size or train_data.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
 
-    model = build_transformer(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
-    _assert_nothing_lost(context, model.unique_parameters(), config)
+    model = build_transformer(
+        config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=objective
+    )
+    parameters = parameter_count(config.model, vocab_size).total + objective.head_parameters(config.model)
+    _assert_nothing_lost(context, model.unique_parameters(), parameters)
     engine = DeepSpeedEngine(model, context, config)
     loader = TrainLoader(
         train_data,
         config.data,
-        objective=objective,
+        make_batch=make_batch,
         batch_size=BatchSize.of(config.train, config.model.sequence_length),
         dp_rank=context.coordinates.dp,
         dp_size=context.topology.dp,
@@ -124,7 +127,7 @@ def build_trainer(
             attempt=_begin_attempt(config, run_dir, start, restored, rank.world_size) if context.rank == 0 else None,
             topology=context.topology.describe(),
             device=_device_in_words(context.device),
-            parameters=parameter_count(config.model, vocab_size).total,
+            parameters=parameters,
             loaded=restored.words,
             mfu_peak=None if peak is None else f"{peak / 1e12:.0f} TFLOP/s ({peak_name}, {config.engine.dtype}, dense)",
         )
@@ -134,23 +137,21 @@ def build_trainer(
         context=context,
         engine=engine,
         loader=loader,
-        validator=None if val_data is None else Validator(config, context, val_data, objective, eos_id=eos_id),
+        validator=None if val_data is None else Validator(config, context, val_data, objective, make_batch),
         saver=Saver(config, context, run_dir, lineage=lineage, start=start, claim=claim),
         callbacks=callbacks,
         learning_rate=schedule,
         utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),
         stop=stop,
         progress=restored.progress,
-        eos_id=eos_id,
     )
     return trainer, callbacks
 
 
-def _assert_nothing_lost(context: ParallelContext, local: int, config: Config) -> None:
+def _assert_nothing_lost(context: ParallelContext, local: int, expected: int) -> None:
     """The ranks' parameters, each counted once, are as many as one process would hold: no layer was lost or doubled."""
     count = torch.tensor(float(local), dtype=torch.float64, device=context.device)
     total = int(context.model_group.all_reduce(count))
-    expected = parameter_count(config.model, config.model.vocab_size).total
     if total != expected:
         raise AssertionError(f"the ranks hold {total:,} parameters, the model has {expected:,}")
 

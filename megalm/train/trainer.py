@@ -7,24 +7,26 @@ a loss that is not finite) is agreed on by all ranks in the one exchange that en
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megalm.config.schema import Config
+from megalm.core.sharding import StatePiece
 from megalm.data.stream.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine, StepResult
 from megalm.engine.lr_schedule import LearningRate
 from megalm.engine.micro_batches import training_micro_batches
-from megalm.errors import CheckpointError, DivergedError
+from megalm.errors import DivergedError
 from megalm.launch.signals import StopRequest
 from megalm.mesh.groups import ParallelContext
-from megalm.train.callbacks.base import CallbackList, CheckpointMetrics, Outcome, StepMetrics, ValidationMetrics
-from megalm.train.metrics import StepTimer, mfu, peak_memory_gib, perplexity, tokens_per_second
+from megalm.train.callbacks.base import CallbackList, Outcome, StepMetrics, ValidationMetrics
+from megalm.train.metrics import StepTimer, mfu, peak_memory_gib, tokens_per_second
 from megalm.train.progress import Progress
-from megalm.train.saving import RunState, Saver, is_fault_of_disk
+from megalm.train.save_policy import SavePolicy
+from megalm.train.saving import RunState, Saver
 from megalm.train.validation import Validator
 
 _STOPS = (None, Outcome.REQUEUE, Outcome.INTERRUPTED)
@@ -55,7 +57,18 @@ class _StepEnd:
 class Trainer:
     """Steps, validates, saves and stops; see :meth:`fit`.
 
-    ``eos_id`` ends a document, with which attention and positions begin anew; None: rows are one document each.
+    Args:
+        config: steps, batch sizes, and how often to validate and save.
+        context: this rank's place and groups.
+        engine: takes the steps; its model knows the objective.
+        loader: batches of this replica.
+        validator: None: there are no validation data.
+        saver: writes checkpoints.
+        callbacks: told of everything that happens.
+        learning_rate: of each step.
+        utilisation: what MFU is computed from.
+        stop: whether this rank was asked to stop.
+        progress: where the run stands.
     """
 
     def __init__(
@@ -72,20 +85,18 @@ class Trainer:
         utilisation: Utilisation,
         stop: StopRequest,
         progress: Progress,
-        eos_id: int | None = None,
     ) -> None:
         self._config = config
         self._context = context
         self._engine = engine
         self._loader = loader
         self._validator = validator
-        self._saver = saver
+        self._saves = SavePolicy(config.checkpoint, saver, callbacks, self._snapshot)
         self._callbacks = callbacks
         self._learning_rate = learning_rate
         self._utilisation = utilisation
         self._stop = stop
         self.progress = progress
-        self._eos_id = eos_id
         self._timer = StepTimer()
         self._validation: ValidationMetrics | None = None
         self._validated_whole_split = False
@@ -102,48 +113,51 @@ class Trainer:
             metrics, end = self._train_step()
             diverged = divergence(metrics)
             # Before the row is written: a failed save may have filled the disk that the row goes to.
-            self._follow_save(failed=end.save_failed, tolerant=diverged is not None)
+            if self._saves.after_step(failed=end.save_failed, tolerant=diverged is not None):
+                self._timer.restart()
             self._callbacks.on_step(metrics)
             if diverged is not None:
-                self._finish_save(tolerant=True)
-                has_saved = self._saver.has_checkpoints
-                left = "the last checkpoint is from before" if has_saved else "no checkpoint was saved"
+                self._saves.finish(tolerant=True)
+                left = (
+                    "the last checkpoint is from before" if self._saves.has_checkpoints else "no checkpoint was saved"
+                )
                 raise DivergedError(f"{diverged}; {left}")
             if end.stop is not None and self.progress.step < steps:
-                self._save_and_stop(end.stop)
+                self._saves.save_and_stop(end.stop, self.progress.step)
                 return end.stop
-            if _is_due(self._config.train.validate_every, self.progress.step) and self.progress.step < steps:
+            if self._validates_now() and self.progress.step < steps:
                 self._validate(self._config.train.validation_samples)
-            if _is_due(self._config.checkpoint.every, self.progress.step) and self.progress.step < steps:
-                self._save()
+            if self._saves.is_due(self.progress.step) and self.progress.step < steps:
+                self._saves.save()
+                self._timer.restart()
         self._validate(None)
-        self._save_for_good()
+        self._saves.save_last()
         return Outcome.DONE
+
+    def linger(self) -> None:
+        """Another error ends this rank: a checkpoint that is being written gets its chance to become complete."""
+        self._saves.linger()
 
     def _train_step(self) -> tuple[StepMetrics, _StepEnd]:
         """One optimizer step over the global batch; what is returned is the same on all ranks."""
         with self._timer.waiting_for_data():
             batch = self._loader.next()
-        tokens = batch.global_size * self._config.model.sequence_length
+        sequences = len(batch.tokens) * self._context.topology.dp
+        tokens = sequences * self._config.model.sequence_length
         rate = self._learning_rate.at(self.progress.tokens, tokens)
-        micro_batches, loss_tokens = training_micro_batches(
-            batch,
-            self._config.train.micro_batch_size,
-            self._context,
-            self._engine.model.context_parallel,
-            eos_id=self._eos_id,
+        micro_batches, units = training_micro_batches(
+            batch, self._config.train.micro_batch_size, self._context, self._engine.model.context_parallel
         )
         result = self._engine.train_step(micro_batches, rate)
-        self.progress = self.progress.after(batch.global_size, tokens)
-        return self._agree(result, rate, tokens, loss_tokens)
+        self.progress = self.progress.after(sequences, tokens)
+        return self._agree(result, rate, tokens, units)
 
-    def _agree(self, result: StepResult, rate: float, tokens: int, loss_tokens: int) -> tuple[StepMetrics, _StepEnd]:
-        """Two small reductions over all ranks: sums (loss, bubble), and maxima (times, memory, what ends a step)."""
+    def _agree(self, result: StepResult, rate: float, tokens: int, units: int) -> tuple[StepMetrics, _StepEnd]:
+        """Two small reductions over all ranks: sums (terms, bubble), and maxima (times, memory, what ends a step)."""
         step_seconds, data_seconds = self._timer.lap()
-        ranks = self._context.world_group.size
-        device = self._context.device
+        world, device = self._context.world_group, self._context.device
         sums = torch.tensor(
-            [result.loss_sum, result.pipeline.bubble_fraction / ranks], dtype=torch.float64, device=device
+            [*result.terms.values(), result.pipeline.bubble_fraction / world.size], dtype=torch.float64, device=device
         )
         maxima = torch.tensor(
             [
@@ -151,31 +165,34 @@ class Trainer:
                 data_seconds,
                 peak_memory_gib(device.type),
                 float(self._requested_stop()),
-                float(self._saver.has_failed),
+                float(self._saves.has_failed),
             ],
             dtype=torch.float64,
             device=device,
         )
-        self._context.world_group.all_reduce(sums)
-        self._context.world_group.all_reduce(maxima, dist.ReduceOp.MAX)
-        loss, bubble_fraction = sums.tolist()
+        world.all_reduce(sums)
+        world.all_reduce(maxima, dist.ReduceOp.MAX)
+        *values, bubble_fraction = sums.tolist()
+        terms = dict(zip(result.terms, values, strict=True))
         step_seconds, data_seconds, memory_gib, stop, save_failed = maxima.tolist()
         rate_tokens = tokens_per_second(tokens, step_seconds)
         metrics = StepMetrics(
             step=self.progress.step,
             samples=self.progress.samples,
             tokens=self.progress.tokens,
-            loss=loss,
-            loss_tokens=loss_tokens,
+            loss=terms.pop("loss"),
+            loss_units=units,
             grad_norm=result.grad_norm,
             lr=rate,
             loss_scale=result.loss_scale,
             step_seconds=step_seconds,
             tokens_per_second=rate_tokens,
-            mfu=mfu(self._utilisation.flops_per_token, rate_tokens, ranks, self._utilisation.peak_flops),
+            mfu=mfu(self._utilisation.flops_per_token, rate_tokens, world.size, self._utilisation.peak_flops),
             data_seconds=data_seconds,
             bubble_fraction=bubble_fraction,
             memory_gib=memory_gib,
+            unit=self._engine.objective.unit,
+            terms=terms,
         )
         return metrics, _StepEnd(_STOPS[int(stop)], bool(save_failed))
 
@@ -186,57 +203,27 @@ class Trainer:
             return 0
         return _STOPS.index(Outcome.INTERRUPTED if signal == "INT" else Outcome.REQUEUE)
 
+    def _validates_now(self) -> bool:
+        every = self._config.train.validate_every
+        return every > 0 and self.progress.step % every == 0
+
     def _validate(self, samples: int | None) -> None:
         if self._validator is None:
             return
-        scores = self._validator.scores(self._engine, samples)
         self._validated_whole_split = samples is None
         self._validation = ValidationMetrics(
             step=self.progress.step,
             samples=self.progress.samples,
             tokens=self.progress.tokens,
-            val_loss=scores.loss,
-            val_perplexity=None if scores.loss is None else perplexity(scores.loss),
-            val_accuracy=scores.accuracy,
-            val_commonest=scores.commonest,
-            val_tokens=scores.tokens,
+            scores=self._validator.scores(self._engine, samples),
         )
         self._callbacks.on_validation(self._validation)
         self._timer.restart()
 
-    def _save(self) -> None:
-        """Begin a checkpoint, and wait for it only where saving is not asynchronous."""
-        self._begin_save()
-        if not self._config.checkpoint.asynchronous:
-            self._finish_save(training_waits=True)
-        self._timer.restart()
-
-    def _save_for_good(self) -> None:
-        """The checkpoint that the run ends with: nothing comes after it that could make up for a failure."""
-        self._begin_save()
-        self._report(self._saver.finish(training_waits=True))
-        self._saver.close()
-
-    def _save_and_stop(self, stop: Outcome) -> None:
-        """A job that is queued again goes on from the newest checkpoint there is, should this one fail."""
-        try:
-            self._save_for_good()
-        except CheckpointError as error:
-            if stop is not Outcome.REQUEUE or not self._saver.has_checkpoints:
-                raise
-            self._callbacks.on_checkpoint_failed(self.progress.step, str(error))
-
-    def linger(self) -> None:
-        """Another error ends this rank: a checkpoint that is being written gets its chance to become complete."""
-        self._saver.linger()
-
-    def _begin_save(self) -> None:
-        """The save before is finished first."""
-        began = time.perf_counter()
-        self._finish_save()
-        waited_seconds = time.perf_counter() - began
+    def _snapshot(self) -> tuple[Sequence[StatePiece], RunState]:
+        """What a checkpoint of this moment holds."""
         validated = self._validation is not None and self._validation.step == self.progress.step
-        state = RunState(
+        return self._engine.state_pieces(), RunState(
             self._loader.state_dict(),
             self._engine.scalar_state(),
             self.progress,
@@ -244,39 +231,6 @@ class Trainer:
             whole_split=self._validated_whole_split,
             schedule=self._learning_rate,
         )
-        self._saver.start(self._engine.state_pieces(), state, stall_began=began, waited_seconds=waited_seconds)
-
-    def _follow_save(self, *, failed: bool, tolerant: bool) -> None:
-        """After a step: tell of a checkpoint that is complete, and deal with one that failed on any rank."""
-        if not failed:
-            self._report(self._saver.newly_complete())
-            return
-        self._saver.call_off()
-        self._finish_save(tolerant=tolerant)
-        self._timer.restart()
-
-    def _finish_save(self, *, training_waits: bool = False, tolerant: bool = False) -> None:
-        """Wait for the save that is being written.
-
-        Args:
-            training_waits: whether the wait is part of the save's stall.
-            tolerant: a failure is told of and no more, whatever the config says.
-
-        Raises:
-            CheckpointError: it failed, and the run is to stop for that.
-        """
-        step = self._saver.pending_step
-        try:
-            self._report(self._saver.finish(training_waits=training_waits))
-        except CheckpointError as error:
-            if not tolerant and (self._config.checkpoint.on_failure == "stop" or not is_fault_of_disk(str(error))):
-                raise
-            assert step is not None, "what is not pending cannot fail"
-            self._callbacks.on_checkpoint_failed(step, str(error))
-
-    def _report(self, metrics: CheckpointMetrics | None) -> None:
-        if metrics is not None:
-            self._callbacks.on_checkpoint(metrics)
 
 
 def divergence(metrics: StepMetrics) -> DivergedError | None:
@@ -290,7 +244,3 @@ def divergence(metrics: StepMetrics) -> DivergedError | None:
         f"step {metrics.step}: loss {metrics.loss:g}, gradient norm {metrics.grad_norm:g}: training diverged and "
         "stopped. Try a smaller optim.lr or a longer optim.warmup_tokens"
     )
-
-
-def _is_due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0

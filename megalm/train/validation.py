@@ -1,100 +1,77 @@
-"""Validation on all ranks: the training pipeline, forward only.
-
-Shapes: V vocabulary.
-"""
+"""Validation on all ranks: the training pipeline, forward only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import islice
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from megalm.config.schema import Config
-from megalm.data.objectives import DataObjective
-from megalm.data.stream.loader import label_counts, validation_batches
+from megalm.data.stream.batch import MakeBatch
+from megalm.data.stream.loader import validation_batches
 from megalm.data.stream.sequences import Corpora
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
-from megalm.engine.micro_batches import validation_micro_batch
+from megalm.engine.micro_batches import evaluation_micro_batch
 from megalm.mesh.groups import ParallelContext
+from megalm.objectives.base import Objective
 
 _MICRO_BATCHES_PER_STAGE = 4
 """Micro-batches per pass and stage: enough to keep the forward-only pipeline full, few enough to hold at once."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How good a model is on some sequences, by tokens that carry loss; None where there are none.
-
-    Attributes:
-        loss: mean cross-entropy, in nats.
-        accuracy: share of tokens that the model holds most likely.
-        commonest: the same of a model that always guesses the commonest token.
-        tokens: how many tokens those are the means of.
-    """
-
-    loss: float | None
-    accuracy: float | None
-    commonest: float | None
-    tokens: int
-
-    @classmethod
-    def of(cls, loss_sum: float, correct: float, label_counts: Tensor) -> Scores:
-        """From sums over all tokens, and how often each word is a label, [V]."""
-        tokens = float(label_counts.sum())
-        if tokens == 0:
-            return cls(None, None, None, 0)
-        return cls(loss_sum / tokens, correct / tokens, float(label_counts.max()) / tokens, round(tokens))
-
-
 class Validator:
-    """Scores over the validation split.
+    """What an objective reports over the validation split.
 
     Args:
-        config: micro-batch size.
+        config: micro-batch size, and whether attention is kept within documents.
         context: this rank's place and groups.
         corpora: the validation splits.
-        objective: what is learnt.
-        eos_id: ends a document, with which attention and positions begin anew; None: rows are one document each.
+        objective: what is counted and measured, and what becomes of it.
+        make_batch: makes batches of the split's rows.
     """
 
     def __init__(
-        self,
-        config: Config,
-        context: ParallelContext,
-        corpora: Corpora,
-        objective: DataObjective,
-        *,
-        eos_id: int | None,
+        self, config: Config, context: ParallelContext, corpora: Corpora, objective: Objective, make_batch: MakeBatch
     ) -> None:
         self._config = config
         self._context = context
         self._corpora = corpora
         self._objective = objective
-        self._eos_id = eos_id
+        self._make_batch = make_batch
 
-    def scores(self, engine: DeepSpeedEngine, samples: int | None) -> Scores:
+    def scores(self, engine: DeepSpeedEngine, samples: int | None) -> dict[str, float | int | None]:
         """Over the first ``samples`` sequences (None: all); the same on every rank."""
+        context, vocab_size = self._context, self._corpora.vocab_size
         batches = validation_batches(
             self._corpora,
             samples,
             self._config.train.micro_batch_size,
-            dp_rank=self._context.coordinates.dp,
-            dp_size=self._context.topology.dp,
-            objective=self._objective,
+            make_batch=self._make_batch,
+            dp_rank=context.coordinates.dp,
+            dp_size=context.topology.dp,
+            reset_at_documents=self._config.data.reset_at_documents,
         )
-        totals = torch.zeros(2 + self._corpora.vocab_size, dtype=torch.float64)
-        per_pass = _MICRO_BATCHES_PER_STAGE * self._context.topology.pp
-        while chunk := list(islice(batches, per_pass)):
+        # Of the ranks that see the same sequences, one counts.
+        counts_here = context.model_group.index == 0 and context.cp_group.index == 0
+        sums = dict.fromkeys(self._objective.measures, 0.0)
+        counts = np.zeros(self._objective.num_counts(vocab_size))
+        while chunk := list(islice(batches, _MICRO_BATCHES_PER_STAGE * context.topology.pp)):
             micro_batches = [
-                validation_micro_batch(batch, self._context, engine.model.context_parallel, eos_id=self._eos_id)
-                for batch in chunk
+                evaluation_micro_batch(batch, context.device, engine.model.context_parallel) for batch in chunk
             ]
-            totals[:2] += torch.tensor(engine.evaluate(micro_batches), dtype=torch.float64)
-            if self._context.model_group.index == 0 and self._context.cp_group.index == 0:
-                # Of the ranks that see the same sequences, one counts their labels.
-                for batch in chunk:
-                    totals[2:] += label_counts(batch, self._corpora.vocab_size)
-        totals = self._context.world_group.all_reduce(totals.to(self._context.device)).cpu()
-        return Scores.of(float(totals[0]), float(totals[1]), totals[2:])
+            for name, value in engine.evaluate(micro_batches).items():
+                sums[name] += value
+            if counts_here:
+                counts += sum(self._objective.counts(batch, vocab_size) for batch in chunk)
+        return self._objective.scores(*self._over_ranks(sums, counts))
+
+    def _over_ranks(
+        self, sums: Mapping[str, float], counts: NDArray[np.float64]
+    ) -> tuple[dict[str, float], NDArray[np.float64]]:
+        totals = torch.tensor([*sums.values(), *counts.tolist()], dtype=torch.float64, device=self._context.device)
+        totals = self._context.world_group.all_reduce(totals).cpu()
+        measured = totals[: len(sums)].tolist()
+        return dict(zip(sums, measured, strict=True)), totals[len(sums) :].numpy()

@@ -23,13 +23,15 @@ from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.documents import Documents
 from megalm.core.dtype import DTYPES
 from megalm.core.place import Place
-from megalm.data.stream.loader import Batch
+from megalm.data.stream.batch import Batch, document_starts
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.micro_batches import training_micro_batches
 from megalm.engine.zero import NORM_EPSILON
 from megalm.mesh.groups import ParallelContext
 from megalm.mesh.topology import Topology
-from megalm.models.transformer import MicroBatch, build_full_model, build_transformer
+from megalm.models.micro_batch import MicroBatch
+from megalm.models.transformer import build_full_model, build_transformer
+from megalm.objectives.registry import make_objective
 
 _EOS_ID = 0
 """Ends a document of the synthetic batches, where a config's attention begins anew with each."""
@@ -108,7 +110,9 @@ def train_plainly(config: Config, *, steps: int | None = None) -> Trace:
     losses, norms = [], []
     for step in range(config.train.steps if steps is None else steps):
         batch = synthetic_batch(config, step)
-        documents = Documents.from_tokens(batch.tokens, _EOS_ID) if config.data.reset_at_documents else None
+        documents = None
+        if config.data.reset_at_documents:
+            documents = Documents.from_starts(torch.from_numpy(document_starts(batch.tokens.numpy(), _EOS_ID)))
         logits = model(batch.tokens, Place(torch.arange(length), batch.samples, documents)).float()  # [B, S, V]
         token_losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
         mask = batch.loss_mask.double()
@@ -141,7 +145,10 @@ def train_on_layout(config: Config, topology: Topology) -> Trace:
     """All steps of a config on this rank; collective over a gloo world of ``topology.world_size`` ranks."""
     context = ParallelContext.create(topology)
     _, _, vocab_size = _sizes(config)
-    model = build_transformer(config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
+    objective = make_objective(config.objective)
+    model = build_transformer(
+        config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=objective
+    )
     engine = DeepSpeedEngine(model, context, config)
     initial = _put_in_full(engine)
     losses, norms = [], []
@@ -149,7 +156,7 @@ def train_on_layout(config: Config, topology: Topology) -> Trace:
         result = engine.train_step(
             micro_batches_of_rank(config, step, context, model.context_parallel), config.optim.lr
         )
-        loss = torch.tensor([result.loss_sum], dtype=torch.float64)
+        loss = torch.tensor([result.terms["loss"]], dtype=torch.float64)
         losses.append(float(context.world_group.all_reduce(loss)))
         norms.append(result.grad_norm)
     return Trace(losses, norms, initial, _put_in_full(engine))
@@ -159,11 +166,13 @@ def micro_batches_of_rank(config: Config, step: int, context: ParallelContext, c
     """This rank's share of a step's synthetic batch, cut as the trainer cuts what its loader gives."""
     batch = synthetic_batch(config, step)
     mine = slice(context.coordinates.dp, None, context.topology.dp)
-    rows = Batch(
-        batch.tokens[mine], batch.labels[mine], batch.loss_mask[mine], batch.samples[mine].numpy(), len(batch.samples)
+    tokens, labels, loss_mask, samples = (
+        whole[mine].numpy() for whole in (batch.tokens, batch.labels, batch.loss_mask, batch.samples)
     )
-    eos_id = _EOS_ID if config.data.reset_at_documents else None
-    micro_batches, _ = training_micro_batches(rows, config.train.micro_batch_size, context, cp, eos_id=eos_id)
+    starts = document_starts(tokens, _EOS_ID) if config.data.reset_at_documents else None
+    micro_batches, _ = training_micro_batches(
+        Batch(tokens, labels, loss_mask, samples, starts), config.train.micro_batch_size, context, cp
+    )
     return micro_batches
 
 

@@ -19,6 +19,7 @@ from megalm.config.schema import Config
 from megalm.mesh.groups import ParallelContext
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.models.transformer import build_transformer
+from megalm.objectives.registry import make_objective
 from megalm.train.progress import Progress
 from megalm.train.restoring import restore
 from megalm.train.saving import RunState, Saver
@@ -88,7 +89,10 @@ class _NoData:
 def _run(folder: Path, task: Task) -> Curve:
     config = config_of(task.layout, task.learning_rate)
     context = ParallelContext.create(task.layout.topology)
-    model = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[config.engine.dtype])
+    objective = make_objective(config.objective)
+    model = build_transformer(
+        config, config.model.vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=objective
+    )
     engine = DeepSpeedEngine(model, context, config)
     start = StartPoint(StartMode.FRESH)
     if task.source is not None:
@@ -102,7 +106,7 @@ def _run(folder: Path, task: Task) -> Curve:
             state = RunState({"samples": step * BATCH}, engine.scalar_state(), Progress(step, step * BATCH, 0))
             saver.start(engine.state_pieces(), state, stall_began=time.perf_counter())
         result = engine.train_step(micro_batches_of_rank(config, step, context, model.context_parallel), config.optim.lr)
-        loss = torch.tensor([result.loss_sum], dtype=torch.float64)
+        loss = torch.tensor([result.terms["loss"]], dtype=torch.float64)
         losses.append(float(context.world_group.all_reduce(loss)))
         norms.append(result.grad_norm)
     saver.finish()

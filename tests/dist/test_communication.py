@@ -44,12 +44,16 @@ def _record(layout: Layout) -> list[Event]:
     from megalm.mesh.groups import ParallelContext
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
     from megalm.models.transformer import build_transformer
+    from megalm.objectives.registry import make_objective
     from megalm.verify.parity import DTYPES, micro_batches_of_rank
 
     config = layout.config()
     context = ParallelContext.create(layout.topology)
     with record() as events:
-        model = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype])
+        objective = make_objective(config.objective)
+        model = build_transformer(
+            config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype], objective=objective
+        )
         engine = DeepSpeedEngine(model, context, config)
         batch = micro_batches_of_rank(config, 0, context, model.context_parallel)
         engine.train_step(batch, config.optim.lr)

@@ -33,6 +33,7 @@ def _log(layout: Layout) -> list[tuple]:
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
     from megalm.engine.gradients import GradientBuckets
     from megalm.models.transformer import build_transformer
+    from megalm.objectives.registry import make_objective
     from megalm.verify.parity import DTYPES, micro_batches_of_rank
 
     events: list[tuple] = []
@@ -52,7 +53,10 @@ def _log(layout: Layout) -> list[tuple]:
 
     config = layout.config()
     context = ParallelContext.create(layout.topology)
-    model = build_transformer(config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype])
+    objective = make_objective(config.objective)
+    model = build_transformer(
+        config, config.model.vocab_size, context=context, dtype=DTYPES[layout.dtype], objective=objective
+    )
     engine = DeepSpeedEngine(model, context, config)
     GradientBuckets.before, GradientBuckets.after, GradientBuckets._issue = before, after, issue
     try:
@@ -111,13 +115,17 @@ def overflow_on_ranks() -> list:
     from megalm.mesh.groups import ParallelContext
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
     from megalm.models.transformer import build_transformer
+    from megalm.objectives.registry import make_objective
     from megalm.verify.parity import micro_batches_of_rank
 
     layout = Layout(tp=2, dp=2, dtype="fp16")
     config = layout.config()
     config = replace(config, engine=replace(config.engine, initial_loss_scale=2.0**24, loss_scale_window=3))
     context = ParallelContext.create(layout.topology)
-    model = build_transformer(config, config.model.vocab_size, context=context, dtype=torch.float16)
+    objective = make_objective(config.objective)
+    model = build_transformer(
+        config, config.model.vocab_size, context=context, dtype=torch.float16, objective=objective
+    )
     engine = DeepSpeedEngine(model, context, config)
     seen = []
     for step in range(14):
@@ -155,6 +163,7 @@ def resume_in_memory() -> tuple:
     from megalm.mesh.groups import ParallelContext
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
     from megalm.models.transformer import build_transformer
+    from megalm.objectives.registry import make_objective
     from megalm.verify.parity import micro_batches_of_rank
 
     layout = Layout(dtype="fp16")
@@ -163,14 +172,17 @@ def resume_in_memory() -> tuple:
     context = ParallelContext.create(layout.topology)
 
     def engine() -> DeepSpeedEngine:
-        model = build_transformer(config, config.model.vocab_size, context=context, dtype=torch.float16)
+        objective = make_objective(config.objective)
+        model = build_transformer(
+            config, config.model.vocab_size, context=context, dtype=torch.float16, objective=objective
+        )
         return DeepSpeedEngine(model, context, config)
 
     def run(trained: DeepSpeedEngine, steps: range) -> list[tuple]:
         results = [
             trained.train_step(micro_batches_of_rank(config, step, context, trained.model.context_parallel), 1e-3) for step in steps
         ]
-        return [(r.loss_sum, r.grad_norm, r.loss_scale) for r in results]
+        return [(r.terms["loss"], r.grad_norm, r.loss_scale) for r in results]
 
     straight = run(engine(), range(12))
     first = engine()

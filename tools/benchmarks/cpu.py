@@ -174,12 +174,16 @@ def _megalm(*, compiled: bool) -> Callable[[], float]:
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
     from megalm.mesh.groups import ParallelContext
     from megalm.mesh.topology import Topology
-    from megalm.models.transformer import MicroBatch, build_transformer
+    from megalm.models.micro_batch import MicroBatch
+    from megalm.models.transformer import build_transformer
+    from megalm.objectives.registry import make_objective
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     config = bench_config(MODEL, micro_batch_size=BATCH, global_batch_size=BATCH, compiled=compiled)
     context = ParallelContext.create(Topology())
-    stage = build_transformer(config, 8192, context=context, dtype=torch.bfloat16)
+    stage = build_transformer(
+        config, 8192, context=context, dtype=torch.bfloat16, objective=make_objective(config.objective)
+    )
     engine = DeepSpeedEngine(stage, context, config)
     weight = torch.full((BATCH, MODEL.sequence_length), 1.0 / (BATCH * MODEL.sequence_length))
     place = Place(torch.arange(MODEL.sequence_length), torch.arange(BATCH))

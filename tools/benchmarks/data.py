@@ -22,7 +22,6 @@ import torch
 
 from benchmarks.table import Report, Row
 from megalm.config.schema import Data
-from megalm.data.objectives import CausalLM
 from megalm.data.prepare.blocks import Work, texts_of_block, tokenise_block
 from megalm.data.prepare.clean import Cleaning
 from megalm.data.prepare.corpora import CORPORA, CorpusOptions
@@ -33,6 +32,7 @@ from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.loader import TrainLoader
 from megalm.data.stream.sequences import Corpora
 from megalm.data.tokenization.training import train_byte_level_bpe
+from megalm.objectives.clm import next_tokens
 
 LENGTH = 2048
 CHUNK = 8192
@@ -134,7 +134,7 @@ def _loader(folder: Path, batch: int) -> TrainLoader:
     return TrainLoader(
         Corpora((TokenShards(folder, LENGTH),)),
         Data(path=("bench",)),
-        objective=CausalLM(),
+        make_batch=next_tokens,
         batch_size=BatchSize(batch, batch, batch, 0, LENGTH),
         dp_rank=0,
         dp_size=1,

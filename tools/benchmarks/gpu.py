@@ -112,12 +112,16 @@ def _make_step(model: Model, micro_batch_size: int, compiled: bool) -> Callable[
     from megalm.mesh.groups import ParallelContext
     from megalm.mesh.topology import Topology
     from megalm.models.counts import resolve_vocab_size
-    from megalm.models.transformer import MicroBatch, build_transformer
+    from megalm.models.micro_batch import MicroBatch
+    from megalm.models.transformer import build_transformer
+    from megalm.objectives.registry import make_objective
 
     config = bench_config(model, micro_batch_size=micro_batch_size, global_batch_size=GLOBAL_BATCH, compiled=compiled)
     context = ParallelContext.create(Topology(), "cuda:0")
     vocab = resolve_vocab_size(model)
-    stage = build_transformer(config, vocab, context=context, dtype=torch.bfloat16)
+    stage = build_transformer(
+        config, vocab, context=context, dtype=torch.bfloat16, objective=make_objective(config.objective)
+    )
     engine = DeepSpeedEngine(stage, context, config)
     length = model.sequence_length
     rows = torch.randint(0, vocab, (GLOBAL_BATCH, length + 1), device=context.device)

@@ -84,11 +84,15 @@ def _saved(case: Case, num_layers: int) -> int:
     from megalm.core.place import Place
     from megalm.mesh.groups import ParallelContext
     from megalm.mesh.topology import Topology
-    from megalm.models.transformer import MicroBatch, build_transformer
+    from megalm.models.micro_batch import MicroBatch
+    from megalm.models.transformer import build_transformer
+    from megalm.objectives.registry import make_objective
 
     config = _config(case, num_layers)
     context = ParallelContext.create(Topology(tp=case.tp))
-    stage = build_transformer(config, 512, context=context, dtype=torch.bfloat16).train()
+    stage = build_transformer(
+        config, 512, context=context, dtype=torch.bfloat16, objective=make_objective(config.objective)
+    ).train()
     parameters = {p.untyped_storage().data_ptr() for p in stage.parameters()}
     kept: dict[int, tuple[int, Tensor]] = {}  # by address; the tensor is held, so that no address is used twice
 

@@ -11,11 +11,11 @@ from megalm.config.violation import Fix, Violation
 def objective_fits_attention(job: Job) -> Iterator[Violation]:
     """Next tokens are predicted by a model that does not see them; masked ones by a model that sees both sides."""
     objective, causal = job.config.objective.name, job.config.model.causal
-    if objective == "clm" and not causal:
+    if objective in ("clm", "sft") and not causal:
         yield Violation(
             "model.causal",
             causal,
-            "every token would see the next one, which objective.name=clm asks it for",
+            f"every token would see the next one, which objective.name={objective} asks it for",
             fixes=(Fix("model.causal", (True,)), Fix("objective.name", ("mlm",))),
         )
     if objective == "mlm" and causal:

@@ -1,45 +1,26 @@
-"""Batches of one data-parallel replica. What changes is the number of samples that the trainer has taken, nothing else.
+"""Batches of one data-parallel replica. Its only state is the number of samples that the trainer has taken. No torch.
 
-Shapes: B rows of this replica, S sequence length, V vocabulary. Replica ``r`` of ``n`` takes the samples ``g`` with
-``g mod n = r``, so the union over replicas does not depend on ``n``.
+Replica ``r`` of ``n`` takes the examples ``g`` with ``g mod n = r``, so the union over replicas does not depend on
+``n``. An example is one sample, which is a sequence; or several, where an objective needs sequences that belong
+together.
+
+Shapes: B rows of this replica, E examples, S sequence length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from megalm.config.schema import Data
-from megalm.data.objectives import DataObjective
+from megalm.data.stream.batch import Batch, Ints, MakeBatch, document_starts
 from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.phases import DataState, fingerprint_of, new_state, order_of
 from megalm.data.stream.prefetch import Prefetcher
 from megalm.data.stream.sequences import Corpora
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one replica sees in one step.
-
-    Attributes:
-        tokens: [B, S] int64.
-        labels: [B, S] int64.
-        loss_mask: [B, S] fp32, 1 where the label counts.
-        samples: [B], global sample numbers of the rows.
-        global_size: rows of all replicas together.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    samples: NDArray[np.int64]
-    global_size: int
 
 
 class TrainLoader:
@@ -52,7 +33,7 @@ class TrainLoader:
     Args:
         corpora: the training splits.
         settings: blend, order and prefetching.
-        objective: makes inputs, labels and mask.
+        make_batch: makes inputs, labels and mask of rows.
         batch_size: samples per step over all replicas.
         dp_rank: this replica.
         dp_size: replicas; divides every batch size.
@@ -67,17 +48,20 @@ class TrainLoader:
         corpora: Corpora,
         settings: Data,
         *,
-        objective: DataObjective,
+        make_batch: MakeBatch,
         batch_size: BatchSize,
         dp_rank: int,
         dp_size: int,
         seed: int,
     ) -> None:
-        uneven = [size for size in batch_size.sizes if size % dp_size]
+        each = corpora.sequences_per_example
+        uneven = [size for size in batch_size.sizes if size % (dp_size * each)]
         if uneven:
-            raise ValueError(f"global batch of {uneven[0]} does not split over {dp_size} replicas")
+            what = f"{dp_size} replicas" + (f" in groups of {each} sequences" if each > 1 else "")
+            raise ValueError(f"global batch of {uneven[0]} does not split over {what}")
         self._corpora = corpora
-        self._objective = objective
+        self._make_batch = make_batch
+        self._reset_at_documents = settings.reset_at_documents
         self._batch_size = batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._prefetch = max(1, settings.prefetch_batches)  # to a queue, 0 means without bound
@@ -102,7 +86,8 @@ class TrainLoader:
         if self._worker is None:
             self._worker = Prefetcher(self._batches_from(self._state.consumed_samples), self._prefetch)
         batch = self._worker.take()
-        self._state = replace(self._state, consumed_samples=self._state.consumed_samples + batch.global_size)
+        taken = len(batch.tokens) * self._dp_size
+        self._state = replace(self._state, consumed_samples=self._state.consumed_samples + taken)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +112,7 @@ class TrainLoader:
         self._earlier = [entry for entry in state.get("corpora", ()) if entry["phase"] != self._phase]
 
     def _read_in_phase(self) -> list[dict[str, Any]]:
-        phase = self._state.current
+        phase, each = self._state.current, self._corpora.sequences_per_example
         samples = self._state.consumed_samples - phase.start
         return [
             {
@@ -136,7 +121,7 @@ class TrainLoader:
                 "contents": contents,
                 "samples": count,
                 "tokens": count * phase.sequence_length,
-                "epochs": count / size,
+                "epochs": count / (size * each),
             }
             for shards, (contents, count), size in zip(
                 self._corpora.shards, phase.samples_by_contents(samples), self._corpora.sizes, strict=True
@@ -150,13 +135,15 @@ class TrainLoader:
             self._worker = None
 
     def _batches_from(self, start: int) -> Iterator[Batch]:
-        phase_start = self._state.current.start
+        each, reset = self._corpora.sequences_per_example, self._reset_at_documents
+        phase_start = self._state.current.start // each
         while True:
             size = self._batch_size.at(start)
-            offset = (self._dp_rank - start) % self._dp_size
-            samples = np.arange(start + offset, start + size, self._dp_size, dtype=np.int64)
-            corpus, _, sequences = self._order(samples - phase_start)
-            yield _make_batch(self._corpora, self._objective, corpus, sequences, samples, size)
+            first, stop = start // each, (start + size) // each
+            offset = (self._dp_rank - first) % self._dp_size
+            numbers = np.arange(first + offset, stop, self._dp_size, dtype=np.int64)
+            corpus, _, examples = self._order(numbers - phase_start)
+            yield _read(self._corpora, self._make_batch, corpus, examples, numbers, reset_at_documents=reset)
             start += size
 
 
@@ -165,39 +152,39 @@ def validation_batches(
     samples: int | None,
     batch_size: int,
     *,
+    make_batch: MakeBatch,
     dp_rank: int,
     dp_size: int,
-    objective: DataObjective,
+    reset_at_documents: bool = False,
 ) -> Iterator[Batch]:
     """The first ``samples`` sequences (None: all), each once over all replicas; of each corpus its share.
 
     Every replica yields the same number of batches, all of ``batch_size`` rows; rows past the end repeat the last
     sequence with a mask of zeros.
     """
-    corpus, sequences = corpora.first(samples)
-    per_round = batch_size * dp_size
-    for start in range(0, sequences.size, per_round):
+    each = corpora.sequences_per_example
+    corpus, examples = corpora.first(None if samples is None else -(-samples // each))
+    per_round = batch_size // each * dp_size
+    for start in range(0, examples.size, per_round):
         numbers = np.arange(start + dp_rank, start + per_round, dp_size, dtype=np.int64)
-        real = np.minimum(numbers, sequences.size - 1)
-        batch = _make_batch(corpora, objective, corpus[real], sequences[real], numbers, per_round)
-        inside = torch.from_numpy(numbers < sequences.size)
-        yield replace(batch, loss_mask=batch.loss_mask * inside[:, None])
+        real = np.minimum(numbers, examples.size - 1)
+        batch = _read(corpora, make_batch, corpus[real], examples[real], numbers, reset_at_documents=reset_at_documents)
+        inside = np.repeat(numbers < examples.size, each)  # [B]
+        yield replace(batch, loss_mask=batch.loss_mask * inside.reshape(-1, *[1] * (batch.loss_mask.ndim - 1)))
 
 
-def label_counts(batch: Batch, vocab_size: int) -> Tensor:
-    """[V] fp64: how often each word is a label that carries loss."""
-    return torch.bincount(batch.labels.flatten(), batch.loss_mask.flatten().double(), minlength=vocab_size)
-
-
-def _make_batch(
+def _read(
     corpora: Corpora,
-    objective: DataObjective,
-    corpus: NDArray[np.int64],
-    sequences: NDArray[np.int64],
-    samples: NDArray[np.int64],
-    global_size: int,
+    make_batch: MakeBatch,
+    corpus: Ints,
+    examples: Ints,
+    numbers: Ints,
+    *,
+    reset_at_documents: bool,
 ) -> Batch:
-    rows = corpora.read(corpus, sequences)
-    example = objective(rows.tokens, rows.mask, rows.valid, samples)
-    tokens, labels, mask = (torch.from_numpy(part) for part in (example.tokens, example.labels, example.loss_mask))
-    return Batch(tokens, labels, mask, samples, global_size)
+    """A batch of the given examples of each corpus, which have the given numbers in the run: [E] each."""
+    rows = corpora.read(corpus, examples)
+    batch = make_batch(rows, corpora.rows_of(numbers))
+    if not reset_at_documents:
+        return batch
+    return replace(batch, document_starts=document_starts(rows.tokens[:, :-1], corpora.eos_id))

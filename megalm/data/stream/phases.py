@@ -17,6 +17,7 @@ from megalm.data.stream.sequences import Corpora
 from megalm.errors import DataError
 
 STATE_VERSION = 2
+_EACH = "sequences per example"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Phase:
     def samples_by_contents(self, samples: int) -> Iterator[tuple[str, int]]:
         """(fingerprint of a dataset's contents, how many of the first ``samples`` samples are of it)."""
         quotas, lanes = self.fingerprint["data.weights"], self.fingerprint["data.lanes"]
-        for number, count in enumerate(samples_of_each(quotas, lanes, samples)):
-            yield self.fingerprint[f"data.path[{number}]"], count
+        each = self.fingerprint.get(_EACH, 1)
+        for number, count in enumerate(samples_of_each(quotas, lanes, samples // each)):
+            yield self.fingerprint[f"data.path[{number}]"], count * each
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ def fingerprint_of(corpora: Corpora, order: BlendedOrder, settings: Data, seed: 
         "data.block_sequences": settings.block_sequences,
         "data.lanes": settings.lanes,
         "data.window_blocks": settings.window_blocks,
+        # Left out where it is 1, as in checkpoints that were written before it could be anything else.
+        **({_EACH: corpora.sequences_per_example} if corpora.sequences_per_example > 1 else {}),
     }
 
 

@@ -1,6 +1,6 @@
 """Sequences of one or more corpora as rows of arrays. No torch.
 
-Shapes: B rows, S sequence length.
+Shapes: B rows, E examples, S sequence length.
 """
 
 from __future__ import annotations
@@ -16,36 +16,27 @@ from numpy.typing import NDArray
 from megalm.data.shards.index import check_marks
 from megalm.data.shards.read import TokenShards
 from megalm.data.shards.store import Store
+from megalm.data.stream.batch import Rows
 from megalm.errors import DataError
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What is read of some sequences.
-
-    Attributes:
-        tokens: [B, S + 1] int64.
-        mask: [B, S + 1], 1 where a token carries loss; None: everywhere.
-        valid: [B], labels of each row that are no padding.
-    """
-
-    tokens: NDArray[np.int64]
-    mask: NDArray[np.uint8] | None
-    valid: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Corpora:
     """One split of each dataset that a run reads, all with the same tokenizer and sequence length.
 
+    What is numbered, shuffled and dealt out is *examples*: one sequence each, or as many neighbouring ones as belong
+    together.
+
     Attributes:
         shards: of each dataset.
+        sequences_per_example: stored sequences of an example; what is left over at the end of a dataset is not read.
     """
 
     shards: tuple[TokenShards, ...]
+    sequences_per_example: int = 1
 
     @classmethod
-    def open(cls, splits: Sequence[Store], sequence_length: int) -> Corpora:
+    def open(cls, splits: Sequence[Store], sequence_length: int, sequences_per_example: int = 1) -> Corpora:
         """Open a split of each dataset.
 
         Raises:
@@ -60,7 +51,7 @@ class Corpora:
                     "prepare one of them again with the tokenizer.json of the other"
                 )
             check_marks({each.store.location: each.index.marks for each in (first, other)})
-        return cls(shards)
+        return cls(shards, sequences_per_example)
 
     @property
     def sequence_length(self) -> int:
@@ -84,15 +75,21 @@ class Corpora:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Sequences of each corpus."""
-        return tuple(len(each) for each in self.shards)
+        """Examples of each corpus."""
+        return tuple(len(each) // self.sequences_per_example for each in self.shards)
 
-    def read(self, corpus: NDArray[np.int64], sequences: NDArray[np.int64]) -> Rows:
-        """Read sequences, each of a corpus: [B] and [B].
+    def rows_of(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the sequences of examples, which follow each other: [E] ▶ [E · sequences_per_example]."""
+        within = np.arange(self.sequences_per_example, dtype=np.int64)
+        return (examples[:, None] * self.sequences_per_example + within).reshape(-1)
+
+    def read(self, corpus: NDArray[np.int64], examples: NDArray[np.int64]) -> Rows:
+        """Read examples, each of a corpus: [E] and [E] ▶ E · sequences_per_example = B rows.
 
         Raises:
             DataError: a shard is corrupt or gone.
         """
+        corpus, sequences = np.repeat(corpus, self.sequences_per_example), self.rows_of(examples)
         shape = (sequences.size, self.sequence_length + 1)
         tokens = np.empty(shape, dtype=np.int64)
         mask = np.empty(shape, dtype=np.uint8) if self.masked else None
@@ -113,7 +110,7 @@ class Corpora:
         return Rows(tokens, mask, valid)
 
     def first(self, samples: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(corpus, sequence) of the first sequences in file order, of each corpus in proportion to its size.
+        """(corpus, example) of the first examples in file order, of each corpus in proportion to its size.
 
         Args:
             samples: how many, over all corpora; None: all.

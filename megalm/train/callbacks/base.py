@@ -80,8 +80,9 @@ class StepMetrics:
         step: steps taken since the start of the run, this one included.
         samples: sequences consumed since the start of the run.
         tokens: tokens consumed since the start of the run.
-        loss: mean cross-entropy per loss token of the global batch, in nats; 0 where it has none.
-        loss_tokens: tokens of the global batch that carry loss.
+        loss: mean loss of the global batch, for language models in nats per token that carries loss; 0 where nothing
+            carries loss.
+        loss_units: what the mean is over: how many tokens, or other units, of the global batch carry loss.
         grad_norm: global L2 norm of the gradient before clipping.
         lr: learning rate that the step was taken with.
         loss_scale: fp16 loss scale; None for other formats.
@@ -91,13 +92,15 @@ class StepMetrics:
         data_seconds: time the step waited for data.
         bubble_fraction: idle share of the pipeline schedule, 0 to 1.
         memory_gib: peak memory per rank so far, the largest over ranks.
+        unit: what the loss is a mean over, such as ``token``.
+        terms: terms of the objective besides ``loss``, by name.
     """
 
     step: int
     samples: int
     tokens: int
     loss: float
-    loss_tokens: int
+    loss_units: int
     grad_norm: float
     lr: float
     loss_scale: float | None
@@ -107,6 +110,14 @@ class StepMetrics:
     data_seconds: float
     bubble_fraction: float
     memory_gib: float
+    unit: str = "token"
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The fields of ``metrics.jsonl``: a field per attribute, a field per term, and ``loss_tokens``."""
+        names = {"loss_units": f"loss_{self.unit}s"}
+        own = {names.get(name, name): value for name, value in vars(self).items() if name not in ("unit", "terms")}
+        return {**own, **self.terms}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,22 +128,25 @@ class ValidationMetrics:
         step: steps taken since the start of the run.
         samples: sequences trained on since the start of the run.
         tokens: tokens trained on since the start of the run.
-        val_loss: mean cross-entropy per loss token of the validation sequences, in nats; None, like what follows, where
-            they have no such token.
-        val_perplexity: ``exp(val_loss)``.
-        val_accuracy: share of loss tokens that the model holds most likely.
-        val_commonest: the same of always guessing the commonest of them.
-        val_tokens: how many loss tokens these are the means of.
+        scores: what the objective reports, by the names of ``metrics.jsonl``; of language models ``val_loss`` in nats
+            per token, ``val_perplexity``, ``val_accuracy`` (share of labels that the model holds most likely),
+            ``val_commonest`` (the same of always guessing the commonest label) and ``val_tokens`` (how many labels
+            these are means over). None where nothing carries loss.
     """
 
     step: int
     samples: int
     tokens: int
-    val_loss: float | None
-    val_perplexity: float | None
-    val_accuracy: float | None
-    val_commonest: float | None
-    val_tokens: int
+    scores: Mapping[str, float | int | None]
+
+    @property
+    def loss(self) -> float | None:
+        """``val_loss``, which every objective reports."""
+        return self.scores["val_loss"]
+
+    def row(self) -> dict[str, Any]:
+        """The fields of ``metrics.jsonl``."""
+        return {"step": self.step, "samples": self.samples, "tokens": self.tokens, **self.scores}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,9 @@ class ClosingReport(Callback):
         if last["val_loss"] is None:
             self._print("result   no validation perplexity: no token of the validation data carries loss")
             return
+        if "val_perplexity" not in last:  # the loss is no cross-entropy of tokens
+            self._print(f"result   validation loss {format_number(last['val_loss'], '.4f')}")
+            return
         words = Tokenizer.load(context.run_dir / TOKENIZER_FILE).vocab_size
         vocab_size = resolve_vocab_size(context.config.model, words)
         self._print(

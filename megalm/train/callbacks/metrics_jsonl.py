@@ -56,11 +56,11 @@ class MetricsJsonl(Callback):
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Append a row."""
-        self._append(asdict(metrics))
+        self._append(metrics.row())
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """Append a row."""
-        self._append(asdict(metrics))
+        self._append(metrics.row())
 
     def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Append a row; make the rows that lead to the checkpoint as durable as it is."""

@@ -32,11 +32,11 @@ class TensorBoardLog(Callback):
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Write the row."""
-        self._write("train", asdict(metrics))
+        self._write("train", metrics.row())
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """Write the row."""
-        self._write("validation", asdict(metrics))
+        self._write("validation", metrics.row())
 
     def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Write the row's numbers."""

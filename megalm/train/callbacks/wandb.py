@@ -75,11 +75,11 @@ class WandbLog(Callback):
     def on_step(self, metrics: StepMetrics) -> None:
         """Queue the row."""
         self._step = metrics.step
-        self._put(asdict(metrics))
+        self._put(metrics.row())
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """Queue the row."""
-        self._put(asdict(metrics))
+        self._put(metrics.row())
 
     def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Queue the row's numbers, beside those of the step that training has reached: W&B's steps never go back."""

@@ -59,16 +59,19 @@ def step_line(metrics: StepMetrics, total_steps: int, remaining_seconds: float) 
 
 def validation_line(metrics: ValidationMetrics, total_steps: int) -> str:
     """The result of a validation."""
-    if metrics.val_loss is None or metrics.val_perplexity is None or metrics.val_accuracy is None:
+    if metrics.loss is None:
         return f"{_step(metrics.step, total_steps)}  no validation loss: no token of the validation data carries loss"
-    return (
-        f"{_step(metrics.step, total_steps)}  validation loss {format_number(metrics.val_loss, '.4f')}  "
-        f"perplexity {format_number(metrics.val_perplexity, ',.2f')}  accuracy {metrics.val_accuracy:.1%}"
-    )
+    parts = [f"{_step(metrics.step, total_steps)}  validation loss {format_number(metrics.loss, '.4f')}"]
+    perplexity, accuracy = (metrics.scores.get(name) for name in ("val_perplexity", "val_accuracy"))
+    if perplexity is not None:
+        parts.append(f"perplexity {format_number(perplexity, ',.2f')}")
+    if accuracy is not None:
+        parts.append(f"accuracy {accuracy:.1%}")
+    return "  ".join(parts)
 
 
 def _loss(metrics: StepMetrics) -> str:
-    return f"loss {format_number(metrics.loss, '.4f')}" if metrics.loss_tokens else "no loss token"
+    return f"loss {format_number(metrics.loss, '.4f')}" if metrics.loss_units else "no loss token"
 
 
 def checkpoint_line(metrics: CheckpointMetrics, total_steps: int) -> str:

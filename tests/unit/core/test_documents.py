@@ -12,6 +12,7 @@ from megalm.config.schema import Model
 from megalm.core.attention.attend import AttentionCore
 from megalm.core.documents import Documents
 from megalm.core.place import Place
+from megalm.data.stream.batch import document_starts
 from megalm.models.transformer import build_full_model
 
 EOS = 0
@@ -36,9 +37,13 @@ def packed(dtype_seed: int = 0) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def documents_of(tokens: torch.Tensor) -> Documents:
+    return Documents.from_starts(torch.from_numpy(document_starts(tokens.numpy(), EOS)))
+
+
 def test_documents_end_with_their_last_token_and_padding_is_one_more() -> None:
     tokens = torch.tensor([[7, 8, 0, 9, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 0], [0, 5, 5, 0, 6, 6, 6, 6]])
-    documents = Documents.from_tokens(tokens, EOS)
+    documents = documents_of(tokens)
     assert documents.lengths == ((3, 2, 3), (8,), (1, 3, 4))
     assert documents.numbers.tolist()[0] == [0, 0, 0, 1, 1, 2, 2, 2]
     assert documents.within.tolist()[0] == [0, 1, 2, 0, 1, 0, 1, 2]
@@ -49,7 +54,7 @@ def test_documents_end_with_their_last_token_and_padding_is_one_more() -> None:
 def test_a_packed_row_trains_as_its_documents_alone(name: str) -> None:
     model = build_full_model(MODELS[name], 41, seed=5, dtype=torch.float64)
     tokens, weights = packed(), torch.rand(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    documents = Documents.from_tokens(tokens, EOS)
+    documents = documents_of(tokens)
     assert documents.lengths == LENGTHS
     logits = model(tokens, Place(torch.arange(32), documents=documents))
     (F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none") * weights.flatten()).sum().backward()
@@ -73,7 +78,7 @@ def test_a_packed_row_trains_as_its_documents_alone(name: str) -> None:
 @pytest.mark.parametrize("window", [0, 4])
 def test_the_block_mask_of_accelerators_sees_the_same(causal: bool, window: int) -> None:
     """Flex attention runs forward on the CPU; its backward needs a GPU."""
-    documents = Documents.from_tokens(packed(), EOS)
+    documents = documents_of(packed())
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(3, 4, 32, 16, generator=generator)
     key, value = torch.randn(2, 3, 2, 32, 16, generator=generator).unbind()
@@ -84,7 +89,7 @@ def test_the_block_mask_of_accelerators_sees_the_same(causal: bool, window: int)
 
 
 def test_dropout_of_probabilities_stays_within_documents() -> None:
-    documents = Documents.from_tokens(packed(), EOS)
+    documents = documents_of(packed())
     core = AttentionCore(causal=False, window=0, dropout=0.3, seed=1, layer=0).train()
     query, key = torch.randn(2, 3, 2, 32, 16, generator=torch.Generator().manual_seed(3)).unbind()
     value = F.one_hot(documents.numbers.long(), 16).float()[:, None].expand(3, 2, 32, 16)
@@ -105,5 +110,5 @@ def test_attention_costs_the_sum_of_squares() -> None:
         return value
 
     value = torch.randn(1, 2, 256, 16)
-    assert torch.equal(Documents.from_tokens(tokens, EOS).attend_each(attend, value, value, value), value)
+    assert torch.equal(documents_of(tokens).attend_each(attend, value, value, value), value)
     assert sum(scores) * 16 == 256**2

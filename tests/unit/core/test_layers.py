@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megalm.config.schema import Model, Optim
+from megalm.config.schema import Model, Objective, Optim
 from megalm.core.random import initial_values
 from megalm.core.sharding import Init, ShardSpec, declared_parameters, even_range, padded_range
 from megalm.engine.optimizer import make_adamw, parameter_groups
 from megalm.models.counts import parameter_count
-from megalm.models.transformer import MicroBatch, build_full_model
+from megalm.models.micro_batch import MicroBatch
+from megalm.models.transformer import build_full_model
+from megalm.objectives.clm import CausalLM
 
 GPT2 = Model(num_layers=3, hidden_size=48, num_heads=4, sequence_length=20, vocab_size=67)
 LLAMA = replace(
@@ -96,7 +98,7 @@ def test_parameter_count_is_what_is_built(model: Model) -> None:
 
 
 def test_stage_loss_is_the_weighted_sum_of_token_losses() -> None:
-    model = build_full_model(GPT2, 67, seed=1)
+    model = build_full_model(GPT2, 67, objective=CausalLM(Objective()), seed=1).train()
     tokens, labels = torch.randint(0, 67, (2, 2, 20))
     weight = torch.rand(2, 20)
     want = (F.cross_entropy(model(tokens).transpose(1, 2), labels, reduction="none") * weight).sum()

@@ -11,7 +11,9 @@ import torch
 from megalm.config.schema import Config, Data, Engine, Model, Optim, Run, Train
 from megalm.core.place import Place
 from megalm.mesh.groups import ParallelContext
-from megalm.models.transformer import MicroBatch, Transformer, build_transformer
+from megalm.models.micro_batch import MicroBatch
+from megalm.models.transformer import Transformer, build_transformer
+from megalm.objectives.registry import make_objective
 
 MODEL = Model(
     num_layers=4, hidden_size=32, num_heads=4, sequence_length=16, vocab_size=61, dropout=0.2, attention_dropout=0.2
@@ -27,7 +29,9 @@ def build(engine: Engine, model: Model = MODEL) -> Transformer:
         train=Train(steps=1, micro_batch_size=2, global_batch_size=2),
         engine=engine,
     )
-    return build_transformer(config, 61, context=ParallelContext.single(), dtype=torch.float32).train()
+    return build_transformer(
+        config, 61, context=ParallelContext.single(), dtype=torch.float32, objective=make_objective(config.objective)
+    ).train()
 
 
 def run(gpt: Transformer) -> tuple[float, dict[str, torch.Tensor], int]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megalm.core.attention.context_parallel import ContextParallel
-from megalm.data.stream.loader import Batch
-from megalm.engine.micro_batches import training_micro_batches, validation_micro_batch
+from megalm.data.stream.batch import Batch
+from megalm.engine.micro_batches import evaluation_micro_batch, training_micro_batches
 from megalm.mesh.groups import Group, ParallelContext
 from megalm.mesh.topology import Topology
 
@@ -35,10 +35,9 @@ class Interleaved(ContextParallel):
 
 
 def whole() -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
-    mask = (torch.rand(ROWS, LENGTH, generator=generator) < 0.7).float()
-    return Batch(tokens, tokens + 1, mask, np.arange(100, 100 + ROWS), ROWS)
+    tokens = np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
+    mask = (np.random.default_rng(0).random((ROWS, LENGTH)) < 0.7).astype(np.float32)
+    return Batch(tokens, tokens + 1, mask, np.arange(100, 100 + ROWS), token_inputs={"place": tokens % LENGTH})
 
 
 def rank(dp: int, cp: int, dp_rank: int, cp_rank: int, total: float) -> tuple[ParallelContext, ContextParallel]:
@@ -55,7 +54,13 @@ def test_every_token_counts_once_and_the_mean_over_ranks_is_the_global_mean(dp: 
     seen: dict[int, float] = {}
     for dp_rank in range(dp):
         mine = slice(dp_rank, None, dp)
-        rows = Batch(batch.tokens[mine], batch.labels[mine], batch.loss_mask[mine], batch.samples[mine], ROWS)
+        rows = Batch(
+            batch.tokens[mine],
+            batch.labels[mine],
+            batch.loss_mask[mine],
+            batch.samples[mine],
+            token_inputs={name: values[mine] for name, values in batch.token_inputs.items()},
+        )
         for cp_rank in range(cp):
             # Every context-parallel rank counts its replica's whole rows.
             context, share = rank(dp, cp, dp_rank, cp_rank, total=tokens * cp)
@@ -68,17 +73,34 @@ def test_every_token_counts_once_and_the_mean_over_ranks_is_the_global_mean(dp: 
                 place = micro_batch.place
                 expected = (place.samples[:, None] - 100) * LENGTH + place.positions
                 assert torch.equal(micro_batch.tokens, expected), "a place says where its tokens come from"
+                assert torch.equal(micro_batch.token_inputs["place"], micro_batch.tokens % LENGTH)
                 for token, weight in zip(micro_batch.tokens.flatten(), micro_batch.loss_weight.flatten(), strict=True):
                     assert int(token) not in seen
                     seen[int(token)] = float(weight)
     assert len(seen) == ROWS * LENGTH
     weights = torch.tensor([seen[token] for token in range(ROWS * LENGTH)])
-    torch.testing.assert_close(weights, batch.loss_mask.flatten() * (dp * cp) / tokens)
+    torch.testing.assert_close(weights, torch.from_numpy(batch.loss_mask.ravel()) * (dp * cp) / tokens)
+
+
+def test_losses_of_rows_are_counted_by_row_and_left_whole_by_context_parallel_ranks() -> None:
+    tokens = np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
+    counts = np.array([1, 0, 1, 0, 1, 0, 0, 0], dtype=np.float32)
+    batch = Batch(tokens, tokens, counts, np.arange(ROWS), row_inputs={"target": counts * 5})
+    context, share = rank(
+        2, 2, 0, 1, total=6.0 * 2
+    )  # three units here, three on the other replica; both cp ranks count
+    micro_batches, units = training_micro_batches(batch, MICRO, context, share)
+    assert units == 6
+    weights = torch.cat([micro_batch.loss_weight for micro_batch in micro_batches])
+    torch.testing.assert_close(weights, torch.from_numpy(counts) * 4 / 6)
+    assert [m.row_inputs["target"].tolist() for m in micro_batches] == [[5, 0], [5, 0], [5, 0], [0, 0]]
 
 
 def test_validation_weighs_by_the_mask_and_drops_nothing_out() -> None:
     batch = whole()
-    shares = [validation_micro_batch(batch, *rank(1, 2, 0, cp_rank, total=0.0)) for cp_rank in range(2)]
+    shares = [
+        evaluation_micro_batch(batch, torch.device("cpu"), rank(1, 2, 0, cp_rank, total=0.0)[1]) for cp_rank in range(2)
+    ]
     assert sum(float(share.loss_weight.sum()) for share in shares) == float(batch.loss_mask.sum())
-    assert torch.equal(shares[1].tokens, batch.tokens[:, 1::2])
+    assert np.array_equal(shares[1].tokens, batch.tokens[:, 1::2])
     assert all(share.place.samples is None for share in shares)

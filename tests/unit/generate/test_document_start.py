@@ -13,7 +13,6 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import megalm.generate.run as generate_run
 from megalm.config.schema import Data
-from megalm.data.objectives import CausalLM
 from megalm.data.prepare.corpora import CorpusOptions
 from megalm.data.prepare.executors import Workers
 from megalm.data.prepare.recipe import Recipe
@@ -24,6 +23,7 @@ from megalm.data.stream.sequences import Corpora
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.evaluate.perplexity import run_evaluate
 from megalm.generate.run import run_generate
+from megalm.objectives.clm import next_tokens
 
 TEXTS = [f"text {i} of several plain words, none of them new" for i in range(40)]
 PROMPT = "text of words"
@@ -86,7 +86,7 @@ def test_data_generation_evaluation_and_export_begin_alike(
     assert seen[1] == (start or [tokenizer.eos_id]), "an empty prompt begins a document"
 
     corpora = Corpora.open([store.below("val") for store in open_datasets(Data(path=(str(data),)))], 32)
-    (batch, *_) = validation_batches(corpora, None, 4, dp_rank=0, dp_size=1, objective=CausalLM())
+    (batch, *_) = validation_batches(corpora, None, 4, dp_rank=0, dp_size=1, make_batch=next_tokens)
     row = batch.tokens[0].tolist()
     ends = [place for place, token in enumerate(row[:-1]) if token == tokenizer.eos_id]
     assert row[:1] == start or not start

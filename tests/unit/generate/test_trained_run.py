@@ -219,11 +219,13 @@ def report_of(context, outcome, with_record=True, validated=60):
                 step=validated,
                 samples=validated,
                 tokens=validated,
-                val_loss=0.5,
-                val_perplexity=1.6487,
-                val_accuracy=0.871,
-                val_commonest=0.1,
-                val_tokens=1,
+                scores={
+                    "val_loss": 0.5,
+                    "val_perplexity": 1.6487,
+                    "val_accuracy": 0.871,
+                    "val_commonest": 0.1,
+                    "val_tokens": 1,
+                },
             )
         )
         record.close()
@@ -240,7 +242,7 @@ def step_metrics(step):
         samples=step,
         tokens=step,
         loss=1.0,
-        loss_tokens=1,
+        loss_units=1,
         grad_norm=1.0,
         lr=0.1,
         loss_scale=None,

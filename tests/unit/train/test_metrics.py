@@ -1,10 +1,9 @@
-import math
 import subprocess
 import sys
 
 import pytest
 
-from megalm.train.metrics import StepTimer, mfu, perplexity, tokens_per_second
+from megalm.train.metrics import StepTimer, mfu, tokens_per_second
 
 
 class FakeClock:
@@ -59,12 +58,6 @@ def test_mfu_of_the_published_megatron_run():
 
 def test_mfu_is_none_where_the_peak_is_unknown():
     assert mfu(1e9, 1e6, 4, None) is None
-
-
-def test_perplexity():
-    assert perplexity(math.log(4096)) == pytest.approx(4096)
-    assert perplexity(1e6) == math.inf
-    assert math.isnan(perplexity(math.nan))
 
 
 def test_peak_memory_sees_what_the_process_has_held():

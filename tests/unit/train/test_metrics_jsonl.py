@@ -1,13 +1,13 @@
 import json
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import pytest
 
 from megalm.errors import ConfigError, DataError
 from megalm.ownership import owned
 from megalm.runs.record import checkpoint_rows, cut_back, encode_row, read_metrics, step_rows, validation_rows
-from megalm.train.callbacks.base import CheckpointMetrics, Outcome, StepMetrics
+from megalm.train.callbacks.base import CheckpointMetrics, Outcome
 from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
 
 CHECKPOINT = CheckpointMetrics(step=1, checkpoint="here", stall_seconds=0.1, write_seconds=2.0, gigabytes=1.5)
@@ -29,19 +29,32 @@ def write_run(context, steps, make_step, make_validation):
     log.close()
 
 
-def test_a_step_row_has_exactly_the_promised_fields():
-    names = " ".join(field.name for field in fields(StepMetrics))
-    assert names == (
-        "step samples tokens loss loss_tokens grad_norm lr loss_scale step_seconds tokens_per_second mfu "
-        "data_seconds bubble_fraction memory_gib"
-    )
+FIELDS = (
+    "step samples tokens loss loss_tokens grad_norm lr loss_scale step_seconds tokens_per_second mfu "
+    "data_seconds bubble_fraction memory_gib"
+)
+
+
+def test_a_step_row_has_exactly_the_promised_fields(make_step):
+    assert " ".join(make_step(1).row()) == FIELDS
+
+
+def test_terms_of_an_objective_appear_under_their_names_and_units_under_theirs(path, make_context, make_step):
+    log = MetricsJsonl()
+    log.on_start(make_context())
+    log.on_step(make_step(1, terms={"z_loss": 0.125}, unit="pair"))
+    log.on_end(Outcome.DONE)
+    log.close()
+    (row,) = step_rows(read_metrics(path))
+    assert " ".join(row) == FIELDS.replace("loss_tokens", "loss_pairs") + " z_loss"
+    assert (row["loss_pairs"], row["z_loss"]) == (500, 0.125)
 
 
 def test_rows_come_back_bit_for_bit(path, make_context, make_step, make_validation):
     write_run(make_context(), range(1, 11), make_step, make_validation)
     rows = read_metrics(path)
-    assert step_rows(rows) == [asdict(make_step(step)) for step in range(1, 11)]
-    assert validation_rows(rows) == [asdict(make_validation(step)) for step in (5, 10)]
+    assert step_rows(rows) == [make_step(step).row() for step in range(1, 11)]
+    assert validation_rows(rows) == [make_validation(step).row() for step in (5, 10)]
 
 
 def test_a_row_is_in_the_file_before_the_next_step(path, make_context, make_step):

@@ -55,11 +55,13 @@ def _state(step: int, val_loss: float | None = None) -> RunState:
             step=step,
             samples=0,
             tokens=0,
-            val_loss=val_loss,
-            val_perplexity=1.0,
-            val_accuracy=0.0,
-            val_commonest=0.0,
-            val_tokens=1,
+            scores={
+                "val_loss": val_loss,
+                "val_perplexity": 1.0,
+                "val_accuracy": 0.0,
+                "val_commonest": 0.0,
+                "val_tokens": 1,
+            },
         )
     return RunState({"consumed_samples": step}, {"optimizer_steps": step}, Progress(step), validation)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from megalm.config.schema import Data
-from megalm.data.objectives import CausalLM
 from megalm.data.shards.read import TokenShards
 from megalm.data.shards.write import ShardWriter
 from megalm.data.stream.batch_size import BatchSize
@@ -18,6 +17,7 @@ from megalm.data.stream.loader import TrainLoader
 from megalm.data.stream.phases import order_of
 from megalm.data.stream.sequences import Corpora
 from megalm.errors import DataError
+from megalm.objectives.clm import next_tokens
 
 LENGTH = 8
 SETTINGS = Data(path=("unused",), weights=(2.0, 1.0), lanes=2)
@@ -44,7 +44,7 @@ def corpora(tmp_path_factory) -> Corpora:
 @pytest.fixture(scope="module")
 def seen(corpora: Corpora) -> list[dict[int, set[str]]]:
     """By step, the documents of each sample, from the tokens that a loader gave."""
-    loader = TrainLoader(corpora, SETTINGS, objective=CausalLM(), batch_size=BATCH, dp_rank=0, dp_size=1, seed=3)
+    loader = TrainLoader(corpora, SETTINGS, make_batch=next_tokens, batch_size=BATCH, dp_rank=0, dp_size=1, seed=3)
     steps = []
     for _ in range(STEPS):
         batch = loader.next()
@@ -52,7 +52,7 @@ def seen(corpora: Corpora) -> list[dict[int, set[str]]]:
         for sample, tokens, labels, mask in zip(
             batch.samples.tolist(), batch.tokens, batch.labels, batch.loss_mask, strict=True
         ):
-            real = set(labels[mask.bool()].tolist()) | set(tokens[mask.bool()].tolist())
+            real = set(labels[mask.astype(bool)].tolist()) | set(tokens[mask.astype(bool)].tolist())
             steps[-1][sample] = {f"{token // 100}/{token % 100 - 1}" for token in real}
     loader.close()
     return steps

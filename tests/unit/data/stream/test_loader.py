@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.config.schema import Data
-from megalm.data.objectives import CausalLM
 from megalm.data.shards.read import TokenShards
 from megalm.data.shards.write import ShardWriter
 from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.loader import TrainLoader, validation_batches
 from megalm.data.stream.sequences import Corpora
 from megalm.errors import DataError
+from megalm.objectives.clm import next_tokens
 
 SETTINGS = Data(path=("unused",), block_sequences=2, lanes=3, window_blocks=2)
 GLOBAL_BATCH = 12
@@ -61,7 +60,7 @@ def loader(dataset: Corpora, dp_rank: int = 0, dp_size: int = 1, **changes) -> T
     return TrainLoader(
         dataset,
         settings,
-        objective=CausalLM(),
+        make_batch=next_tokens,
         batch_size=changes.get("batch_size", CONSTANT),
         dp_rank=dp_rank,
         dp_size=dp_size,
@@ -135,9 +134,9 @@ def test_every_size_of_a_ramp_splits_over_the_replicas(dataset: Corpora) -> None
 
 
 def test_a_label_is_the_next_token(dataset: Corpora) -> None:
-    batch = next(iter(validation_batches(dataset, None, 4, dp_rank=0, dp_size=1, objective=CausalLM())))
-    assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
-    assert batch.tokens.dtype is torch.int64
+    batch = next(iter(validation_batches(dataset, None, 4, dp_rank=0, dp_size=1, make_batch=next_tokens)))
+    assert np.array_equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+    assert batch.tokens.dtype == np.int64
 
 
 def test_what_was_prefetched_but_not_taken_is_not_counted(dataset: Corpora) -> None:
@@ -178,7 +177,7 @@ def test_a_corrupt_chunk_reaches_the_trainer_every_time_and_the_thread_ends(data
 @pytest.mark.parametrize("samples", [None, 1, 7])
 def test_validation_counts_every_sequence_once(dataset: Corpora, dp_size: int, samples: int | None) -> None:
     replicas = [
-        list(validation_batches(dataset, samples, 4, dp_rank=r, dp_size=dp_size, objective=CausalLM()))
+        list(validation_batches(dataset, samples, 4, dp_rank=r, dp_size=dp_size, make_batch=next_tokens))
         for r in range(dp_size)
     ]
     assert len({len(batches) for batches in replicas}) == 1
@@ -274,8 +273,8 @@ def test_corpora_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("samples", [None, 1, 10, 64])
 def test_validation_of_a_blend_takes_a_share_of_each(blend: Corpora, samples: int | None) -> None:
-    batches = list(validation_batches(blend, samples, 4, dp_rank=0, dp_size=1, objective=CausalLM()))
-    rows = sum(int(batch.loss_mask.any(dim=1).sum()) for batch in batches)
+    batches = list(validation_batches(blend, samples, 4, dp_rank=0, dp_size=1, make_batch=next_tokens))
+    rows = sum(int(batch.loss_mask.any(axis=1).sum()) for batch in batches)
     assert rows == (65 if samples is None else samples)
     corpus, sequence = blend.first(samples)
     assert len({*zip(corpus.tolist(), sequence.tolist(), strict=True)}) == corpus.size

@@ -1,0 +1,63 @@
+"""What the last stage of a model gives an objective: hidden vectors, and what can be computed of them.
+
+Shapes: B batch, S sequence (this rank's share under context parallelism), H hidden, T tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from megalm.core.attention.context_parallel import ContextParallel
+from megalm.core.embedding import VocabParallelEmbedding
+from megalm.core.loss import output_loss, output_metrics
+
+
+@dataclass(frozen=True)
+class Output:
+    """The end of a forward pass.
+
+    Attributes:
+        hidden: what logits are computed of: the last block's output after the final norm (and BERT's dense layer),
+            [B, S, H], or [B, S/T, H] under sequence parallelism.
+        embedding: the rows that logits are computed with, and how they are split over tensor-parallel ranks.
+        bias: added to the logits, [V/T]; None: there is none.
+        chunk_tokens: tokens whose logits exist at a time; 0: all.
+        context_parallel: which part of each sequence this rank holds.
+        heads: the objective's own layers, by name.
+        carried: sums of the scalars that the objective took from the blocks, by name.
+    """
+
+    hidden: Tensor
+    embedding: VocabParallelEmbedding
+    bias: nn.Parameter | None
+    chunk_tokens: int
+    context_parallel: ContextParallel
+    heads: Mapping[str, nn.Module]
+    carried: Mapping[str, Tensor]
+
+    def cross_entropy(self, labels: Tensor, weight: Tensor, *, z_loss: float = 0.0) -> Tensor:
+        """Weighted sum of token losses, and with ``z_loss`` a second element; see :func:`output_loss`.
+
+        Args:
+            labels: [B, S].
+            weight: factor of each token's loss, [B, S].
+            z_loss: weight of the mean squared log-partition; 0: there is none.
+        """
+        return output_loss(
+            self.hidden,
+            self.embedding,
+            labels,
+            weight,
+            chunk_tokens=self.chunk_tokens,
+            z_loss=z_loss,
+            bias=self.bias,
+        )
+
+    def cross_entropy_and_accuracy(self, labels: Tensor, weight: Tensor) -> Tensor:
+        """[2] fp64: weighted sums of token losses and of right guesses, no gradients; see :func:`output_metrics`."""
+        return output_metrics(
+            self.hidden, self.embedding, labels, weight, chunk_tokens=self.chunk_tokens, bias=self.bias
+        )
