@@ -18,6 +18,7 @@ from megalm.config.rules import (
     engine,
     fields,
     launch,
+    logging,
     model,
     objective,
     optim,
@@ -38,6 +39,7 @@ RULES: tuple[Rule, ...] = (
     *train.RULES,
     *optim.RULES,
     *checkpoint.RULES,
+    *logging.RULES,
     *data.RULES,
     *objective.RULES,
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from megalm.config.chosen_files import check_files
 from megalm.config.command_line import Settings, read_settings
 from megalm.config.hydra_calls import follow_defaults
 from megalm.config.layers import (
@@ -28,6 +29,7 @@ from megalm.config.layers import (
 from megalm.config.overrides import Reader, Setting
 from megalm.config.parse import MISSING_VALUE, config_from_dict, config_to_dict, default_dict
 from megalm.config.references import resolve_references
+from megalm.config.refused import check_places
 from megalm.config.schema import Config
 from megalm.config.search_path import CONFIG_FILE, SearchPath, conf_dir
 from megalm.config.violation import Violation, format_value, spoken_list
@@ -106,9 +108,10 @@ def composition(arguments: Sequence[str] = (), find_source: FindSource | None = 
         layers, told = _with_model_of(source, layers)
         notes += told
         merged = _merge(layers, settings)
+    check_places(merged.mapping(), merged.places())
     mapping = resolve_references(merged.mapping(), merged.places())
     if source is None and all(mapping["model"].get(name) == MISSING_VALUE for name in _ESSENTIAL):
-        raise ConfigError(str(_nothing_chosen(settings.search_path)))
+        raise ConfigError(str(_nothing_chosen(settings.search_path, mapping["checkpoint"])))
     files = {path: place for path, place in merged.places().items() if ":" in place}
     return Composition(config_from_dict(mapping, files), merged.places(), tuple(notes))
 
@@ -161,6 +164,7 @@ def _layers_of_files(settings: Settings) -> list[Layer]:
         ConfigError: what is wrong with the files, all of it that can be read.
     """
     search_path, options = settings.search_path, settings.options
+    check_files(search_path, options)
     primary = read_yaml(search_path.primary)
     chosen = follow_defaults(
         primary.values,
@@ -261,21 +265,26 @@ def _with_model_of(source: Source, layers: Sequence[Layer]) -> tuple[list[Layer]
         ("model", name): Value(value, source.name) for name, value in source.model.items() if name in known
     }
     first = next((at for at, layer in enumerate(kept) if layer.option), len(kept))
-    notes = [f"model    taken from {source.name}"]
     different = [
         f"{path[1]} {format_value(value.value)} → {format_value(values[path].value)}"
         for layer in replaced
         for path, value in layer.values.items()
         if path in values and values[path].value != value.value
     ]
+    note = f"model          taken from {source.name}"
     if different:
-        notes[0] += f", not the experiment's model={replaced[-1].option.partition('/')[2]}: {', '.join(different)}"
-    return [*kept[:first], Layer(values), *kept[first:]], notes
+        note += f", not the experiment's model={replaced[-1].option.partition('/')[2]}: {', '.join(different)}"
+    told = [note] if different or not replaced else []
+    return [*kept[:first], Layer(values), *kept[first:]], told
 
 
-def _nothing_chosen(search_path: SearchPath) -> Violation:
+def _nothing_chosen(search_path: SearchPath, checkpoint: Mapping[str, Any]) -> Violation:
     options = search_path.group_options()
     right = f"experiment={spoken_list(options['experiment'])}, or model={spoken_list(options['model'])}"
+    for name in ("init_from", "finetune_from"):
+        if checkpoint.get(name) is not None:
+            wrong = "not a complete checkpoint of this machine, so that the model is not known"
+            return Violation(f"checkpoint.{name}", checkpoint[name], wrong, f"the path of one; or {right}")
     return Violation("model", None, "no model is chosen", right)
 
 

@@ -85,7 +85,7 @@ def sweep_values(text: str) -> list[str]:
     if not override.is_discrete_sweep():
         raise ValueError("no list of values")
     try:
-        return [str(value) for value in override.sweep_string_iterator()]
+        return [_typed(value) for value in override.sweep_string_iterator()]
     except HydraException as error:
         raise ValueError(str(error)) from None
 
@@ -143,6 +143,11 @@ def follow_defaults(
         for item in found
         if item.config_path is not None and not f"{item.config_path}/".startswith("hydra/")
     ]
+
+
+def _typed(text: str) -> str:
+    """As it would be typed: Hydra spells true and false as Python does."""
+    return text.lower() if text in ("True", "False") else text
 
 
 def _parent(name: str | None) -> str:

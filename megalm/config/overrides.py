@@ -14,7 +14,7 @@ from typing import Any
 
 from megalm.config.hydra_calls import is_sweep, parse_value, unquoted
 from megalm.config.parse import default_dict, field_paths, members_of, parse_problems, section_names, unknown_key
-from megalm.config.refused import refused_setting, unstable_place
+from megalm.config.refused import refused_setting
 from megalm.config.rules.fields import choice_problem, range_problem
 from megalm.config.violation import Violation, close_matches, spoken_list
 
@@ -75,7 +75,7 @@ class Reader:
         if key in self._options and not isinstance(value, Mapping):
             self._choose(key, value, place)
         elif key in field_paths():
-            self._keep(Setting(key, value, place, is_group=False))
+            self.settings.append(Setting(key, value, place, is_group=False))
         else:
             self._wrong(self._unknown(key, value), place)
 
@@ -95,7 +95,7 @@ class Reader:
             right = f"one value; or -m before the overrides, for one run with each: -m {field}={raw}"
             self._wrong(Violation(field, raw, "several values, and a run has one", right))
             return
-        self._keep(Setting(field, value, COMMAND_LINE, is_group=False))
+        self.settings.append(Setting(field, value, COMMAND_LINE, is_group=False))
 
     def _delete(self, text: str, key: str, raw: str | None) -> None:
         """``~group`` is no option of it, and ``~field`` the default of the schema: as if no file set it."""
@@ -109,13 +109,6 @@ class Reader:
         else:
             problem = self._unknown(key, None)
             self._wrong(Violation("override", text, problem.wrong, problem.right))
-
-    def _keep(self, setting: Setting) -> None:
-        """Keep a field's value, and look at it by itself: what is wrong elsewhere must not hide it."""
-        found = unstable_place(setting.key, setting.value)
-        if found is not None:
-            self._wrong(found, setting.place)
-        self.settings.append(setting)
 
     def _unknown(self, key: str, value: Any) -> Violation:
         """What to write instead of a name that is neither a group's nor a field's."""
@@ -210,7 +203,7 @@ _ITEM = re.compile(
         '(?:[^'\\]|\\.)*'\s*(?=,|\Z)
       | "(?:[^"\\]|\\.)*"\s*(?=,|\Z)
       | \[[^\[\]]*\]\s*(?=,|\Z)
-      | [^,]*
+      | (?:\$\{[^{}]*\}|[^,])*
     )""",
     re.VERBOSE | re.DOTALL,
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from megalm.config.violation import Violation
+from megalm.errors import ConfigError
 
 _REFUSED = (
     (
@@ -60,6 +62,22 @@ def refused_option(argument: str) -> str | None:
     if name not in _OPTIONS:
         return None
     return f"{name}: an option of Hydra that megalm does not have; {_OPTIONS[name]}"
+
+
+def check_places(mapping: Mapping[str, Any], places: Mapping[str, str]) -> None:
+    """Refuse names and folders of runs that would be others at each start, whichever file they are from.
+
+    Raises:
+        ConfigError: naming field and file.
+    """
+    problems = []
+    for field in _PLACES:
+        section, _, name = field.partition(".")
+        found = unstable_place(field, mapping[section].get(name)) if isinstance(mapping[section], dict) else None
+        if found is not None:
+            problems.append(f"{places[field]}: {found}" if ":" in places[field] else str(found))
+    if problems:
+        raise ConfigError(problems)
 
 
 def unstable_place(field: str, value: Any) -> Violation | None:

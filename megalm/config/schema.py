@@ -260,7 +260,9 @@ class Checkpoint:
     """When to save, what to keep, and what to start from."""
 
     every: int = 1000
-    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    """Steps between checkpoints; the last step is always saved. 0: none for that reason."""
+    every_minutes: float = 0.0
+    """A checkpoint after the step at which so many minutes have passed since the last one; 0: none for that reason."""
     keep_last: int = 2
     """Newest checkpoints kept; 0 keeps all."""
     keep_every: int = 0
@@ -295,9 +297,17 @@ class Logging:
     wandb: str = "auto"
     """``auto`` (online where an API key is set, else offline), ``online``, ``offline`` or ``disabled``."""
     wandb_project: str = "megalm"
+    wandb_entity: str | None = None
+    """User or team whose project it is; None: W&B's default for the API key."""
+    wandb_group: str | None = None
+    """Name under which W&B shows several runs together."""
+    wandb_tags: tuple[str, ...] | None = None
+    """Words by which W&B filters runs."""
+    wandb_notes: str | None = None
+    """Text that W&B shows beside the run."""
     tensorboard: bool = True
     every: int = 1
-    """Steps between lines on a console that is not a terminal."""
+    """Steps between lines on a console that is not a terminal; ``metrics.jsonl`` has every step."""
 
 
 @dataclass(frozen=True, kw_only=True)

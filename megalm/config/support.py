@@ -99,6 +99,7 @@ BOUNDS: dict[str, Bounds] = {
     "engine.recompute_every": _COUNT,
     "engine.loss_chunk_tokens": _COUNT_OR_ZERO,
     "checkpoint.every": _COUNT_OR_ZERO,
+    "checkpoint.every_minutes": Bounds(0),
     "checkpoint.keep_last": _COUNT_OR_ZERO,
     "checkpoint.keep_every": _COUNT_OR_ZERO,
     "checkpoint.keep_best": _COUNT_OR_ZERO,

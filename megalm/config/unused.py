@@ -82,9 +82,19 @@ _UNUSED = (
     _Unused(
         ("checkpoint.keep_every", "checkpoint.keep_best"),
         lambda job: job.config.checkpoint.every == 0 and job.config.checkpoint.keep_last > 0,
-        "checkpoint.every=0 saves at the end alone",
+        "checkpoint.every=0 saves at no step that is known before, or at the end alone",
     ),
-    _Unused(("logging.wandb_project",), _is("logging.wandb", "disabled"), "logging.wandb=disabled"),
+    _Unused(
+        (
+            "logging.wandb_project",
+            "logging.wandb_entity",
+            "logging.wandb_group",
+            "logging.wandb_tags",
+            "logging.wandb_notes",
+        ),
+        _is("logging.wandb", "disabled"),
+        "logging.wandb=disabled",
+    ),
     _Unused(
         ("train.validation_samples",),
         _is("train.validate_every", 0),

@@ -95,7 +95,7 @@ _FAULTS = (
         "neighbours, and quotes around text with ': '",
     ),
     (
-        r"expected <block end>|did not find expected key|could not find expected ':'",
+        r"expected <block end>|expected '<document start>'|did not find expected key|could not find expected ':'",
         "the indentation or the colon does not fit the lines above; NAME: VALUE, indented like its neighbours",
     ),
     (r"expected ',' or '\]'", "a list that is not closed; [A, B]"),

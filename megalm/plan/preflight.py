@@ -14,7 +14,7 @@ from typing import Any
 
 from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.config.check import violations
-from megalm.config.compose import compose
+from megalm.config.compose import composition
 from megalm.config.job import Job, world_size_of
 from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.schema import Config
@@ -37,6 +37,7 @@ from megalm.runs.history import (
     schedule_violations,
     spent_fields,
 )
+from megalm.runs.source_model import source_model
 from megalm.runs.start import StartMode, StartPoint, resolve_start, run_folder
 from megalm.runs.vocabulary import match_vocabulary
 
@@ -144,7 +145,8 @@ def make_plan(
         DataError: the dataset is missing or broken.
         CheckpointError: the checkpoint to start from does not load or does not fit.
     """
-    config = compose(overrides)
+    composed = composition(overrides, source_model)
+    config = composed.config
     ranks = world_size_of(config) if world_size is None else world_size
     check_config(config, ranks)
     datasets = inspect_datasets(config.data)
@@ -172,7 +174,7 @@ def make_plan(
         *length_notes(config, history),
     ]
     notes += unused_settings(Job(config, ranks), is_launched=world_size is not None)
-    return Plan(config, ranks, (*start.notes, *notes), complete, start, claim)
+    return Plan(config, ranks, (*composed.notes, *start.notes, *notes), complete, start, claim)
 
 
 def _what_is_new(config: Config, world_size: int, manifest: Manifest | None, history: History | None) -> list[str]:

@@ -41,7 +41,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, run_name: str) -> None:
         label = f"training loss, mean over {window} steps"
         axes.plot(tokens, smooth(losses, window), color=_TRAIN_COLOUR, linewidth=2.0, label=label)
     _plot_validations(axes, validation_rows(rows))
-    axes.set_title(run_name, loc="left", fontweight="bold", pad=12)
+    axes.set_title(run_name, loc="left", fontweight="bold", pad=12, parse_math=False)
     _label_axes(axes, steps)
     axes.legend(frameon=False)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")

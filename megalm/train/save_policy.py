@@ -13,6 +13,7 @@ from megalm.config.schema import Checkpoint
 from megalm.core.sharding import StatePiece
 from megalm.errors import CheckpointError
 from megalm.train.callbacks.base import Callback, CheckpointMetrics, Outcome
+from megalm.train.save_schedule import SaveSchedule
 from megalm.train.saving import RunState, Saver, is_fault_of_disk
 
 
@@ -37,10 +38,16 @@ class SavePolicy:
         self._saver = saver
         self._callbacks = callbacks
         self._snapshot = snapshot
+        self._schedule = SaveSchedule(settings)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the run saves after this step."""
-        return self._settings.every > 0 and step % self._settings.every == 0
+    def is_due(self, step: int, *, minutes_are_up: bool) -> bool:
+        """Whether the run saves after this step; ``minutes_are_up`` is what all ranks agree on."""
+        return self._schedule.is_due(step, minutes_are_up=minutes_are_up)
+
+    @property
+    def minutes_are_up(self) -> bool:
+        """Whether a save is due by this rank's clock; ranks agree on it at the end of a step."""
+        return self._schedule.minutes_are_up()
 
     @property
     def has_failed(self) -> bool:
@@ -122,6 +129,7 @@ class SavePolicy:
 
     def _begin(self) -> None:
         """Start a save; the one before is finished first."""
+        self._schedule.restart()
         began = time.perf_counter()
         self.finish()
         waited_seconds = time.perf_counter() - began

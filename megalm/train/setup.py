@@ -162,7 +162,7 @@ def _make_callbacks(config: Config, claim: Claim | None) -> list[Callback]:
     if config.logging.tensorboard:
         callbacks.append(TensorBoardLog())
     if config.logging.wandb != "disabled":
-        callbacks.append(WandbLog(config.logging.wandb, config.logging.wandb_project))
+        callbacks.append(WandbLog(config.logging.wandb))
     return [*callbacks, ConsoleLog(config.logging.every), ClosingReport()]
 
 

@@ -48,10 +48,12 @@ class _StepEnd:
     Attributes:
         stop: how the run is to end now; None: it goes on.
         save_failed: whether some rank could not write its part of the pending checkpoint.
+        minutes_are_up: whether a checkpoint is due by some rank's clock.
     """
 
     stop: Outcome | None
     save_failed: bool
+    minutes_are_up: bool
 
 
 class Trainer:
@@ -127,7 +129,8 @@ class Trainer:
                 return end.stop
             if self._validates_now() and self.progress.step < steps:
                 self._validate(self._config.train.validation_samples)
-            if self._saves.is_due(self.progress.step) and self.progress.step < steps:
+            due = self._saves.is_due(self.progress.step, minutes_are_up=end.minutes_are_up)
+            if due and self.progress.step < steps:
                 self._saves.save()
                 self._timer.restart()
         self._validate(None)
@@ -166,6 +169,7 @@ class Trainer:
                 peak_memory_gib(device.type),
                 float(self._requested_stop()),
                 float(self._saves.has_failed),
+                float(self._saves.minutes_are_up),
             ],
             dtype=torch.float64,
             device=device,
@@ -174,7 +178,7 @@ class Trainer:
         world.all_reduce(maxima, dist.ReduceOp.MAX)
         *values, bubble_fraction = sums.tolist()
         terms = dict(zip(result.terms, values, strict=True))
-        step_seconds, data_seconds, memory_gib, stop, save_failed = maxima.tolist()
+        step_seconds, data_seconds, memory_gib, stop, save_failed, minutes_are_up = maxima.tolist()
         rate_tokens = tokens_per_second(tokens, step_seconds)
         metrics = StepMetrics(
             step=self.progress.step,
@@ -194,7 +198,7 @@ class Trainer:
             unit=self._engine.objective.unit,
             terms=terms,
         )
-        return metrics, _StepEnd(_STOPS[int(stop)], bool(save_failed))
+        return metrics, _StepEnd(_STOPS[int(stop)], bool(save_failed), bool(minutes_are_up))
 
     def _requested_stop(self) -> int:
         """Index into ``_STOPS`` of what this rank was asked for."""

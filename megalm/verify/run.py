@@ -15,6 +15,7 @@ from megalm.config.schema import Config
 from megalm.errors import ExitCode
 from megalm.plan.preflight import check_config
 from megalm.runs.folder import CERTIFICATE_FILE
+from megalm.runs.source_model import source_model
 from megalm.runs.start import run_folder
 from megalm.verify.certificate import Certificate, Row
 from megalm.verify.parity import Trace, differences, train_on_layout, train_plainly
@@ -40,7 +41,7 @@ def run_verify(overrides: Sequence[str], json_path: str | None) -> ExitCode:
     Raises:
         ConfigError: the config is not valid, so there is nothing to prove.
     """
-    config = compose(overrides)
+    config = compose(overrides, source_model)
     world_size = planned_world_size_of(config)
     check_config(config, world_size)
     with Console(stderr=True).status("shrinking the config") as status:

@@ -51,6 +51,9 @@ def texts_are_not_empty(job: Job) -> Iterator[Violation]:
         "checkpoint.init_from": "the path of a checkpoint, or checkpoint.init_from=null",
         "checkpoint.finetune_from": "the path of a checkpoint, or checkpoint.finetune_from=null",
         "logging.wandb_project": "a project name, such as logging.wandb_project=megalm",
+        "logging.wandb_entity": "a user or team, or logging.wandb_entity=null",
+        "logging.wandb_group": "a name, or logging.wandb_group=null",
+        "logging.wandb_tags": "words of which none is empty, or logging.wandb_tags=null",
         "cluster.name": "a name, such as cluster.name=local",
         "cluster.gpu": "a key of hardware.yaml such as cluster.gpu=a100_80gb, or cluster.gpu=null",
     }

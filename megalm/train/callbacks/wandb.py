@@ -49,13 +49,11 @@ class WandbLog(Callback):
 
     Args:
         mode: ``auto`` (online where an API key is configured, else offline), ``online``, ``offline`` or ``disabled``.
-        project: W&B project.
         queue_size: rows kept while the thread is busy.
     """
 
-    def __init__(self, mode: str, project: str, *, queue_size: int = MOST_QUEUED_ROWS) -> None:
+    def __init__(self, mode: str, *, queue_size: int = MOST_QUEUED_ROWS) -> None:
         self._mode = resolve_mode(mode, os.environ)
-        self._project = project
         self._rows: queue.Queue[dict[str, Any]] = queue.Queue(queue_size)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -111,7 +109,7 @@ class WandbLog(Callback):
     def _send_all(self, context: RunContext, run_id: str) -> None:
         """Body of the thread: start the W&B run, send rows until closed, finish."""
         try:
-            run = _start_run(context, run_id, self._mode, self._project)
+            run = _start_run(context, run_id, self._mode)
             while (row := self._next_row()) is not None:
                 run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
             run.finish(exit_code=self._exit_code)
@@ -167,7 +165,7 @@ def _has_api_key(environment: Mapping[str, str]) -> bool:
         return False
 
 
-def _start_run(context: RunContext, run_id: str, mode: str, project: str) -> Any:
+def _start_run(context: RunContext, run_id: str, mode: str) -> Any:
     """A W&B run that writes nothing to the terminal, uploads no code and measures no system."""
     import wandb
 
@@ -184,8 +182,13 @@ def _start_run(context: RunContext, run_id: str, mode: str, project: str) -> Any
         x_disable_stats=True,
         x_disable_machine_info=True,
     )
+    names = context.config.logging
     return wandb.init(
-        project=project,
+        project=names.wandb_project,
+        entity=names.wandb_entity,
+        group=names.wandb_group,
+        tags=names.wandb_tags,
+        notes=names.wandb_notes,
         name=context.config.run.name,
         id=run_id,
         resume="allow",

@@ -301,3 +301,48 @@ def test_rules_do_not_change_the_config() -> None:
     before = replace(bad, **{item.name: getattr(bad, item.name) for item in fields(bad)})
     violations(bad, 12)
     assert bad == before
+
+
+def test_wandb_names_are_what_wandb_takes() -> None:
+    assert lines_of(logging__wandb_tags=["a", "b c"], logging__wandb_project="größe 1") == []
+    assert only_line(logging__wandb_tags=["x" * 65]).endswith(": 65 characters in a tag; at most 64 in each")
+    assert only_line(logging__wandb_tags=["a", "b", "a"]).endswith("a is there twice; each tag once")
+    assert only_line(logging__wandb_tags=["a", " "]).startswith("logging.wandb_tags=")
+    assert "W&B takes no / in a project" in only_line(logging__wandb_project="team/p")
+    assert "129 characters" in only_line(logging__wandb_project="p" * 129)
+    assert only_line(checkpoint__every_minutes=-1).startswith("checkpoint.every_minutes=-1.0: out of range")
+
+
+@pytest.mark.parametrize(
+    "name", ["two words", "größe 训练 ۱۲", "it's (1) 50% {x} a=b, #2 & co", "می‌خواهم", "a.b_c-d+e", "x" * 200]
+)
+def test_a_run_may_be_named_in_any_language(name: str) -> None:
+    assert lines_of(run__name=name) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        "a/b",
+        "a\\b",
+        "..",
+        ".hidden",
+        "-rf",
+        "~",
+        "a ",
+        " a",
+        "a.",
+        "a:b",
+        "a\nb",
+        "a\u202eb",
+        "训" * 67,
+        "con\0",
+    ],
+)
+def test_what_is_no_folder_name_is_refused_with_one_that_is(name: str) -> None:
+    line = lines_of(run__name=name)[-1]
+    offered = re.search(r"; run\.name=(.+)$", line)
+    assert line.startswith("run.name=") and offered
+    assert lines_of(run__name=offered[1]) == []

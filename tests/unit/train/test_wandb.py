@@ -1,7 +1,9 @@
 import threading
+from dataclasses import replace
 
 import pytest
 
+from megalm.config.schema import Logging
 from megalm.train.callbacks import wandb as module
 from megalm.train.callbacks.base import CheckpointMetrics, Outcome
 from megalm.train.callbacks.wandb import WandbLog, resolve_mode, stored_run_id
@@ -27,7 +29,7 @@ def run(monkeypatch):
 
 
 def test_every_row_arrives_in_order(run, make_context, make_step, make_validation):
-    log = WandbLog("offline", "megalm")
+    log = WandbLog("offline")
     log.on_start(make_context())
     for step in range(1, 4):
         log.on_step(make_step(step))
@@ -44,7 +46,7 @@ def test_every_row_arrives_in_order(run, make_context, make_step, make_validatio
 
 
 def test_a_run_that_failed_is_shown_as_failed(run, make_context):
-    log = WandbLog("offline", "megalm")
+    log = WandbLog("offline")
     log.on_start(make_context())
     log.on_end(Outcome.DIVERGED)
     log.close()
@@ -59,7 +61,7 @@ def test_training_never_waits_for_a_slow_start(monkeypatch, make_context, make_s
         return run
 
     monkeypatch.setattr(module, "_start_run", start)
-    log = WandbLog("offline", "megalm", queue_size=2)
+    log = WandbLog("offline", queue_size=2)
     log.on_start(make_context())
     for step in range(1, 6):
         log.on_step(make_step(step))  # would never return if it waited
@@ -75,7 +77,7 @@ def test_a_failing_start_is_one_line(monkeypatch, make_context, make_step, capsy
         raise OSError("no route to host\nand more")
 
     monkeypatch.setattr(module, "_start_run", start)
-    log = WandbLog("online", "megalm")
+    log = WandbLog("online")
     log.on_start(make_context())
     log.on_step(make_step(1))
     log.on_end(Outcome.DONE)
@@ -87,7 +89,7 @@ def test_a_failing_start_is_one_line(monkeypatch, make_context, make_step, capsy
 
 def test_disabled_starts_nothing(monkeypatch, make_context, make_step, tmp_path):
     monkeypatch.setattr(module, "_start_run", lambda *_: pytest.fail("started"))
-    log = WandbLog("disabled", "megalm")
+    log = WandbLog("disabled")
     log.on_start(make_context())
     log.on_step(make_step(1))
     log.close()
@@ -116,7 +118,7 @@ def test_auto_is_online_only_where_a_key_is_configured(tmp_path):
 
 
 def test_the_real_client_writes_offline_and_says_nothing(make_context, make_step, tmp_path, capfd):
-    log = WandbLog("offline", "megalm")
+    log = WandbLog("offline")
     log.on_start(make_context())
     log.on_step(make_step(1))
     log.on_end(Outcome.DONE)
@@ -125,3 +127,20 @@ def test_the_real_client_writes_offline_and_says_nothing(make_context, make_step
     (record,) = (tmp_path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
     assert b"grad_norm" in record.read_bytes()
     assert capfd.readouterr() == ("", "")
+
+
+def test_wandb_gets_the_names_of_the_config(monkeypatch, make_context):
+    import wandb
+
+    context = make_context()
+    names = Logging(
+        wandb_project="p", wandb_entity="team", wandb_group="a sweep", wandb_tags=("a", "b c"), wandb_notes="it's 1"
+    )
+    context = replace(context, config=replace(context.config, logging=names))
+    asked = {}
+    monkeypatch.setattr(wandb, "setup", lambda **_: None)
+    monkeypatch.setattr(wandb, "init", lambda **given: asked.update(given))
+    module._start_run(context, "id12", "offline")
+    expected = {"project": "p", "entity": "team", "group": "a sweep", "tags": ("a", "b c"), "notes": "it's 1"}
+    assert {name: asked[name] for name in expected} == expected
+    assert asked["config"]["logging"]["wandb_tags"] == ["a", "b c"]
