@@ -47,9 +47,9 @@ def policy_with(saver: FailedSaver, on_failure: str = "continue") -> tuple[SaveP
 
 def test_a_run_saves_every_so_many_steps_or_never() -> None:
     policy, _ = policy_with(FailedSaver(DISK))
-    assert [step for step in range(1, 10) if policy.is_due(step)] == [3, 6, 9]
+    assert [step for step in range(1, 10) if policy.is_due(step, minutes_are_up=False)] == [3, 6, 9]
     never = SavePolicy(Checkpoint(every=0), FailedSaver(DISK), Heard(), lambda: ([], None))
-    assert not any(never.is_due(step) for step in range(1, 10))
+    assert not any(never.is_due(step, minutes_are_up=False) for step in range(1, 10))
 
 
 def test_a_full_disk_is_called_off_everywhere_told_of_and_trained_on() -> None:
