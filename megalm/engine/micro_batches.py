@@ -72,7 +72,8 @@ def _micro_batch(
     if batch.document_starts is not None:
         starts = torch.from_numpy(batch.document_starts[rows])
         documents = Documents.from_starts(starts).to(device).share(positions)
-    loss_mask = share(batch.loss_mask) if batch.loss_mask.ndim > 1 else whole(batch.loss_mask)
+    # All context-parallel ranks compute the loss of a whole row, so each counts it as one of C shares.
+    loss_mask = share(batch.loss_mask) if batch.loss_mask.ndim > 1 else whole(batch.loss_mask) / cp.group.size
     return MicroBatch(
         tokens=share(batch.tokens),
         labels=share(batch.labels),

@@ -38,7 +38,9 @@ class Learning(Protocol):
     def make_heads(self, model: Model, *, tensor_parallel: TensorParallel) -> Mapping[str, nn.Module]:
         """Layers of the last stage besides the model's own, by name."""
 
-    def from_block(self, layer: int, x: Tensor, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+    def from_block(
+        self, layer: int, x: Tensor, micro_batch: MicroBatch, *, tensor_parallel: TensorParallel
+    ) -> Mapping[str, Tensor]:
         """Scalars of a block's output, [B, S, H] or [B, S/T, H]; added over blocks."""
 
     def loss(self, output: Output, micro_batch: MicroBatch) -> Mapping[str, Tensor]:

@@ -21,7 +21,8 @@ class MicroBatch:
         tokens: input ids, [B, S] int64.
         labels: target ids, [B, S] int64.
         loss_weight: factor of each loss, fp32: the mask times the normalisation over the global batch. [B, S] if tokens
-            have losses; [B] if rows have, or groups of rows (then at the first row of each group, else 0).
+            have losses. [B] if rows have, or groups of rows (then at the first row of each group, else 0): every
+            context-parallel rank computes these, and weighs them by its share of the sequence.
         place: where the tokens lie in their sequences; None: whole sequences from their start, without dropout.
         token_types: rows of the token-type embedding, [B, S] int64; None: all of type 0.
         token_inputs: what else an objective's loss reads, with a value per token: [B, S, ...] by name.

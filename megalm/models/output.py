@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from megalm.core.attention.context_parallel import ContextParallel
+from megalm.core.collectives import copy_to_group, reduce_from_group
 from megalm.core.embedding import VocabParallelEmbedding
-from megalm.core.loss import output_loss, output_metrics
+from megalm.core.loss import output_loss, output_metrics, sequence_log_probabilities
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Output:
     Attributes:
         hidden: what logits are computed of: the last block's output after the final norm (and BERT's dense layer),
             [B, S, H], or [B, S/T, H] under sequence parallelism.
+        positions: the place of each token of ``hidden`` in the whole sequence, [S] or [S/T].
         embedding: the rows that logits are computed with, and how they are split over tensor-parallel ranks.
         bias: added to the logits, [V/T]; None: there is none.
         chunk_tokens: tokens whose logits exist at a time; 0: all.
@@ -31,6 +34,7 @@ class Output:
     """
 
     hidden: Tensor
+    positions: Tensor
     embedding: VocabParallelEmbedding
     bias: nn.Parameter | None
     chunk_tokens: int
@@ -61,3 +65,37 @@ class Output:
         return output_metrics(
             self.hidden, self.embedding, labels, weight, chunk_tokens=self.chunk_tokens, bias=self.bias
         )
+
+    def sequence_log_probabilities(self, labels: Tensor, mask: Tensor) -> Tensor:
+        """[B]: log-probability of the labels of each whole row that ``mask`` counts, the same on every rank.
+
+        Args:
+            labels: [B, S].
+            mask: factor of each token, [B, S].
+        """
+        sums = sequence_log_probabilities(
+            self.hidden, self.embedding, labels, mask, chunk_tokens=self.chunk_tokens, bias=self.bias
+        )
+        return self._over_context(sums)
+
+    def hidden_at(self, positions: Tensor) -> Tensor:
+        """[B, H]: the hidden vector at one position of each whole row, the same on every rank.
+
+        Args:
+            positions: in the whole sequence, [B].
+        """
+        here = (self.positions == positions.unsqueeze(1)).to(self.hidden.dtype)  # [B, S], one 1 per row on one rank
+        vectors = torch.einsum("bs,bsh->bh", here, self.hidden)
+        tensor_parallel = self.embedding.tensor_parallel
+        if tensor_parallel.splits_sequence:
+            vectors = reduce_from_group(vectors, tensor_parallel.group)
+        return self._over_context(vectors)
+
+    def _over_context(self, parts: Tensor) -> Tensor:
+        """Add what the context-parallel ranks have of each row.
+
+        All of them go on with the sum and each counts its loss as one of C shares (``MicroBatch.loss_weight``), so the
+        gradients that they send back are added as well.
+        """
+        group = self.context_parallel.group
+        return copy_to_group(reduce_from_group(parts, group), group)

@@ -175,6 +175,7 @@ class Transformer(nn.Module):
         assert self.objective is not None, "a model that was built without an objective gives logits alone"
         output = Output(
             hidden=self._last_vectors(x),
+            positions=self.tensor_parallel.own_tokens(self._place(micro_batch).positions),
             embedding=self.output_embedding,
             bias=self._output_bias,
             chunk_tokens=self.loss_chunk_tokens,
@@ -185,10 +186,13 @@ class Transformer(nn.Module):
         values = (self.objective.loss if self.training else self.objective.measure)(output, micro_batch)
         return torch.stack(tuple(values.values()))
 
+    @staticmethod
+    def _place(micro_batch: MicroBatch) -> Place:
+        tokens = micro_batch.tokens
+        return micro_batch.place or Place.from_start(tokens.shape[1], tokens.device)
+
     def _blocks(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
-        place = micro_batch.place
-        if place is None:
-            place = Place.from_start(micro_batch.tokens.shape[1], micro_batch.tokens.device)
+        place = self._place(micro_batch)
         x = self._embed(micro_batch, place) if hidden is None else hidden
         for index, layer in enumerate(self.part.stages[stage]):
             x = self.recompute.run(index, self.blocks[str(layer)], x, place)

@@ -86,7 +86,9 @@ class Objective(ABC):
         """Elements of the parameters of :meth:`make_heads`, all tensor-parallel ranks together."""
         return 0
 
-    def from_block(self, layer: int, x: Tensor, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+    def from_block(
+        self, layer: int, x: Tensor, micro_batch: MicroBatch, *, tensor_parallel: TensorParallel
+    ) -> Mapping[str, Tensor]:
         """Scalars of a block's output, by the names in ``carried``; blocks' scalars of a name are added.
 
         Called for objectives that carry something, on every tensor-parallel rank.
@@ -95,9 +97,10 @@ class Objective(ABC):
             layer: number of the block.
             x: its output, [B, S, H], or [B, S/T, H] under sequence parallelism.
             micro_batch: weights of the losses, among others.
+            tensor_parallel: which tokens of the micro-batch ``x`` has.
 
         Returns:
-            fp32 scalars, the same on every tensor-parallel rank; the context-parallel ranks' are added.
+            fp32 scalars, the same on every tensor-parallel rank; those of context-parallel ranks are added.
         """
         raise NotImplementedError(f"{type(self).__name__} carries nothing")
 
@@ -107,7 +110,8 @@ class Objective(ABC):
 
         Returns:
             Scalars by the names in :attr:`terms`, weighted by ``micro_batch.loss_weight``, the same on every
-            tensor-parallel rank. Those of all micro-batches and replicas are added.
+            tensor-parallel rank. Those of all micro-batches and replicas are added. A term without a gradient is
+            reported and not minimised.
         """
 
     @abstractmethod

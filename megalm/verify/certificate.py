@@ -19,7 +19,7 @@ from rich.table import Table
 from megalm import __version__
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
-from megalm.verify.parity import Differences
+from megalm.verify.differences import Differences
 from megalm.verify.ranks import RankFailure
 from megalm.verify.shrink import Case, Shrunk
 

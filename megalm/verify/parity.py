@@ -11,26 +11,31 @@ Shapes: B global batch, S sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalm.config.schema import Config
+from megalm.config.schema import Config, Optim
+from megalm.config.schema import Objective as Settings
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.documents import Documents
 from megalm.core.dtype import DTYPES
 from megalm.core.place import Place
-from megalm.data.stream.batch import Batch, document_starts
+from megalm.data.stream.batch import Batch, MakeBatch, Rows, document_starts
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.micro_batches import training_micro_batches
 from megalm.engine.zero import NORM_EPSILON
 from megalm.mesh.groups import ParallelContext
 from megalm.mesh.topology import Topology
 from megalm.models.micro_batch import MicroBatch
-from megalm.models.transformer import build_full_model, build_transformer
+from megalm.models.transformer import Transformer, build_full_model, build_transformer
+from megalm.objectives.base import Objective
+from megalm.objectives.clm import next_tokens
 from megalm.objectives.registry import make_objective
 
 _EOS_ID = 0
@@ -42,94 +47,134 @@ class Trace:
     """What a run did, as one process or one rank saw it.
 
     Attributes:
-        losses: mean loss per token, by step.
+        losses: mean loss, by step.
         grad_norms: global gradient norm before clipping, by step.
         initial: weights before the first step in fp32, by name; full tensors, NaN where another rank holds them.
         final: the same after the last step.
+        terms: the other terms of the objective, by step and name.
     """
 
     losses: list[float]
     grad_norms: list[float]
     initial: dict[str, Tensor]
     final: dict[str, Tensor]
+    terms: list[dict[str, float]] = field(default_factory=list)
+
+
+class PlainTerms(Protocol):
+    """The terms of an objective in plain PyTorch: the mathematics that its parallel form is compared with."""
+
+    def __call__(self, model: Transformer, batch: Batch, place: Place, settings: Settings) -> dict[str, Tensor]:
+        """Means over a global batch, ``loss`` first.
+
+        Args:
+            model: the whole model.
+            batch: the global batch.
+            place: where its tokens lie.
+            settings: of the objective.
+        """
+
+
+def token_terms(model: Transformer, batch: Batch, place: Place, settings: Settings) -> dict[str, Tensor]:
+    """Cross-entropy and z-loss of a language model, from all logits."""
+    logits = model(torch.from_numpy(batch.tokens), place).float()  # [B, S, V]
+    labels, mask = torch.from_numpy(batch.labels).flatten(), torch.from_numpy(batch.loss_mask).double()
+    token_losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+    tokens = mask.sum().clamp(min=1.0)
+    z_loss = (logits.logsumexp(-1).square() * mask).sum() / tokens
+    return {"loss": (token_losses * mask.flatten()).sum() / tokens, "z_loss": settings.z_loss * z_loss}
 
 
 @dataclass(frozen=True)
-class GlobalBatch:
-    """What all replicas together see in one step.
+class Task:
+    """What a proof trains.
 
     Attributes:
-        tokens: [B, S] int64.
-        labels: [B, S] int64.
-        loss_mask: [B, S] fp32.
-        samples: [B] int64, numbers of the rows, which key their dropout masks.
+        objective: in its parallel form.
+        make_batch: makes batches of synthetic rows.
+        plain_terms: the same objective in one process.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    samples: Tensor
+    objective: Objective
+    make_batch: MakeBatch = next_tokens
+    plain_terms: PlainTerms = token_terms
+
+    @classmethod
+    def of(cls, config: Config) -> Task:
+        """The objective that a config names, on the next tokens of synthetic rows, whatever its own examples are."""
+        return cls(make_objective(config.objective))
 
 
-def synthetic_batch(config: Config, step: int) -> GlobalBatch:
-    """Random tokens, the same for every layout; one row in four breaks off, and one token in ten carries no loss."""
+def synthetic_batch(config: Config, step: int, make_batch: MakeBatch = next_tokens) -> Batch:
+    """Random rows, the same for every layout; one row in four breaks off, and one token in ten carries no loss."""
     batch, length, vocab_size = _sizes(config)
     generator = torch.Generator().manual_seed(100 + step)
     rows = torch.randint(0, vocab_size, (batch, length + 1), generator=generator)
-    mask = (torch.rand(batch, length, generator=generator) < 0.9).float()
-    mask[3::4, length // 3 :] = 0.0
+    mask = F.pad(torch.rand(batch, length, generator=generator) < 0.9, (1, 0), value=True)
+    valid = torch.full((batch,), length)
+    valid[3::4] = length // 3
     if config.data.reset_at_documents:
         rows[torch.rand(rows.shape, generator=generator) < 0.2] = _EOS_ID
-    samples = torch.arange(step * batch, (step + 1) * batch)
-    return GlobalBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask, samples)
+    samples = np.arange(step * batch, (step + 1) * batch)
+    made = make_batch(Rows(rows.numpy(), mask.numpy().astype(np.uint8), valid.numpy()), samples)
+    if not config.data.reset_at_documents:
+        return made
+    return replace(made, document_starts=document_starts(rows[:, :-1].numpy(), _EOS_ID))
 
 
-def train_plainly(config: Config, *, steps: int | None = None) -> Trace:
+def train_plainly(config: Config, *, steps: int | None = None, task: Task | None = None) -> Trace:
     """The reference: ``steps`` (None: all) of a config in this process, whatever layout it names.
 
     The model computes in the config's number format. Masters are fp32 and begin as the rounded weights, as those of a
     ZeRO optimizer do; fp16 scales its loss by the config's initial scale.
     """
-    optim, dtype = config.optim, DTYPES[config.engine.dtype]
-    _, length, vocab_size = _sizes(config)
-    model = build_full_model(config.model, vocab_size, seed=config.run.seed, dtype=dtype).train()
+    task = task or Task.of(config)
+    dtype, (_, length, vocab_size) = DTYPES[config.engine.dtype], _sizes(config)
+    model = build_full_model(
+        config.model, vocab_size, objective=task.objective, seed=config.run.seed, dtype=dtype
+    ).train()
     parameters = dict(model.named_parameters())
     masters = {name: p.detach().float().clone().requires_grad_() for name, p in parameters.items()}
-    initial = {name: master.detach().clone() for name, master in masters.items()}
-    optimizer = torch.optim.AdamW(
+    trace = Trace([], [], {name: master.detach().clone() for name, master in masters.items()}, {})
+    optimizer = _plain_adamw(masters.values(), config.optim)
+    scale = config.engine.initial_loss_scale if dtype is torch.float16 else 1.0
+    for step in range(config.train.steps if steps is None else steps):
+        batch = synthetic_batch(config, step, task.make_batch)
+        documents = None
+        if batch.document_starts is not None:
+            documents = Documents.from_starts(torch.from_numpy(batch.document_starts))
+        place = Place(torch.arange(length), torch.from_numpy(batch.samples), documents)
+        terms = task.plain_terms(model, batch, place, config.objective)
+        model.zero_grad()
+        (sum(terms.values(), torch.zeros(())) * scale).backward()
+        for name, p in parameters.items():
+            masters[name].grad = None if p.grad is None else p.grad.float() / scale
+        trace.grad_norms.append(_clip(masters.values(), config.optim.clip_grad_norm or math.inf))
+        _record(trace, {name: float(value.detach()) for name, value in terms.items()})
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(masters[name])
+    trace.final.update({name: p.detach().float() for name, p in parameters.items()})
+    return trace
+
+
+def _plain_adamw(masters: Iterable[Tensor], optim: Optim) -> torch.optim.AdamW:
+    matrices, vectors = [p for p in masters if p.ndim > 1], [p for p in masters if p.ndim == 1]
+    return torch.optim.AdamW(
         [
-            {"params": [p for p in masters.values() if p.ndim > 1], "weight_decay": optim.weight_decay},
-            {"params": [p for p in masters.values() if p.ndim == 1], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ],
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.epsilon,
     )
-    scale = config.engine.initial_loss_scale if dtype is torch.float16 else 1.0
-    limit = optim.clip_grad_norm or math.inf
-    losses, norms = [], []
-    for step in range(config.train.steps if steps is None else steps):
-        batch = synthetic_batch(config, step)
-        documents = None
-        if config.data.reset_at_documents:
-            documents = Documents.from_starts(torch.from_numpy(document_starts(batch.tokens.numpy(), _EOS_ID)))
-        logits = model(batch.tokens, Place(torch.arange(length), batch.samples, documents)).float()  # [B, S, V]
-        token_losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-        mask = batch.loss_mask.double()
-        tokens = mask.sum().clamp(min=1.0)
-        loss = (token_losses * mask.flatten()).sum() / tokens
-        z_loss = (logits.logsumexp(-1).square() * mask).sum() / tokens
-        model.zero_grad()
-        ((loss + config.objective.z_loss * z_loss) * scale).backward()
-        for name, p in parameters.items():
-            masters[name].grad = None if p.grad is None else p.grad.float() / scale
-        norms.append(_clip(masters.values(), limit))
-        losses.append(float(loss.detach()))
-        optimizer.step()
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(masters[name])
-    return Trace(losses, norms, initial, {name: p.detach().float() for name, p in parameters.items()})
+
+
+def _record(trace: Trace, terms: dict[str, float]) -> None:
+    trace.losses.append(terms["loss"])
+    trace.terms.append({name: value for name, value in terms.items() if name != "loss"})
 
 
 def _clip(masters: Iterable[Tensor], limit: float) -> float:
@@ -141,38 +186,44 @@ def _clip(masters: Iterable[Tensor], limit: float) -> float:
     return norm
 
 
-def train_on_layout(config: Config, topology: Topology) -> Trace:
+def train_on_layout(config: Config, topology: Topology, task: Task | None = None) -> Trace:
     """All steps of a config on this rank; collective over a gloo world of ``topology.world_size`` ranks."""
+    task = task or Task.of(config)
     context = ParallelContext.create(topology)
     _, _, vocab_size = _sizes(config)
-    objective = make_objective(config.objective)
     model = build_transformer(
-        config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=objective
+        config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=task.objective
     )
     engine = DeepSpeedEngine(model, context, config)
-    initial = _put_in_full(engine)
-    losses, norms = [], []
+    trace = Trace([], [], _put_in_full(engine), {})
     for step in range(config.train.steps):
-        result = engine.train_step(
-            micro_batches_of_rank(config, step, context, model.context_parallel), config.optim.lr
-        )
-        loss = torch.tensor([result.terms["loss"]], dtype=torch.float64)
-        losses.append(float(context.world_group.all_reduce(loss)))
-        norms.append(result.grad_norm)
-    return Trace(losses, norms, initial, _put_in_full(engine))
+        micro_batches = micro_batches_of_rank(config, step, context, model.context_parallel, task)
+        result = engine.train_step(micro_batches, config.optim.lr)
+        totals = context.world_group.all_reduce(torch.tensor(list(result.terms.values()), dtype=torch.float64))
+        _record(trace, dict(zip(result.terms, totals.tolist(), strict=True)))
+        trace.grad_norms.append(result.grad_norm)
+    trace.final.update(_put_in_full(engine))
+    return trace
 
 
-def micro_batches_of_rank(config: Config, step: int, context: ParallelContext, cp: ContextParallel) -> list[MicroBatch]:
+def micro_batches_of_rank(
+    config: Config, step: int, context: ParallelContext, cp: ContextParallel, task: Task | None = None
+) -> list[MicroBatch]:
     """This rank's share of a step's synthetic batch, cut as the trainer cuts what its loader gives."""
-    batch = synthetic_batch(config, step)
-    mine = slice(context.coordinates.dp, None, context.topology.dp)
-    tokens, labels, loss_mask, samples = (
-        whole[mine].numpy() for whole in (batch.tokens, batch.labels, batch.loss_mask, batch.samples)
+    task = task or Task.of(config)
+    batch = synthetic_batch(config, step, task.make_batch)
+    examples = np.arange(len(batch.tokens)).reshape(-1, task.objective.sequences_per_example)
+    mine = examples[context.coordinates.dp :: context.topology.dp].reshape(-1)
+    own = Batch(
+        batch.tokens[mine],
+        batch.labels[mine],
+        batch.loss_mask[mine],
+        batch.samples[mine],
+        None if batch.document_starts is None else batch.document_starts[mine],
+        {name: values[mine] for name, values in batch.token_inputs.items()},
+        {name: values[mine] for name, values in batch.row_inputs.items()},
     )
-    starts = document_starts(tokens, _EOS_ID) if config.data.reset_at_documents else None
-    micro_batches, _ = training_micro_batches(
-        Batch(tokens, labels, loss_mask, samples, starts), config.train.micro_batch_size, context, cp
-    )
+    micro_batches, _ = training_micro_batches(own, config.train.micro_batch_size, context, cp)
     return micro_batches
 
 
@@ -184,85 +235,6 @@ def _put_in_full(engine: DeepSpeedEngine) -> dict[str, Tensor]:
         p.shard.put(engine.full_weight(p).float(), tensor)
         full[p.name] = tensor
     return full
-
-
-@dataclass(frozen=True)
-class Differences:
-    """How far a layout is from the reference.
-
-    Attributes:
-        loss: largest difference of any step on any rank.
-        grad_norm: the same of the gradient norm, relative where the norm is above 1.
-        weights: largest difference of any element after the last step.
-        initial_weights: the same before the first step.
-        copies: largest difference between two ranks' copies of an element, or their reported losses.
-        missing: elements of the model that no rank holds.
-        untrained: parameters that the reference changed and the layout left as they were.
-    """
-
-    loss: float
-    grad_norm: float
-    weights: float
-    initial_weights: float
-    copies: float
-    missing: int
-    untrained: tuple[str, ...]
-
-
-def differences(want: Trace, per_rank: Sequence[Trace]) -> Differences:
-    """Compare what the ranks of a layout saw with the reference; whatever is not a number is infinitely far."""
-    initial, initial_copies = _assemble([trace.initial for trace in per_rank])
-    final, final_copies = _assemble([trace.final for trace in per_rank])
-    reported = [_largest(trace.losses, per_rank[0].losses) for trace in per_rank]
-    return Differences(
-        loss=max(_largest(trace.losses, want.losses) for trace in per_rank),
-        grad_norm=max(_largest(trace.grad_norms, want.grad_norms, relative=True) for trace in per_rank),
-        weights=_furthest(final, want.final),
-        initial_weights=_furthest(initial, want.initial),
-        copies=max(initial_copies, final_copies, *reported),
-        missing=sum(
-            int(initial[name].isnan().sum()) if name in initial else full.numel() for name, full in want.initial.items()
-        ),
-        untrained=tuple(
-            name
-            for name, before in want.initial.items()
-            if not torch.equal(before, want.final[name])
-            and name in final
-            and torch.equal(initial[name].nan_to_num(), final[name].nan_to_num())
-        ),
-    )
-
-
-def _assemble(per_rank: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
-    """Full parameters from every rank's slices, and the largest difference between copies of the same element."""
-    full: dict[str, Tensor] = {}
-    furthest = 0.0
-    for tensors in per_rank:
-        for name, tensor in tensors.items():
-            known = full.setdefault(name, torch.full_like(tensor, math.nan))
-            both = ~known.isnan() & ~tensor.isnan()
-            if bool(both.any()):
-                furthest = max(furthest, float((known[both] - tensor[both]).abs().max()))
-            held = ~tensor.isnan()
-            known[held] = tensor[held]
-    return full, furthest
-
-
-def _furthest(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    if got.keys() != want.keys():
-        return math.inf
-    return max(_finite(float((got[name] - want[name]).abs().max())) for name in want)
-
-
-def _largest(got: Sequence[float], want: Sequence[float], *, relative: bool = False) -> float:
-    return max(
-        _finite(abs(mine - theirs) / (max(1.0, abs(theirs)) if relative else 1.0))
-        for mine, theirs in zip(got, want, strict=True)
-    )
-
-
-def _finite(difference: float) -> float:
-    return difference if math.isfinite(difference) else math.inf
 
 
 def _sizes(config: Config) -> tuple[int, int, int]:

@@ -18,7 +18,8 @@ from megalm.runs.folder import CERTIFICATE_FILE
 from megalm.runs.source_model import source_model
 from megalm.runs.start import run_folder
 from megalm.verify.certificate import Certificate, Row
-from megalm.verify.parity import Trace, differences, train_on_layout, train_plainly
+from megalm.verify.differences import differences
+from megalm.verify.parity import Trace, train_on_layout, train_plainly
 from megalm.verify.ranks import RankFailure, run_on_ranks
 from megalm.verify.shrink import Case, related_layouts, shrink
 

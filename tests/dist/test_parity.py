@@ -14,7 +14,8 @@ import pytest
 from harness import run_ranks
 from parity import CLIP, MODEL, Layout, at_dropout, train_on_ranks
 
-from megalm.verify.parity import Trace, differences, train_plainly
+from megalm.verify.differences import differences
+from megalm.verify.parity import Trace, train_plainly
 from tests.families import bert_of
 
 LLAMA = replace(

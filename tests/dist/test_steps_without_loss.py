@@ -16,7 +16,9 @@ from megalm.data.shards.write import ShardWriter
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.runs.record import read_metrics, step_rows, validation_rows
 from megalm.verify import parity
-from megalm.verify.parity import GlobalBatch, Trace, differences, synthetic_batch, train_plainly
+from megalm.data.stream.batch import Batch
+from megalm.verify.differences import differences
+from megalm.verify.parity import Trace, synthetic_batch, train_plainly
 from tests.families import bert_of
 
 LAYOUTS = [
@@ -33,11 +35,11 @@ WITHOUT = {1, 4}
 """Steps without any loss token; in step 2 only every other row has some, and so only one of two replicas."""
 
 
-def sparse_batch(config, step: int) -> GlobalBatch:
-    batch = synthetic_batch(config, step)
-    mask = batch.loss_mask.clone()
+def sparse_batch(config, step: int, make_batch) -> Batch:
+    batch = synthetic_batch(config, step, make_batch)
+    mask = batch.loss_mask.copy()
     if step in WITHOUT:
-        mask.zero_()
+        mask[:] = 0.0
     elif step == 2:
         mask[::2] = 0.0
     elif step == 3:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.core.embedding import VocabParallelEmbedding
-from megalm.core.loss import output_loss
+from megalm.core.loss import output_loss, sequence_log_probabilities
 from megalm.core.tensor_parallel import TensorParallel
 
 B, S, H, V = 3, 10, 8, 37
@@ -70,8 +70,8 @@ def test_one_gradient_for_all_terms_or_an_error() -> None:
 def test_blocks_of_the_softmax_leave_no_seam(monkeypatch) -> None:
     embedding, (x, labels, weight) = head(torch.float64), batch(torch.float64)
     want = output_loss(x, embedding, labels, weight, chunk_tokens=0)
-    monkeypatch.setattr("megalm.core.loss.CPU_BLOCK", 1)
-    monkeypatch.setattr("megalm.core.loss.CPU_BLOCK_ROWS", 4)
+    monkeypatch.setattr("megalm.core.output_chunks.CPU_BLOCK", 1)
+    monkeypatch.setattr("megalm.core.output_chunks.CPU_BLOCK_ROWS", 4)
     torch.testing.assert_close(output_loss(x, embedding, labels, weight, chunk_tokens=0), want)
 
 
@@ -159,3 +159,32 @@ def test_the_largest_tensor_is_one_chunk_of_logits(dtype: torch.dtype) -> None:
         terms.sum().backward()
     assert largest == chunk_tokens * vocab_size, f"of {B * S * vocab_size} logits"
     assert kept == x.numel() + embedding.weight.numel(), "what is kept for backward are the two gradients"
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 1, 7, 30])
+def test_log_probabilities_of_rows_and_any_function_of_them(chunk_tokens: int) -> None:
+    embedding, (x, labels, weight) = head(torch.float64), batch(torch.float64)
+    bias = torch.randn(V, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    mask = (weight > 0).double()
+    rows = sequence_log_probabilities(x, embedding, labels, mask, chunk_tokens=chunk_tokens, bias=bias)
+    torch.nn.functional.logsigmoid(rows[0] - 2.0 * rows[1] + rows[2]).backward()
+    inputs = [t.detach().clone().requires_grad_() for t in (x, embedding.weight, bias)]
+    logits = F.linear(*inputs)
+    want = -(F.cross_entropy(logits.mT, labels, reduction="none") * mask).sum(dim=1)
+    torch.nn.functional.logsigmoid(want[0] - 2.0 * want[1] + want[2]).backward()
+    torch.testing.assert_close(rows, want)
+    for ours, theirs in zip((x, embedding.weight, bias), inputs, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_log_probabilities_in_half_precision_follow_those_in_full() -> None:
+    embedding, (x, labels, weight) = head(torch.float32), batch(torch.float32)
+    half, half_x = head(torch.float16), x.detach().half().requires_grad_()
+    mask = (weight > 0).float()
+    for module, inputs in ((embedding, x), (half, half_x)):
+        sums = sequence_log_probabilities(inputs, module, labels, mask, chunk_tokens=7)
+        assert sums.dtype == torch.float32
+        (1024.0 * sums[0] - 512.0 * sums[2]).backward()
+    torch.testing.assert_close(half_x.grad.float(), x.grad, rtol=0.02, atol=8.0)
+    torch.testing.assert_close(half.weight.grad.float(), embedding.weight.grad, rtol=0.02, atol=8.0)
+    assert bool((x.grad[1] == 0).all()), "a row without a factor teaches nothing"

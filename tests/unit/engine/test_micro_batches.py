@@ -82,7 +82,7 @@ def test_every_token_counts_once_and_the_mean_over_ranks_is_the_global_mean(dp: 
     torch.testing.assert_close(weights, torch.from_numpy(batch.loss_mask.ravel()) * (dp * cp) / tokens)
 
 
-def test_losses_of_rows_are_counted_by_row_and_left_whole_by_context_parallel_ranks() -> None:
+def test_losses_of_rows_are_counted_by_row_and_shared_by_context_parallel_ranks() -> None:
     tokens = np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
     counts = np.array([1, 0, 1, 0, 1, 0, 0, 0], dtype=np.float32)
     batch = Batch(tokens, tokens, counts, np.arange(ROWS), row_inputs={"target": counts * 5})
@@ -92,7 +92,7 @@ def test_losses_of_rows_are_counted_by_row_and_left_whole_by_context_parallel_ra
     micro_batches, units = training_micro_batches(batch, MICRO, context, share)
     assert units == 6
     weights = torch.cat([micro_batch.loss_weight for micro_batch in micro_batches])
-    torch.testing.assert_close(weights, torch.from_numpy(counts) * 4 / 6)
+    torch.testing.assert_close(weights, torch.from_numpy(counts) * 4 / 6 / 2)
     assert [m.row_inputs["target"].tolist() for m in micro_batches] == [[5, 0], [5, 0], [5, 0], [0, 0]]
 
 

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from megalm.config.compose import compose
 from megalm.verify.certificate import Certificate, Row
-from megalm.verify.parity import Differences, Trace, differences
+from megalm.verify.differences import Differences, differences
+from megalm.verify.parity import Trace
 from megalm.verify.ranks import RankFailure
 from megalm.verify.shrink import Case, shrink
 

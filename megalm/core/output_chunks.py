@@ -1,0 +1,198 @@
+"""The logits of an output projection whose vocabulary is split over a tensor-parallel group, chunk by chunk.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary, T tensor-parallel degree, C tokens of a chunk, K terms of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megalm.core.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from megalm.core.embedding import VocabParallelEmbedding
+from megalm.core.tensor_parallel import TensorParallel
+from megalm.mesh.groups import Group
+
+CPU_BLOCK = 2**20
+"""Logits that the CPU turns into gradients at a time: 4 MiB in fp32, which stay in cache from one pass to the next.
+
+Less would start more passes, each of which waits for the slowest thread where cores are shared.
+"""
+
+CPU_BLOCK_ROWS = 16
+"""At least so many tokens at a time, which is work for every thread."""
+
+ACCELERATOR_BLOCK = 2**25
+"""The same elsewhere: 128 MiB, large enough that no kernel is short."""
+
+
+@dataclass(frozen=True)
+class OutputChunks:
+    """How the tokens of a micro-batch are taken through the output projection.
+
+    Attributes:
+        tensor_parallel: the group over which the vocabulary is split.
+        first_token: first word of this rank.
+        local_vocab_size: words of this rank, padding left out.
+        chunk_tokens: C; 0: all of the micro-batch at once.
+        z_loss: weight of the squared log-partition; 0: there is no such term.
+    """
+
+    tensor_parallel: TensorParallel
+    first_token: int
+    local_vocab_size: int
+    chunk_tokens: int
+    z_loss: float = 0.0
+
+    @classmethod
+    def of(cls, embedding: VocabParallelEmbedding, chunk_tokens: int, z_loss: float = 0.0) -> OutputChunks:
+        """Over the rows of an embedding."""
+        vocabulary = embedding.first_token, embedding.local_vocab_size
+        return cls(embedding.tensor_parallel, *vocabulary, chunk_tokens, z_loss)
+
+    def in_gathered_order(self, per_token: Tensor) -> Tensor:
+        """[B, S] of all tokens ▶ [T, B·S/T], the order in which ranks' shares are gathered; else [1, B·S]."""
+        shares = self.tensor_parallel.group.size if self.tensor_parallel.splits_sequence else 1
+        in_order: Tensor = per_token.unflatten(1, (shares, -1)).movedim(1, 0)
+        return in_order.flatten(1)
+
+    def iterate(self, rows: Tensor, *per_token: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """This rank's rows [n, H] ▶ chunks [C, H] of all tokens, and what belongs to them; the next is on its way."""
+        shares = self.tensor_parallel.group.size if self.tensor_parallel.splits_sequence else 1
+        size = max(self.chunk_tokens // shares, 1) if self.chunk_tokens else rows.shape[0]
+        others = [self.in_gathered_order(values).split(size, dim=1) for values in per_token]
+        parts = rows.split(size)
+        ahead = self._gather(parts[0])
+        for i in range(len(parts)):
+            chunk = ahead.wait()
+            if i + 1 < len(parts):
+                ahead = self._gather(parts[i + 1])
+            yield chunk, *(values[i].flatten() for values in others)
+
+    def reduce(self, input_gradient: Tensor) -> Pending:
+        """Parts of a chunk's input gradient [C, H] ▶ this rank's rows of their sum."""
+        if self.tensor_parallel.splits_sequence:
+            return start_reduce_scatter(input_gradient, self.tensor_parallel.group, 0)
+        return start_all_reduce(input_gradient, self.tensor_parallel.group)
+
+    def _gather(self, part: Tensor) -> Pending:
+        return (
+            start_all_gather(part, self.tensor_parallel.group, 0)
+            if self.tensor_parallel.splits_sequence
+            else Pending(None, part)
+        )
+
+
+def most_likely(logits: Tensor, chunks: OutputChunks) -> Tensor:
+    """[C, V/T] ▶ [C], the word of the largest logit over all ranks; of equals the first."""
+    largest, column = logits.max(dim=-1)
+    word = column + chunks.first_token
+    if chunks.tensor_parallel.group.size == 1:
+        return word
+    # fp64 holds both a logit and a word exactly.
+    both = torch.stack((largest.double(), word.double()), dim=-1)
+    of_ranks = start_all_gather(both.unsqueeze(0), chunks.tensor_parallel.group, 0).wait()  # [T, C, 2]
+    best = of_ranks[..., 0].argmax(dim=0)
+    return of_ranks[..., 1].gather(0, best.unsqueeze(0)).squeeze(0).long()
+
+
+def logits_to_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    loss_weight: Tensor,
+    chunks: OutputChunks,
+    scale: Tensor | None,
+    *,
+    wants_gradient: bool,
+) -> Tensor:
+    """The terms [K] of a chunk's tokens, summed in fp64; ``logits`` [C, V/T] become the terms' gradient, in place.
+
+    With lse the log-partition, p the probabilities, y the label's indicator and w a token's factor:
+    ``∂/∂logits of w·(lse - logit[label]) + w·z·lse² = w·((1 + 2·z·lse)·p - y)``.
+    """
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    loss_weight = loss_weight.to(exact).unsqueeze(1)
+    terms = torch.zeros(2 if chunks.z_loss else 1, dtype=torch.float64, device=logits.device)
+    for block in _blocks(logits, labels, chunks):
+        w = loss_weight[block.rows]
+        terms[0] += (w * (block.lse - block.label_logit)).sum(dtype=torch.float64)
+        if chunks.z_loss:
+            terms[1] += chunks.z_loss * (w * block.lse.square()).sum(dtype=torch.float64)
+        if wants_gradient:
+            w = w if scale is None else w * scale
+            p = block.p.mul_((block.own_lse - block.lse).exp_().mul_(w * (1.0 + 2.0 * chunks.z_loss * block.lse)))
+            p.scatter_add_(1, block.columns, w.mul(block.here).neg_())
+            logits[block.rows] = p
+    return terms
+
+
+def token_losses(logits: Tensor, labels: Tensor, chunks: OutputChunks) -> Tensor:
+    """[C, V/T], [C] ▶ cross-entropy of each token, [C] in fp32 (fp64), the same on every rank; padding is masked."""
+    blocks = [block.lse - block.label_logit for block in _blocks(logits, labels, chunks)]
+    return torch.cat(blocks).squeeze(1)
+
+
+class _Block(NamedTuple):
+    """Some tokens of a chunk, [c, V/T] of its logits.
+
+    Attributes:
+        rows: which tokens of the chunk.
+        p: [c, V/T], probabilities among this rank's words alone.
+        own_lse: [c, 1], log-partition over this rank's words.
+        lse: [c, 1], log-partition over all words.
+        label_logit: [c, 1], on every rank.
+        columns: [c, 1], the label's column; any column where the label is another rank's.
+        here: [c, 1], whether the label is this rank's.
+    """
+
+    rows: slice
+    p: Tensor
+    own_lse: Tensor
+    lse: Tensor
+    label_logit: Tensor
+    columns: Tensor
+    here: Tensor
+
+
+def _blocks(logits: Tensor, labels: Tensor, chunks: OutputChunks) -> Iterator[_Block]:
+    """As few tokens at a time as stay in cache; the padding of ``logits`` is masked in place."""
+    group = chunks.tensor_parallel.group
+    if logits.shape[1] > chunks.local_vocab_size:
+        # Finite, so that a rank without a single word gets no NaN; its exponential is zero beside any other logit.
+        logits[:, chunks.local_vocab_size :] = torch.finfo(logits.dtype).min
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    columns = (labels - chunks.first_token).unsqueeze(1)
+    here = (columns >= 0) & (columns < chunks.local_vocab_size)
+    columns = columns.clamp(0, max(chunks.local_vocab_size - 1, 0))
+    start = 0
+    for block in logits.split(_block_rows(logits, group)):
+        rows = slice(start, start + block.shape[0])
+        start = rows.stop
+        p = torch.softmax(block, dim=-1, dtype=exact)
+        # p of the largest logit is at least 1/V, so its logarithm is exact to rounding.
+        own_lse = block.amax(dim=-1, keepdim=True).to(exact) - p.amax(dim=-1, keepdim=True).log_()
+        label_logit = block.gather(1, columns[rows]).to(exact).masked_fill_(~here[rows], 0.0)
+        lse, label_logit = _over_ranks(own_lse, label_logit, group)
+        yield _Block(rows, p, own_lse, lse, label_logit, columns[rows], here[rows])
+
+
+def _over_ranks(own_lse: Tensor, label_logit: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Log-partition and label's logit [C, 1] over the whole vocabulary, bit for bit the same on all ranks."""
+    if group.size == 1:
+        return own_lse, label_logit
+    both = torch.cat((own_lse, label_logit), dim=1)
+    of_ranks = start_all_gather(both.unsqueeze(0), group, 0).wait()  # [T, C, 2]
+    return of_ranks[..., :1].logsumexp(dim=0), of_ranks[..., 1:].sum(dim=0)
+
+
+def _block_rows(logits: Tensor, group: Group) -> int:
+    """Tokens whose fp32 probabilities exist at one time: over ranks a whole chunk, so that ranks meet once."""
+    if group.size > 1:
+        return logits.shape[0]
+    if logits.device.type == "cpu":
+        return max(CPU_BLOCK // logits.shape[1], CPU_BLOCK_ROWS)
+    return max(ACCELERATOR_BLOCK // logits.shape[1], 1)
