@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm import __version__
+from megalm.cli.config_options import add_config_options, check_hydra_options, config_arguments, shown
 from megalm.config.arguments import user_path
-from megalm.errors import ExitCode
+from megalm.errors import ConfigError, ExitCode
 from megalm.launch.console import run_on_console
 from megalm.launch.guard import check_text, guarded
 from megalm.launch.isolation import shield
@@ -55,6 +56,7 @@ def _dispatch(arguments: list[str]) -> int:
         parser.print_help()
         return ExitCode.DONE
     name, *rest = arguments
+    composes = name in _COMPOSING
     if name not in _COMMANDS:
         parser.parse_args(arguments)  # --help, --version, or a command that does not exist
         return ExitCode.DONE
@@ -62,8 +64,17 @@ def _dispatch(arguments: list[str]) -> int:
     own = argparse.ArgumentParser(prog=f"megalm {name}", description=command.help, allow_abbrev=False)
     command.add_options(own)
     own.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=_OVERRIDES_HELP)
+    if composes:
+        add_config_options(own)
+        check_hydra_options(rest)
     options = own.parse_intermixed_args([_override_of(argument) for argument in rest])
     check_text([*options.overrides, *([options.prompt] if "prompt" in options else [])])
+    if composes:
+        text = shown(options)
+        if text is not None:
+            print(text, end="")
+            return ExitCode.DONE
+        options.overrides = config_arguments(options)
     return command.run(options)
 
 
@@ -90,6 +101,15 @@ def _train(options: argparse.Namespace) -> int:
     from megalm.launch import discover
 
     rank = discover(os.environ)
+    if options.multirun:
+        if rank is not None:
+            raise ConfigError(
+                f"-m: {rank.launcher} has started ranks, which train one run; megalm train -m starts ranks of its own, "
+                "for one run after another"
+            )
+        from megalm.cli.sweep import run_sweep
+
+        return run_sweep(options.overrides, _train_here)
     if rank is not None:
         from megalm.launch.worker import run_launched
 
@@ -121,15 +141,22 @@ def _train_here(overrides: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from megalm.config.compose import compose
+    from megalm.config.compose import composition
     from megalm.config.job import planned_world_size_of
+    from megalm.config.resolved import resolved_yaml
     from megalm.plan.preflight import check_config, check_data
     from megalm.plan.summary import note_lines, summary_lines
+    from megalm.runs.source_model import source_model
 
-    config = compose(options.overrides)
+    composed = composition(options.overrides, source_model)
+    config = composed.config
     world_size = planned_world_size_of(config)
     check_config(config, world_size)
-    lines = [*summary_lines(config, world_size), check_data(config), *note_lines(config, world_size)]
+    if options.yaml:
+        print(*composed.notes, sep="\n", end="\n" if composed.notes else "", file=sys.stderr)
+        print(resolved_yaml(composed), end="")
+        return ExitCode.DONE
+    lines = [*summary_lines(config, world_size), check_data(config), *composed.notes, *note_lines(config, world_size)]
     print(*lines, "ok", sep="\n")
     return ExitCode.DONE
 
@@ -194,8 +221,14 @@ def _run_dir(run: str) -> Path:
     return by_name if not folder.exists() and by_name.is_dir() else folder
 
 
-def _no_options(parser: argparse.ArgumentParser) -> None:  # noqa: ARG001 - one of several functions of this shape
-    return
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    help_text = "train a run with each of the values in FIELD=A,B, one after another, each with a name of its own"
+    parser.add_argument("--multirun", "-m", action="store_true", help=help_text)
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    help_text = "print the resolved config, with where each value is from: file and line, command line, default, a run"
+    parser.add_argument("--yaml", action="store_true", help=help_text)
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +264,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = {
     "train": _Command(
-        "Train a run, or resume it; starts its own ranks unless torchrun, srun or mpirun has.", _no_options, _train
+        "Train a run, or resume it; starts its own ranks unless torchrun, srun or mpirun has.", _train_options, _train
     ),
     "evaluate": _Command("Loss and perplexity of a run over its whole validation split.", _run_options, _evaluate),
     "generate": _Command("Let a run continue a prompt.", _generate_options, _generate),
@@ -241,8 +274,13 @@ _COMMANDS = {
         _verify_options,
         _verify,
     ),
-    "check": _Command("Validate a configuration in a second, by itself, for cluster.gpus GPUs.", _no_options, _check),
+    "check": _Command(
+        "Validate a configuration in a second, by itself, for cluster.gpus GPUs.", _check_options, _check
+    ),
 }
+
+_COMPOSING = ("train", "check", "verify")
+"""Commands that compose a config; the others take that of a run."""
 
 _WORKING = ("train", "verify")
 """Commands that leave something on the disk: who watches them may go. The others only print."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -14,6 +14,7 @@ from megalm.config.compose import FindSource, compose
 from megalm.config.hydra_calls import sweep_values
 from megalm.config.overrides import option_of, split_at_commas, value_of_text
 from megalm.config.parse import field_paths, members_of
+from megalm.config.schema import Config
 from megalm.config.violation import Violation, spoken_list
 from megalm.errors import ConfigError
 
@@ -37,13 +38,19 @@ class SweepRun:
     swept: tuple[str, ...]
 
 
-def sweep_runs(arguments: Sequence[str], find_source: FindSource | None = None) -> list[SweepRun]:
+def sweep_runs(
+    arguments: Sequence[str],
+    find_source: FindSource | None = None,
+    *,
+    check: Callable[[Config], object] = lambda _: None,
+) -> list[SweepRun]:
     """The runs that arguments with several values ask for; the last of them changes fastest.
 
     Args:
         arguments: as for ``compose``, where ``FIELD=A,B``, ``choice(A,B)``, ``range(START,STOP,STEP)`` and for groups
             ``glob(PATTERN)`` stand for several values.
         find_source: as for ``compose``.
+        check: raises what is wrong with a config.
 
     Raises:
         ConfigError: what is wrong with any of them, before the first has begun; or two would have one name.
@@ -53,7 +60,9 @@ def sweep_runs(arguments: Sequence[str], find_source: FindSource | None = None) 
     wrong: dict[str, list[int]] = {}
     for number, (texts, _) in enumerate(combinations):
         try:
-            bases[number] = compose(texts, find_source).run.name
+            config = compose(texts, find_source)
+            bases[number] = config.run.name
+            check(config)
         except ConfigError as error:
             for line in error.lines:
                 wrong.setdefault(line, []).append(number)

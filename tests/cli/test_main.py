@@ -176,10 +176,10 @@ def test_a_prompt_reaches_generation_untouched(megalm, monkeypatch, prompt, orde
 
 
 def test_a_bug_is_a_traceback_and_70(megalm, monkeypatch):
-    def broken(overrides):
+    def broken(*_):
         raise ZeroDivisionError("a bug of megalm")
 
-    monkeypatch.setattr("megalm.config.compose.compose", broken)
+    monkeypatch.setattr("megalm.config.compose.composition", broken)
     result = megalm("check")
     assert result.code == 70
     assert "Traceback" in result.err and "a bug of megalm" in result.err

@@ -1,0 +1,112 @@
+"""A user's own settings on the command line: options that find and show configs, and a sweep of real runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megalm.cli.main import main
+from megalm.config.compose import compose, conf_dir, load_run_config
+from megalm.config.parse import config_to_dict
+
+
+@pytest.fixture(autouse=True)
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with an experiment in ./conf, a folder of configs, and a file of settings."""
+    experiment = "# @package _global_\ndefaults:\n  - quickstart\nrun: {name: mine}\ntrain: {steps: 7}\n"
+    for folder, text in (("conf", experiment), ("team", experiment.replace("7", "8"))):
+        (tmp_path / folder / "experiment").mkdir(parents=True)
+        (tmp_path / folder / "experiment" / "mine.yaml").write_text(text)
+    (tmp_path / "my.yaml").write_text("experiment: mine\nrun.name: two words\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def out_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return out if code == 0 else err
+
+
+def test_cfg_job_prints_the_config_as_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    out = out_of(capsys, "train", "--cfg", "job", "--config", "my.yaml", "optim.lr=0.1")
+    assert yaml.safe_load(out) == config_to_dict(compose(["--config=my.yaml", "optim.lr=0.1"]))
+    assert "name: two words" in out
+    assert out_of(capsys, "check", "-c", "job", "experiment=mine").startswith("run:\n  name: mine\n")
+
+
+def test_info_searchpath_lists_the_folders_in_order(capsys: pytest.CaptureFixture[str], own: Path) -> None:
+    out = out_of(capsys, "train", "--info", "searchpath", "-cd", "team", "hydra.searchpath=[conf/experiment]")
+    assert [line.split()[0] for line in out.splitlines()] == ["--config-dir", "./conf", "hydra.searchpath", "megalm"]
+    assert [line.split()[1] for line in out.splitlines()[:3]] == ["team", "conf", "conf/experiment"]
+
+
+def test_check_yaml_says_where_each_value_is_from(capsys: pytest.CaptureFixture[str]) -> None:
+    out = out_of(capsys, "check", "--yaml", "--config", "my.yaml", "--config-dir", "team", "optim.lr=0.1")
+    assert yaml.safe_load(out) == config_to_dict(compose(["--config-dir=team", "--config=my.yaml", "optim.lr=0.1"]))
+    from_where = {line.partition(":")[0].strip(): line.partition("  # ")[2] for line in out.splitlines()}
+    assert from_where["steps"] == "team/experiment/mine.yaml:5"
+    assert (from_where["lr"], from_where["cooldown"]) == ("command line", "default")
+    assert from_where["beta1"] == f"{conf_dir()}/optim/adamw.yaml:2"
+    assert "  name: two words  # my.yaml:2\n" in out
+
+
+def test_options_of_hydra_that_megalm_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = out_of(capsys, "train", "--config-name=x", "--package", "y", "experiment=quickstart", code=2).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["--config-name", "--package"]
+    assert out_of(capsys, "check", "--cfg", "all", code=2).endswith("--cfg job\n")
+    assert "--info searchpath" in out_of(capsys, "check", "--info", "plugins", code=2)
+
+
+def test_a_sweep_is_not_for_ranks_that_a_launcher_started(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert "-m: torchrun has started ranks, which train one run" in out_of(
+        capsys, "train", "-m", "optim.lr=1,2", code=2
+    )
+
+
+TINY = [
+    "model.num_layers=1",
+    "model.hidden_size=16",
+    "model.num_heads=2",
+    "model.sequence_length=32",
+    "parallel=single",
+    "engine=fp32_zero1",
+    "train.steps=3",
+    "train.global_batch_size=2",
+    "train.micro_batch_size=2",
+    "train.validate_every=0",
+    "train.validation_samples=4",
+    "logging=plain",
+    "report.plot=false",
+    "report.prompt=null",
+]
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_its_runs_from_settings_of_ones_own(
+    capfd: pytest.CaptureFixture[str], tiny_dataset: Path, own: Path
+) -> None:
+    """The second diverges: the third is trained all the same, and the exit code says so."""
+    arguments = ["train", "-m", "--config", "my.yaml", *TINY, f"data.path={tiny_dataset}"]
+    assert main([*arguments, "optim.lr=1e-3,1e38,1e-4", "optim.clip_grad_norm=0"]) == 4
+    table = capfd.readouterr().out.splitlines()[-4:]
+    rows = [(line[:19].strip(), *line[19:].split()) for line in table]
+    assert [row[:3] for row in rows] == [
+        ("run", "outcome", "step"),
+        ("two words-lr=0.001", "done", "3"),
+        ("two words-lr=1e+38", "diverged", "2"),
+        ("two words-lr=0.0001", "done", "3"),
+    ]
+    config = load_run_config("runs/two words-lr=0.0001")
+    assert (config.optim.lr, config.run.name, config.train.steps) == (1e-4, "two words-lr=0.0001", 3)
+    assert main([*arguments, "optim.lr=1e-3,1e-4", "optim.clip_grad_norm=0"]) == 0, "the same names resume"
+    assert capfd.readouterr().out.count("is complete: all 3 steps are done") == 2
