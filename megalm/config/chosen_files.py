@@ -73,8 +73,8 @@ def _package_problem(file: YamlFile, folder: str) -> list[str]:
     if group in section_names() or _has_package(file):
         return []
     return [
-        f'{file.place()}: the line "# @package _global_" is missing, so that all of it would be about a section '
-        f"{group}, which does not exist; make it the first line"
+        f'{file.place()}: the line "# @package _global_" is missing, so that its settings would go into a section '
+        f'"{group}", which does not exist; make it the first line'
     ]
 
 

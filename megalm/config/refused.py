@@ -87,5 +87,5 @@ def unstable_place(field: str, value: Any) -> Violation | None:
         return None
     if match[1] == "hydra":
         return Violation(field, value, "Hydra runs no job here, so ${hydra:...} has no value", f"{field}=NAME")
-    wrong = "the time would make it another folder at each start, and a requeued or resumed run must find its own"
+    wrong = "the folder would be a different one at each start, and a resumed or requeued run must find its own"
     return Violation(field, value, wrong, f"{field}=NAME without ${{now:...}}; RUN/metrics.jsonl has the times")

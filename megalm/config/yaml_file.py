@@ -88,7 +88,7 @@ def describe_fault(error: yaml.YAMLError, path: Path) -> str:
 
 
 _FAULTS = (
-    (r"'\\t' that cannot start|found a tab", "a tab in the indentation; spaces"),
+    (r"'\\t' that cannot start|found a tab", "a tab in the indentation; indent with spaces"),
     (
         r"mapping values are not allowed",
         "this line is indented deeper than the one above, or has a second ': '; the same indentation as its "
@@ -98,9 +98,9 @@ _FAULTS = (
         r"expected <block end>|expected '<document start>'|did not find expected key|could not find expected ':'",
         "the indentation or the colon does not fit the lines above; NAME: VALUE, indented like its neighbours",
     ),
-    (r"expected ',' or '\]'", "a list that is not closed; [A, B]"),
-    (r"expected ',' or '\}'", "a mapping that is not closed; {NAME: VALUE}"),
-    (r"unexpected end of stream", "a quote that is not closed; the same quote at the end of the text"),
+    (r"expected ',' or '\]'", "a list is not closed; [A, B]"),
+    (r"expected ',' or '\}'", "a mapping is not closed; {NAME: VALUE}"),
+    (r"unexpected end of stream", "a quote is not closed; the same quote at the end of the text"),
     (
         r"cannot start any token",
         "a value begins with a character that YAML reserves (@ ` % and others); quotes around the value",
@@ -129,7 +129,7 @@ def _duplicates(path: Path, node: yaml.MappingNode, above: Keys, lines: dict[Key
         keys = (*above, key)
         if keys in lines and key != "<<":
             dotted = ".".join(keys)
-            yield f"{shown_path(path)}:{line}: {dotted} stands in line {lines[keys]} already; one of them"
+            yield f"{shown_path(path)}:{line}: {dotted} is given in line {lines[keys]} already; keep one of them"
         lines.setdefault(keys, line)
         if isinstance(value_node, yaml.MappingNode) and len(keys) < _DEPTH:
             yield from _duplicates(path, value_node, keys, lines)

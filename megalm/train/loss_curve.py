@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def plot_loss(rows: list[dict[str, Any]], path: Path, *, run_name: str) -> None:
     _label_axes(axes, steps)
     axes.legend(frameon=False)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of the run's name: the font draws a box instead
+        figure.savefig(temporary)
     temporary.replace(path)
 
 

@@ -110,3 +110,26 @@ def test_a_sweep_trains_its_runs_from_settings_of_ones_own(
     assert (config.optim.lr, config.run.name, config.train.steps) == (1e-4, "two words-lr=0.0001", 3)
     assert main([*arguments, "optim.lr=1e-3,1e-4", "optim.clip_grad_norm=0"]) == 0, "the same names resume"
     assert capfd.readouterr().out.count("is complete: all 3 steps are done") == 2
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_anothers_weights_and_need_not_name_its_model(
+    capfd: pytest.CaptureFixture[str], tiny_dataset: Path
+) -> None:
+    """The first saves by the clock alone, on two ranks that agree; the second has its model and its own dropout."""
+    data = [f"data.path={tiny_dataset}", "report.prompt=null"]
+    by_the_clock = ["checkpoint.every=0", "checkpoint.every_minutes=1e-9", "checkpoint.keep_last=0"]
+    first = ["train", "model=quickstart", *TINY, *data, *by_the_clock, "parallel.tp=2", "run.name=第一 one"]
+    assert main(first) == 0
+    saved = sorted(path.name for path in Path("runs/第一 one/checkpoints").iterdir())
+    assert saved == ["step-00000001", "step-00000002", "step-00000003"]
+    rest = [override for override in TINY if not override.startswith("model.")]
+    second = ["train", *rest, *data, "checkpoint.init_from=runs/第一 one", "model.dropout=0.1", "run.name=two"]
+    assert main(second) == 0
+    out = capfd.readouterr().out
+    assert "model          taken from runs/第一 one/checkpoints/step-00000003" in out
+    assert "model.dropout=0.1: runs/第一 one/checkpoints/step-00000003 was trained with 0.0" in out
+    one, two = load_run_config("runs/第一 one").model, load_run_config("runs/two").model
+    assert (two.hidden_size, two.dropout, one.dropout) == (16, 0.1, 0.0)
+    assert main([*second[:-1], "run.name=three", "model.hidden_size=32"]) == 3
+    assert "model.hidden_size=32: runs/第一 one/checkpoints/step-00000003 was trained with 16" in capfd.readouterr().err

@@ -31,7 +31,7 @@ def one_source_of_weights(job: Job) -> Iterator[Violation]:
         yield Violation(
             "checkpoint.extend_vocab",
             True,
-            "adds words to a model that a run begins with, and none is named",
+            "adds tokens to the model that a run starts from, and no such model is named",
             "name it with checkpoint.finetune_from or checkpoint.init_from",
             fixes=(Fix("checkpoint.extend_vocab", (False,)),),
         )

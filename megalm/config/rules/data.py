@@ -61,7 +61,10 @@ def pipes_name_their_file(job: Job) -> Iterator[Violation]:
     for path in job.config.data.path:
         if path.startswith("pipe:") and "{file}" not in path:
             yield Violation(
-                "data.path", path, "no {file} in it, so every file would be the same", "pipe:COMMAND … {file} …"
+                "data.path",
+                path,
+                "there is no {file} in the command, so that it would print the same file for every name",
+                "pipe:COMMAND … {file} …",
             )
 
 
@@ -75,14 +78,14 @@ def documents_are_seen_whole(job: Job) -> Iterator[Violation]:
         yield Violation(
             "parallel.cp_attention",
             "ring",
-            "sends keys round without knowing of data.reset_at_documents",
+            "ring attention does not support data.reset_at_documents",
             fixes=(Fix("parallel.cp_attention", ("ulysses",)), off),
         )
     if config.engine.compile:
         yield Violation(
             "engine.compile",
             True,
-            "would compile again for every new set of lengths under data.reset_at_documents",
+            "with data.reset_at_documents it would compile again for every new set of document lengths",
             fixes=(Fix("engine.compile", (False,)), off),
         )
 

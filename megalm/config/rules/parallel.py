@@ -81,7 +81,7 @@ def virtual_stages_have_their_schedule(job: Job) -> Iterator[Violation]:
         yield Violation(
             "parallel.virtual_stages",
             parallel.virtual_stages,
-            "parallel.pp=1 has no bubble that virtual stages could shrink",
+            "virtual stages shrink the pipeline bubble, and parallel.pp=1 has none",
             fixes=(Fix("parallel.virtual_stages", (1,)), Fix("parallel.pp", (2, 4))),
         )
     elif parallel.virtual_stages > 1 and parallel.schedule != _INTERLEAVED:
@@ -163,8 +163,8 @@ def ulysses_divides_heads(job: Job) -> Iterator[Violation]:
         yield Violation(
             "parallel.cp",
             parallel.cp,
-            f"parallel.cp_attention=ulysses deals out the {local} heads of a tensor-parallel rank, which it does not "
-            "divide",
+            f"parallel.cp_attention=ulysses distributes the {local} heads of a tensor-parallel rank, and parallel.cp "
+            "does not divide them",
             fixes=(Fix("parallel.cp", divisors(local)), Fix("parallel.cp_attention", ("ring",))),
         )
 

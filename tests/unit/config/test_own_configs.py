@@ -146,8 +146,8 @@ def test_faults_of_a_config_file_name_their_lines(write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "wrong"),
     [
-        ("num_layers: 2\n\thidden_size: 8\n", 2, "a tab in the indentation; spaces"),
-        ("num_layers: 2\nnum_layers: 3\nnum_heads: 1\nnum_heads: 1\n", 2, "num_layers stands in line 1 already"),
+        ("num_layers: 2\n\thidden_size: 8\n", 2, "a tab in the indentation; indent with spaces"),
+        ("num_layers: 2\nnum_layers: 3\nnum_heads: 1\nnum_heads: 1\n", 2, "num_layers is given in line 1 already"),
         (
             "num_layers: 2\n  hidden_size: 8\n",
             2,
@@ -156,8 +156,8 @@ def test_faults_of_a_config_file_name_their_lines(write: Write) -> None:
         ("  num_layers: 2\nhidden_size: 8\n", 2, "the indentation or the colon does not fit the lines above"),
         ("hello\n", 1, "this is text (hello); a mapping"),
         ("# a comment\n- num_layers\n", 2, "this is a list; a mapping"),
-        ("num_layers: [1, 2\nx: 1\n", 2, "a list that is not closed"),
-        ('num_layers: "2\n', 2, "a quote that is not closed"),
+        ("num_layers: [1, 2\nx: 1\n", 2, "a list is not closed"),
+        ('num_layers: "2\n', 2, "a quote is not closed"),
         ("num_layers: @2\n", 1, "a value begins with a character that YAML reserves"),
         ("num_layers: !!python/object:x 2\n", 1, "a tag (!NAME) that is not plain YAML"),
         (
@@ -195,8 +195,8 @@ def test_an_experiment_without_its_package_line_is_recognised(write: Write) -> N
     write("conf/experiment/mine.yaml", EXPERIMENT.replace("# @package _global_\n", "# mine\n"))
     (line,) = lines_of("experiment=mine")
     assert line == (
-        'conf/experiment/mine.yaml:1: the line "# @package _global_" is missing, so that all of it would be about a '
-        "section experiment, which does not exist; make it the first line"
+        'conf/experiment/mine.yaml:1: the line "# @package _global_" is missing, so that its settings would go into a '
+        'section "experiment", which does not exist; make it the first line'
     )
 
 
@@ -262,8 +262,8 @@ def test_a_tilde_leaves_a_group_or_a_field_to_the_schema() -> None:
         ("hydra.job.chdir=true", "a run stays in the working folder"),
         ("hydra.output_subdir=null", "the resolved config is RUN/config.yaml"),
         ("+hydra.x=1", "of Hydra's own settings megalm takes hydra.searchpath alone"),
-        ("run.name=${now:%Y-%m-%d}", "the time would make it another folder at each start"),
-        ("run.dir=runs/${ now:%H}", "the time would make it another folder at each start"),
+        ("run.name=${now:%Y-%m-%d}", "the folder would be a different one at each start"),
+        ("run.dir=runs/${ now:%H}", "the folder would be a different one at each start"),
         ("run.name=${hydra:job.num}", "Hydra runs no job here"),
         ("--config-name=mine", "an option of Hydra that megalm does not have; every run begins with"),
         ("--config-path=conf", "an option of Hydra that megalm does not have; every run begins with"),
@@ -280,7 +280,7 @@ def test_a_time_in_the_folder_of_a_run_is_refused_in_files_too(write: Write) -> 
     assert line.startswith("my.yaml:2: run.name=")
     write("conf/experiment/mine.yaml", EXPERIMENT.replace("name: mine", 'name: "${now:%Y}"'))
     (line,) = lines_of("experiment=mine")
-    assert line.startswith("conf/experiment/mine.yaml:5: run.name=") and "another folder at each start" in line
+    assert line.startswith("conf/experiment/mine.yaml:5: run.name=") and "a different one at each start" in line
 
 
 def test_references_between_fields(write: Write) -> None:

@@ -14,10 +14,10 @@ def rows(steps):
     return made
 
 
-@pytest.mark.parametrize("steps", [1, 20, 120])
-def test_a_picture_is_drawn_without_a_word(tmp_path, capfd, recwarn, steps):
+@pytest.mark.parametrize(("steps", "name"), [(1, "try1"), (20, "a$b$ _{ 训练"), (120, "50% <b>")])
+def test_a_picture_is_drawn_without_a_word(tmp_path, capfd, recwarn, steps, name):
     path = tmp_path / "loss.png"
-    plot_loss(rows(steps), path, run_name="try1")
+    plot_loss(rows(steps), path, run_name=name)
     header = path.read_bytes()[:24]
     assert header.startswith(b"\x89PNG")
     assert (int.from_bytes(header[16:20]), int.from_bytes(header[20:24])) == (1280, 720)
