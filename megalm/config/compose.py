@@ -103,7 +103,7 @@ def composition(arguments: Sequence[str] = (), find_source: FindSource | None = 
     layers = _layers_of_files(settings)
     notes = list(settings.search_path.notes())
     merged = _merge(layers, settings)
-    source = None if find_source is None or _is_chosen(settings, "model") else find_source(merged.mapping())
+    source = None if find_source is None or _is_chosen(settings, "model") else find_source(_resolved_so_far(merged))
     if source is not None:
         layers, told = _with_model_of(source, layers)
         notes += told
@@ -114,6 +114,14 @@ def composition(arguments: Sequence[str] = (), find_source: FindSource | None = 
         raise ConfigError(str(_nothing_chosen(settings.search_path, mapping["checkpoint"])))
     files = {path: place for path, place in merged.places().items() if ":" in place}
     return Composition(config_from_dict(mapping, files), merged.places(), tuple(notes))
+
+
+def _resolved_so_far(merged: Merged) -> Mapping[str, Any]:
+    """The mapping with references followed, where all of them lead to something without the other run's model."""
+    try:
+        return resolve_references(merged.mapping(), {})
+    except ConfigError:
+        return merged.mapping()
 
 
 _ESSENTIAL = ("num_layers", "hidden_size", "num_heads")

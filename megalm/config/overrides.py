@@ -92,7 +92,7 @@ class Reader:
         try:
             value = value_of_text(field, raw)
         except ValueError:
-            right = f"one value; or -m before the overrides, for one run with each: -m {field}={raw}"
+            right = f"one value; megalm train -m {field}={raw} trains a run with each"
             self._wrong(Violation(field, raw, "several values, and a run has one", right))
             return
         self.settings.append(Setting(field, value, COMMAND_LINE, is_group=False))

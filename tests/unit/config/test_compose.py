@@ -166,8 +166,8 @@ def test_all_bad_overrides_are_reported_at_once_with_what_was_meant() -> None:
         "min_lr_ratio and rewarm_tokens",
         "override=~modell: there is no such group or section; did you mean model?",
         'override="~model=gpt3_125m": a deletion has no value; ~model',
-        'train.steps="1,2": several values, and a run has one; one value; or -m before the overrides, for one run with '
-        "each: -m train.steps=1,2",
+        'train.steps="1,2": several values, and a run has one; one value; megalm train -m train.steps=1,2 trains a '
+        "run with each",
         "override=bare: not an override; field=value, such as train.steps=200",
         "optim.lr=fast: this is text; a finite number",
         "parallel.tp=0: out of range; at least 1 and at most 2147483647",

@@ -106,8 +106,8 @@ def test_two_runs_of_one_name_are_refused() -> None:
 def test_what_is_wrong_with_any_run_is_told_once_before_the_first_begins() -> None:
     assert lines_of("parallel.tp=1,0,x", "train.stepss=1,2", "optim.lr=interval(0,1)") == [
         'train.stepss="1,2": there is no such field; did you mean train.steps?',
-        'optim.lr="interval(0,1)": several values, and a run has one; one value; or -m before the overrides, for one '
-        "run with each: -m optim.lr=interval(0,1)",
+        'optim.lr="interval(0,1)": several values, and a run has one; one value; megalm train -m '
+        "optim.lr=interval(0,1) trains a run with each",
         "parallel.tp=0: parallel.tp=0: out of range; at least 1 and at most 2147483647",
         "parallel.tp=x: parallel.tp=x: this is text; an integer",
     ]

@@ -46,6 +46,10 @@ def lines(ranks: int = 2, *, is_launched: bool = False, **fields: object) -> lis
         ({"checkpoint__keep_last": 0, "checkpoint__keep_every": 2000}, ["checkpoint.keep_every=2000: not used, as"]),
         ({"checkpoint__every": 0, "checkpoint__keep_every": 2000}, ["checkpoint.keep_every=2000: not used, as"]),
         ({"logging__wandb": "disabled", "logging__wandb_project": "p"}, ["logging.wandb_project=p: not used"]),
+        (
+            {"logging__wandb": "disabled", "logging__wandb_tags": ("a",), "logging__wandb_notes": "n"},
+            ['logging.wandb_tags=["a"]: not used, as logging.wandb=disabled', "logging.wandb_notes=n: not used"],
+        ),
         ({"train__validation_samples": 9}, ["train.validation_samples=9: not used, as train.validate_every=0"]),
         ({"report__top_k": 9}, ["report.top_k=9: not used, as report.prompt=null"]),
         ({"cluster__gpus": 8}, ["cluster.gpus=8: not used, as it is the size that megalm check plans for"]),

@@ -39,7 +39,8 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 @pytest.mark.parametrize("field", ["init_from", "finetune_from"])
 def test_the_model_is_the_sources(base: Config, field: str) -> None:
-    made = composition([f"checkpoint.{field}=runs/base", "run.name=next", "data.phase=1"], source_model)
+    source = f"checkpoint.{field}=runs/${{logging.wandb_group}}"
+    made = composition([source, "logging.wandb_group=base", "run.name=next", "data.phase=1"], source_model)
     assert made.config.model == base.model
     assert made.notes == ("model          taken from runs/base/checkpoints/step-00000003",)
     start = resolve_start(made.config, run_folder(made.config))
