@@ -24,7 +24,7 @@ def check_files(search_path: SearchPath, options: Mapping[str, str | None]) -> N
     """
     primary = read_yaml(search_path.primary)
     listed = dict(_named(primary, ""))
-    groups = {group: name for group, name in {**listed, **options}.items() if name is not None}
+    groups = {group: name for group, name in {**listed, **options}.items() if group and name is not None}
     todo = [f"{group}/{name}" for group, name in groups.items()]
     seen, problems = set(todo), []
     while todo:

@@ -257,7 +257,7 @@ def _both_asked_for(key: str, value: Any, later: str, path: str, other: Any) -> 
 
 
 def _is_chosen(settings: Settings, group: str) -> bool:
-    """Whether the user names an option of a group, not an experiment for him."""
+    """Whether a --config file or the command line names an option of a group; an experiment's choice does not count."""
     return settings.options.get(group) is not None
 
 

@@ -133,3 +133,9 @@ def test_a_run_begins_with_anothers_weights_and_need_not_name_its_model(
     assert (two.hidden_size, two.dropout, one.dropout) == (16, 0.1, 0.0)
     assert main([*second[:-1], "run.name=three", "model.hidden_size=32"]) == 3
     assert "model.hidden_size=32: runs/第一 one/checkpoints/step-00000003 was trained with 16" in capfd.readouterr().err
+
+
+def test_a_path_with_a_comma_may_have_been_meant_as_two(capsys: pytest.CaptureFixture[str]) -> None:
+    said = out_of(capsys, "train", "experiment=mine", "data.path=data/a,data/b", code=3)
+    assert said.startswith("data.path=data/a,data/b: no such folder")
+    assert said.endswith("or several as data.path=[data/a,data/b]\n")

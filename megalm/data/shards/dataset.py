@@ -186,9 +186,10 @@ def check_folder(store: Store) -> None:
     if not folder.exists():
         unfinished = partial_folder(folder)
         hint = f" ({unfinished} was left by a preparation that was cut off)" if unfinished.exists() else ""
+        several = f", or several as data.path=[{folder}]" if "," in str(folder) else ""
         raise DataError(
             f"data.path={folder}: no such folder{_looked_for(folder)}{hint}; prepare one with tools/prepare_data.py "
-            f"--out {folder}, or name it as data.path=FOLDER"
+            f"--out {folder}, or name it as data.path=FOLDER{several}"
         )
     if not any((folder / split).exists() for split in SPLITS):
         raise DataError(

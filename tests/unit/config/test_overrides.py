@@ -67,7 +67,7 @@ def test_lists_of_texts_arrive_item_by_item(items: list[str]) -> None:
     assert arrives("data.path", f"[{','.join(items)}]") == items
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(TEXT, TEXT)
 def test_every_legal_name_and_path_is_composed_as_it_was_typed(name: str, path: str) -> None:
     sound = config_from_dict(nested(SOUND))
