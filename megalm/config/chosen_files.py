@@ -8,6 +8,7 @@ from typing import Any
 
 from megalm.config.parse import section_names
 from megalm.config.search_path import SearchPath
+from megalm.config.violation import close_matches, spoken_list
 from megalm.config.yaml_file import YamlFile, read_yaml
 from megalm.errors import ConfigError
 
@@ -39,6 +40,7 @@ def check_files(search_path: SearchPath, options: Mapping[str, str | None]) -> N
             continue
         folder = option.rpartition("/")[0]
         problems += [*_package_problem(file, folder), *_override_problems(file, folder, set(listed))]
+        problems += _missing(file, folder, search_path, set(options))
         named = [f"{group}/{name}" if group else name for group, name in _named(file, folder) if name is not None]
         todo += [one for one in named if one not in seen]
         seen |= set(named)
@@ -65,6 +67,20 @@ def _entries(file: YamlFile, folder: str) -> Iterator[tuple[str, Any, str]]:
                 group = re.sub(r"^(override|optional)\s+", "", str(key)).partition("@")[0]
                 absolute = group.startswith("/") or not folder
                 yield group.lstrip("/") if absolute else f"{folder}/{group}", name, str(key)
+
+
+def _missing(file: YamlFile, folder: str, search_path: SearchPath, chosen: set[str]) -> Iterator[str]:
+    """Entries that name no file; what the user has chosen otherwise is not looked for."""
+    known = search_path.group_options()
+    for group, name, key in _entries(file, folder):
+        is_looked_for = isinstance(name, str) and "${" not in name and not key.startswith("optional ")
+        if not is_looked_for or (key and group in chosen) or search_path.find(f"{group}/{name}" if group else name):
+            continue
+        close = close_matches(name, known.get(group, []))
+        right = (
+            f"did you mean {spoken_list(close)}?" if close else spoken_list(known.get(group, ["a file that exists"]))
+        )
+        yield f"{file.place('defaults')}: there is no {group}/{name}; {right}"
 
 
 def _package_problem(file: YamlFile, folder: str) -> list[str]:

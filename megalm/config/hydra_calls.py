@@ -18,6 +18,7 @@ from megalm.config.yaml_file import describe_fault
 from megalm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hydra.core.default_element import ResultDefault
     from hydra.core.override_parser.types import Override
 
 _PRIMARY = "megalm_primary"
@@ -116,33 +117,39 @@ def follow_defaults(
     Raises:
         ConfigError: the files do not go together, or one is not YAML.
     """
+    first, *others = folders
+    node = {**primary, "hydra": {"searchpath": [f"file://{folder}" for folder in others]}}
+    lines = [*(f"{group}={_quoted(name)}" for group, name in options.items()), *(f"~{group}" for group in removed)]
+    found = _defaults_list({_PRIMARY: node, "schema": defaults_of}, first, lines)
+    return [
+        Chosen("" if item.primary else str(item.config_path), item.package or "", _parent(item.parent))
+        for item in found
+        if item.config_path is not None and not f"{item.config_path}/".startswith("hydra/")
+    ]
+
+
+def _defaults_list(store: Mapping[str, Mapping[str, Any]], folder: Path, overrides: list[str]) -> list[ResultDefault]:
+    """Hydra's own list of the files that it would merge.
+
+    Raises:
+        ConfigError: one is not YAML, or they do not go together.
+    """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
-    first, *others = [str(folder) for folder in folders]
-    node = {**primary, "hydra": {"searchpath": [f"file://{folder}" for folder in others]}}
-    lines = [*(f"{group}={_quoted(name)}" for group, name in options.items()), *(f"~{group}" for group in removed)]
     try:
-        with (
-            _clean_hydra({_PRIMARY: node, "schema": defaults_of}),
-            hydra.initialize_config_dir(first, version_base="1.3"),
-        ):
+        with _clean_hydra(store), hydra.initialize_config_dir(str(folder), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            found = loader.compute_defaults_list(_PRIMARY, lines, RunMode.RUN).defaults
+            return list(loader.compute_defaults_list(_PRIMARY, overrides, RunMode.RUN).defaults)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(describe_fault(error, Path(mark.name if mark else first))) from None
+        raise ConfigError(describe_fault(error, Path(mark.name if mark else folder))) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         wrong = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"conf={first}: {wrong}; defaults lists that name options which exist") from None
-    return [
-        Chosen("" if item.primary else str(item.config_path), item.package or "", _parent(item.parent))
-        for item in found
-        if item.config_path is not None and not f"{item.config_path}/".startswith("hydra/")
-    ]
+        raise ConfigError(f"conf={folder}: {wrong}; defaults lists that name options which exist") from None
 
 
 def _typed(text: str) -> str:

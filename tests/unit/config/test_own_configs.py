@@ -201,9 +201,18 @@ def test_an_experiment_without_its_package_line_is_recognised(write: Write) -> N
 
 
 def test_a_defaults_list_that_names_nothing_is_one_line(write: Write) -> None:
+    write("conf/experiment/mine.yaml", EXPERIMENT.replace("tp2", "tp3").replace("- quickstart", "- quickstrat"))
+    assert lines_of("experiment=mine") == [
+        "conf/experiment/mine.yaml:2: there is no experiment/quickstrat; did you mean quickstart or quickstart_bert?",
+        "conf/experiment/mine.yaml:2: there is no parallel/tp3; did you mean tp8, tp4 or tp2?",
+    ]
     write("conf/experiment/mine.yaml", EXPERIMENT.replace("tp2", "tp3"))
-    (line,) = lines_of("experiment=mine")
-    assert "tp3" in line and "HYDRA_FULL_ERROR" not in line
+    assert compose(["experiment=mine", "parallel=tp4"]).parallel.tp == 4, "another choice was typed"
+    write("conf/experiment/mine.yaml", EXPERIMENT.replace("override /parallel: tp2", "/parallel: tp2"))
+    assert lines_of("experiment=mine") == [
+        'conf/experiment/mine.yaml:2: "/parallel: tp2" chooses an option of a group for which config.yaml has chosen '
+        'one; "override /parallel: tp2"'
+    ]
 
 
 def test_a_misspelt_option_hides_no_other_mistake(write: Write) -> None:
