@@ -22,6 +22,7 @@ class Dataset(Protocol):
         vocab_size: words of its tokenizer.
         chunk_tokens: tokens per chunk, of which a sequence takes a whole fraction.
         packed_length: the only sequence length of a dataset that was packed; 0: it was not.
+        masked: whether a loss mask says which of its tokens carry loss.
     """
 
     @property
@@ -35,6 +36,9 @@ class Dataset(Protocol):
 
     @property
     def packed_length(self) -> int: ...  # noqa: D102
+
+    @property
+    def masked(self) -> bool: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,7 @@ class DeepSpeedEngine:
             run_stage,
             context,
             schedule=_schedule(config),
-            activation_shape=_activation_shape(config, context),
-            dtype=next(model.parameters()).dtype,
+            between_stages=model.between_stages(config.train.micro_batch_size, config.model.sequence_length),
             weight_gradients=model.tensor_parallel.weight_gradients,
         )
 
@@ -171,9 +170,10 @@ class DeepSpeedEngine:
 
     def _reported(self, result: PipelineResult, names: tuple[str, ...]) -> dict[str, float]:
         """Sums over micro-batches by name, on one of the ranks that compute the same; zeros elsewhere."""
-        if not result.losses or self.context.tp_group.index:
+        if not result.terms or self.context.tp_group.index:
             return dict.fromkeys(names, 0.0)
-        return dict(zip(names, torch.stack(result.losses).double().sum(dim=0).tolist(), strict=True))
+        totals = [torch.stack([terms[name] for terms in result.terms]).double().sum() for name in names]
+        return dict(zip(names, torch.stack(totals).tolist(), strict=True))
 
     def _owns(self, p: DeclaredParameter) -> bool:
         if p.parameter is self.model.second_tied_copy:
@@ -220,12 +220,6 @@ def _schedule(config: Config) -> str:
     and freed again, and a zero-bubble schedule computes weight gradients past the hooks.
     """
     return "1f1b" if config.engine.zero_stage == 3 else config.parallel.schedule
-
-
-def _activation_shape(config: Config, context: ParallelContext) -> tuple[int, int, int]:
-    """[B, S, H] of what passes between stages: this rank's share of each sequence."""
-    shares = context.cp_group.size * (context.tp_group.size if config.parallel.sequence_parallel else 1)
-    return config.train.micro_batch_size, config.model.sequence_length // shares, config.model.hidden_size
 
 
 def _initialise(model: nn.Module, groups: list[ParameterGroup], context: ParallelContext, config: Config) -> Any:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalm.core.pipeline.p2p import Tensors
 from megalm.core.pipeline.runner import PlainGradients
 from megalm.core.sums import sum_of_squares
 from megalm.engine.zero import MOMENTS, ReducedGradients, ZeroOptimizer, adamw_state
@@ -30,9 +31,9 @@ class Root(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+    def forward(self, stage: int, received: Tensors | None, micro_batch: MicroBatch) -> Tensors:
         """As :meth:`Transformer.run`."""
-        return self.model.run(stage, hidden, micro_batch)
+        return self.model.run(stage, received, micro_batch)
 
 
 class HookedGradients(PlainGradients, ReducedGradients):

@@ -1,7 +1,4 @@
-"""``megalm evaluate``: loss and perplexity of a run over a whole validation split.
-
-Shapes: K measures of the objective.
-"""
+"""``megalm evaluate``: loss and perplexity of a run over a whole validation split."""
 
 from __future__ import annotations
 
@@ -91,13 +88,14 @@ def scores(trained: TrainedModel, corpora: Corpora) -> dict[str, float | int | N
         dp_size=1,
         reset_at_documents=config.data.reset_at_documents,
     )
-    sums = torch.zeros(len(objective.measures), dtype=torch.float64)
+    sums = dict.fromkeys(objective.measures, 0.0)
     counts = np.zeros(objective.num_counts(corpora.vocab_size))
     for batch in batches:
         trained.check_tokens(int(batch.tokens.max()), "the validation split")
         micro_batch = evaluation_micro_batch(batch, trained.device, trained.model.context_parallel)
-        sums += trained.model.run(0, None, micro_batch).cpu()  # [K]
+        for name, value in trained.model.run(0, None, micro_batch).items():
+            sums[name] += float(value)
         counts += objective.counts(batch, corpora.vocab_size)
     if not counts.sum():
         raise DataError("the validation split has no tokens that a loss could be computed of; prepare more text")
-    return objective.scores(dict(zip(objective.measures, sums.tolist(), strict=True)), counts)
+    return objective.scores(sums, counts)

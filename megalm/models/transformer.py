@@ -2,7 +2,8 @@
 of it that one pipeline rank runs.
 
 Shapes: B batch, S sequence (this rank's share under context parallelism), H hidden, V vocabulary, T tensor-parallel
-degree. Between stages an activation is [B, S, H], or [B, S/T, H] under sequence parallelism.
+degree. Between stages travels the activation, ``hidden``: [B, S, H], or [B, S/T, H] under sequence parallelism; and, if
+the objective takes scalars from the blocks, ``carried``: their sums so far.
 
 Every layout uses this one class with parts left out, so a parameter has the same name on all of them. A tied embedding
 is present, under its one name, on the ranks of the first and of the last stage.
@@ -22,6 +23,7 @@ from megalm.core.dropout import Dropout
 from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.masked_lm_head import MaskedLMHead
 from megalm.core.norm import make_norm
+from megalm.core.pipeline.p2p import Tensors, TensorSpec
 from megalm.core.pipeline.schedule import splits_backward
 from megalm.core.place import Place
 from megalm.core.position import LearnedPosition, RotaryPosition
@@ -91,7 +93,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.part, self.tensor_parallel, self.context_parallel = part, tensor_parallel, context_parallel
-        self.tied = model.tie_embeddings
+        self.tied, self.hidden_size = model.tie_embeddings, model.hidden_size
         self.recompute = Recompute(engine.recompute, engine.recompute_every)
         self.loss_chunk_tokens, self.objective = engine.loss_chunk_tokens, objective
 
@@ -145,33 +147,48 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
         """Token ids [B, S] ▶ logits [B, S, V]; for a part that is the whole model on one rank."""
-        hidden: Tensor | None = None
+        x: Tensor | None = None
         micro_batch = MicroBatch(tokens, tokens, tokens, place)
         for stage in self.part.stages:
-            hidden = self._blocks(stage, hidden, micro_batch)
-        assert hidden is not None
-        return self.output_embedding.logits(self._last_vectors(hidden), self._output_bias)
+            x, _ = self._blocks(stage, x, None, micro_batch)
+        assert x is not None
+        return self.output_embedding.logits(self._last_vectors(x), self._output_bias)
 
-    def run(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+    def between_stages(self, micro_batch_size: int, sequence_length: int) -> dict[str, TensorSpec]:
+        """What travels between stages, by name; see the module.
+
+        Args:
+            micro_batch_size: B.
+            sequence_length: of whole sequences.
+        """
+        weight = next(self.parameters())
+        shares = self.context_parallel.group.size
+        shares *= self.tensor_parallel.group.size if self.tensor_parallel.splits_sequence else 1
+        specs = {"hidden": TensorSpec((micro_batch_size, sequence_length // shares, self.hidden_size), weight.dtype)}
+        if self._carried:
+            specs["carried"] = TensorSpec((len(self._carried),), torch.float32)
+        return specs
+
+    def run(self, stage: int, received: Tensors | None, micro_batch: MicroBatch) -> Tensors:
         """One stage as the pipeline runner calls it.
 
         Args:
             stage: number of the stage in the whole pipeline.
-            hidden: what the stage before gave, [B, S/T, H] under sequence parallelism, else [B, S, H]; None on the
-                first stage.
+            received: what the stage before returned; None on the first stage.
             micro_batch: this micro-batch's tokens, labels and places.
 
         Returns:
-            The same shape for the next stage. On the last stage [K]: in training the terms of the objective, in
+            What :meth:`between_stages` declares. On the last stage scalars: in training the terms of the objective, in
             evaluation its measures.
         """
-        x = self._blocks(stage, hidden, micro_batch)
-        if stage != self.part.num_stages - 1:
-            return x
-        return self._objective_of(x, micro_batch)
+        received = received or {}
+        x, carried = self._blocks(stage, received.get("hidden"), received.get("carried"), micro_batch)
+        if stage == self.part.num_stages - 1:
+            return self._objective_of(x, carried, micro_batch)
+        return {"hidden": x} if carried is None else {"hidden": x, "carried": carried}
 
-    def _objective_of(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """The last block's output, [B, S, H] or [B, S/T, H] ▶ [K], the objective's terms or measures."""
+    def _objective_of(self, x: Tensor, carried: Tensor | None, micro_batch: MicroBatch) -> Tensors:
+        """The last block's output, [B, S, H] or [B, S/T, H] ▶ the objective's terms or measures."""
         assert self.objective is not None, "a model that was built without an objective gives logits alone"
         output = Output(
             hidden=self._last_vectors(x),
@@ -181,22 +198,33 @@ class Transformer(nn.Module):
             chunk_tokens=self.loss_chunk_tokens,
             context_parallel=self.context_parallel,
             heads=dict(self.heads),
-            carried={},
+            carried={} if carried is None else dict(zip(self._carried, carried.unbind(), strict=True)),
         )
-        values = (self.objective.loss if self.training else self.objective.measure)(output, micro_batch)
-        return torch.stack(tuple(values.values()))
+        return (self.objective.loss if self.training else self.objective.measure)(output, micro_batch)
+
+    @property
+    def _carried(self) -> tuple[str, ...]:
+        """Names of the elements of ``carried``."""
+        return () if self.objective is None else self.objective.carried
 
     @staticmethod
     def _place(micro_batch: MicroBatch) -> Place:
         tokens = micro_batch.tokens
         return micro_batch.place or Place.from_start(tokens.shape[1], tokens.device)
 
-    def _blocks(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+    def _blocks(
+        self, stage: int, hidden: Tensor | None, carried: Tensor | None, micro_batch: MicroBatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the stage before gave ▶ the same after this stage's blocks."""
         place = self._place(micro_batch)
         x = self._embed(micro_batch, place) if hidden is None else hidden
         for index, layer in enumerate(self.part.stages[stage]):
             x = self.recompute.run(index, self.blocks[str(layer)], x, place)
-        return x
+            if self.objective is not None and self._carried:
+                found = self.objective.from_block(layer, x, micro_batch, tensor_parallel=self.tensor_parallel)
+                added = torch.stack([found[name] for name in self._carried])
+                carried = added if carried is None else carried + added
+        return x, carried
 
     def _last_vectors(self, x: Tensor) -> Tensor:
         """What logits are computed of."""

@@ -15,12 +15,13 @@ from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.loader import TrainLoader
 from megalm.data.stream.sequences import Corpora
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
-from megalm.errors import DivergedError, ExitCode
+from megalm.errors import ConfigError, DivergedError, ExitCode
 from megalm.launch import RankInfo
 from megalm.launch.signals import StopRequest
 from megalm.mesh.groups import ParallelContext
 from megalm.models.counts import flops_per_token, parameter_count
 from megalm.models.transformer import build_transformer
+from megalm.objectives.base import Objective
 from megalm.objectives.registry import make_objective
 from megalm.ownership import Claim
 from megalm.plan.hardware import match_device, peak_flops
@@ -80,6 +81,7 @@ def build_trainer(
     await_visible(start)
     context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
     objective = make_objective(config.objective)
+    _check_micro_batch(config, objective)
     datasets = open_datasets(config.data)
     length, each = config.model.sequence_length, objective.sequences_per_example
     train_data = Corpora.open([dataset.below("train") for dataset in datasets], length, each)
@@ -146,6 +148,15 @@ def build_trainer(
         progress=restored.progress,
     )
     return trainer, callbacks
+
+
+def _check_micro_batch(config: Config, objective: Objective) -> None:
+    each, size = objective.sequences_per_example, config.train.micro_batch_size
+    if size % each:
+        raise ConfigError(
+            f"train.micro_batch_size={size}: objective.name={config.objective.name} learns from {each} sequences at a "
+            f"time; a multiple of {each}"
+        )
 
 
 def _assert_nothing_lost(context: ParallelContext, local: int, expected: int) -> None:

@@ -106,7 +106,7 @@ def _saved(case: Case, num_layers: int) -> int:
     weight = torch.full(tokens.shape, 1.0 / tokens.numel())
     micro_batch = MicroBatch(tokens, tokens, weight, Place(torch.arange(tokens.shape[1]), torch.arange(BATCH)))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = stage.run(0, None, micro_batch)
+        loss = stage.run(0, None, micro_batch)["loss"]
     total = sum(size for size, _ in kept.values())
     loss.sum().backward()
     return total

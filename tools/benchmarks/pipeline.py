@@ -147,6 +147,7 @@ class _Megalm:
     """megalm's runner over sleeping stages."""
 
     def __init__(self, schedule: str, virtual_stages: int, options: Options) -> None:
+        from megalm.core.pipeline.p2p import Tensors, TensorSpec
         from megalm.core.pipeline.runner import PipelineRunner
         from megalm.core.weight_gradients import WeightGradients
         from megalm.mesh.groups import ParallelContext
@@ -159,16 +160,16 @@ class _Megalm:
         postponed = WeightGradients(enabled=schedule == "zb_h1")
         self._clock = clock = _Clock()
 
-        def stages(stage: int, hidden: Tensor | None, micro_batch: Tensor) -> Tensor:
-            y = _Sleep.apply(micro_batch if hidden is None else hidden, weight, seconds, clock, postponed)
-            return y.sum().view(1) if stage == last else y
+        def stages(stage: int, received: Tensors | None, micro_batch: Tensor) -> Tensors:
+            x = micro_batch if received is None else received["hidden"]
+            y = _Sleep.apply(x, weight, seconds, clock, postponed)
+            return {"loss": y.sum()} if stage == last else {"hidden": y}
 
         self._runner = PipelineRunner(
             stages,
             context,
             schedule=schedule,
-            activation_shape=SHAPE,
-            dtype=torch.float32,
+            between_stages={"hidden": TensorSpec(SHAPE, torch.float32)},
             weight_gradients=postponed,
         )
         self._optimizer = torch.optim.SGD([weight], lr=0.0)

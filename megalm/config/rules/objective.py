@@ -27,6 +27,18 @@ def objective_fits_attention(job: Job) -> Iterator[Violation]:
         )
 
 
+def completions_are_marked(job: Job) -> Iterator[Violation]:
+    """Supervised fine-tuning needs data that say what is a completion."""
+    if job.config.objective.name == "sft" and job.datasets and not any(dataset.masked for dataset in job.datasets):
+        yield Violation(
+            "objective.name",
+            "sft",
+            "no dataset of data.path has a loss mask, so prompts would carry loss like completions",
+            "data of prepare_data.py --corpus sft",
+            fixes=(Fix("objective.name", ("clm",)),),
+        )
+
+
 def prompts_are_for_decoders(job: Job) -> Iterator[Violation]:
     """A closing sample continues a text, which an encoder does not."""
     if not job.config.model.causal and job.config.report.prompt is not None:
@@ -40,5 +52,6 @@ def prompts_are_for_decoders(job: Job) -> Iterator[Violation]:
 
 RULES: tuple[Rule, ...] = (
     objective_fits_attention,
+    completions_are_marked,
     prompts_are_for_decoders,
 )

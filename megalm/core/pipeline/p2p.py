@@ -1,12 +1,13 @@
-"""Transfers between pipeline ranks: grouped, non-blocking, waited for where the tensor is used.
+"""Transfers between pipeline ranks: grouped, non-blocking, waited for where the tensors are used.
 
-Shapes: B micro-batch, S sequence, H hidden; every activation and every gradient between stages is [B, S, H], with the
-share of S that a rank holds under context and sequence parallelism.
+What travels from stage to stage is a few named tensors whose shapes are declared beforehand and are the same between
+all stages; what travels back is a gradient for each.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,18 @@ from megalm.core.pipeline.schedule import Transfer
 from megalm.mesh.groups import Group
 
 Key = tuple[bool, int, int]
-"""(is it a gradient, stage that consumes it, micro-batch) of a tensor on its way."""
+"""(are they gradients, stage that consumes them, micro-batch) of tensors on their way."""
+
+Tensors = Mapping[str, Tensor]
+"""What a stage hands to the next, or back, by name."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a receiver must know of a tensor before it comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Mailbox:
@@ -24,19 +36,22 @@ class Mailbox:
 
     The transfers of one tick are issued together (``batch_isend_irecv``), which is what makes an order with sends in
     both directions safe on NCCL. A receive is waited for only when its tensor is taken; a sent tensor is kept alive
-    until its transfer has ended, and no longer. A tensor for a stage of the same rank is handed over as it is.
+    until its transfer has ended, and no longer. Tensors for a stage of the same rank are handed over as they are.
+
+    Args:
+        group: the pipeline ranks.
+        specs: what travels, in the order in which it is sent.
+        device: where tensors arrive.
     """
 
-    def __init__(self, group: Group, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, group: Group, specs: Mapping[str, TensorSpec], device: torch.device) -> None:
         self._group = group
-        self._shape = shape
-        self._dtype = dtype
+        self._specs = specs
         self._device = device
-        self._arriving: dict[Key, tuple[Tensor, list[dist.Work]]] = {}
+        self._arriving: dict[Key, tuple[Tensors, list[dist.Work]]] = {}
         self._sending: list[tuple[list[Tensor], list[dist.Work]]] = []
-        self.wait_seconds = 0.0
 
-    def exchange(self, result: Tensor | None, sends: tuple[Transfer, ...], receives: tuple[Transfer, ...]) -> None:
+    def exchange(self, result: Tensors | None, sends: tuple[Transfer, ...], receives: tuple[Transfer, ...]) -> None:
         """Issue the transfers of one tick; ``result`` is what this tick's action produced."""
         self._release_sent()
         operations: list[dist.P2POp] = []
@@ -46,16 +61,18 @@ class Mailbox:
             if transfer.source == transfer.target:
                 self._arriving[_key(transfer)] = result, []
                 continue
-            tensor = result.contiguous()
-            kept.append(tensor)
-            operations.append(dist.P2POp(dist.isend, tensor, self._group.ranks[transfer.target], self._group.handle))
-        buffers: dict[Key, Tensor] = {}
+            target = self._group.ranks[transfer.target]
+            for name in self._specs:
+                tensor = result[name].contiguous()
+                kept.append(tensor)
+                operations.append(dist.P2POp(dist.isend, tensor, target, self._group.handle))
+        buffers: dict[Key, Tensors] = {}
         for transfer in receives:
             if transfer.source == transfer.target:
                 continue
-            buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            buffers[_key(transfer)] = buffer
-            operations.append(dist.P2POp(dist.irecv, buffer, self._group.ranks[transfer.source], self._group.handle))
+            source = self._group.ranks[transfer.source]
+            buffers[_key(transfer)] = arriving = self._empty()
+            operations += [dist.P2POp(dist.irecv, tensor, source, self._group.handle) for tensor in arriving.values()]
         if not operations:
             return
         works = dist.batch_isend_irecv(operations)
@@ -63,29 +80,32 @@ class Mailbox:
         grouped = len(works) != len(operations)
         if kept:
             self._sending.append((kept, works if grouped else works[: len(kept)]))
-        for offset, (key, buffer) in enumerate(buffers.items()):
-            self._arriving[key] = buffer, works if grouped else [works[len(kept) + offset]]
+        each = len(self._specs)
+        for number, (key, tensors) in enumerate(buffers.items()):
+            first = len(kept) + number * each
+            self._arriving[key] = tensors, works if grouped else works[first : first + each]
 
-    def take(self, *, is_gradient: bool, stage: int, micro_batch: int) -> Tensor:
-        """The tensor that an action consumes, waiting for it if need be; the mailbox forgets it."""
-        buffer, works = self._arriving.pop((is_gradient, stage, micro_batch))
-        self._wait(works)
-        return buffer
+    def take(self, *, is_gradient: bool, stage: int, micro_batch: int) -> Tensors:
+        """The tensors that an action consumes, waiting for them if need be; the mailbox forgets them."""
+        arrived, works = self._arriving.pop((is_gradient, stage, micro_batch))
+        for work in works:
+            work.wait()
+        return arrived
 
     def flush(self) -> None:
         """Wait until every tensor sent has left."""
         for _, works in self._sending:
-            self._wait(works)
+            for work in works:
+                work.wait()
         self._sending.clear()
+
+    def _empty(self) -> dict[str, Tensor]:
+        return {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device) for name, spec in self._specs.items()
+        }
 
     def _release_sent(self) -> None:
         self._sending = [(kept, works) for kept, works in self._sending if not all(w.is_completed() for w in works)]
-
-    def _wait(self, works: list[dist.Work]) -> None:
-        start = time.perf_counter()
-        for work in works:
-            work.wait()
-        self.wait_seconds += time.perf_counter() - start
 
 
 def _key(transfer: Transfer) -> Key:

@@ -1,15 +1,13 @@
 """Executes a schedule on one pipeline rank.
 
-The runner knows stages only as functions, so it serves any model: a stage maps its input to its output, the last one
-maps its input to the terms of the objective.
-
-Shapes: B micro-batch, S sequence, H hidden, K terms of the objective.
+The runner knows stages only as functions, so it serves any model: a stage maps a few named tensors to as many for the
+next stage, the last one to the terms of the objective.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Generic, Protocol, TypeVar
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megalm.core.pipeline.p2p import Mailbox
+from megalm.core.pipeline.p2p import Mailbox, Tensors, TensorSpec
 from megalm.core.pipeline.schedule import SCHEDULES, Action, Kind, Shape, Tick, forward_only, plan
 from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.groups import ParallelContext
@@ -30,16 +28,17 @@ MicroBatchIn = TypeVar("MicroBatchIn", contravariant=True)
 class Stages(Protocol[MicroBatchIn]):
     """What the runner needs of the stages of a rank."""
 
-    def __call__(self, stage: int, hidden: Tensor | None, micro_batch: MicroBatchIn, /) -> Tensor:
+    def __call__(self, stage: int, received: Tensors | None, micro_batch: MicroBatchIn, /) -> Tensors:
         """Run one stage.
 
         Args:
             stage: its number in the whole pipeline.
-            hidden: output of the stage before, [B, S, H]; None on the first stage, which reads the micro-batch.
+            received: what the stage before returned, by name; None on the first stage, which reads the micro-batch.
             micro_batch: this micro-batch's tokens, labels and mask.
 
         Returns:
-            [B, S, H], or on the last stage [K], the terms whose sum is to be minimised.
+            The tensors that travel between stages, by name; on the last stage scalars, the terms whose sum is to be
+            minimised (those without a gradient are only reported).
         """
 
 
@@ -79,12 +78,12 @@ class PipelineResult:
     """What one pass over the micro-batches gave on this rank.
 
     Attributes:
-        losses: the last stage's terms [K] in micro-batch order, detached; empty on other ranks.
+        terms: what the last stage returned, in micro-batch order, detached; empty on other ranks.
         busy_seconds: time spent computing.
         total_seconds: time from the first action to the last.
     """
 
-    losses: list[Tensor]
+    terms: list[Tensors]
     busy_seconds: float
     total_seconds: float
 
@@ -101,8 +100,7 @@ class PipelineRunner(Generic[MicroBatch]):
         stages: this rank's stages.
         context: this rank's place and groups.
         schedule: a key of ``SCHEDULES``.
-        activation_shape: [B, S, H] of what passes between stages.
-        dtype: dtype of what passes between stages.
+        between_stages: what travels between stages, by name.
         weight_gradients: where the stages' layers leave products that the schedule postpones.
     """
 
@@ -112,15 +110,13 @@ class PipelineRunner(Generic[MicroBatch]):
         context: ParallelContext,
         *,
         schedule: str,
-        activation_shape: tuple[int, int, int],
-        dtype: torch.dtype,
+        between_stages: Mapping[str, TensorSpec],
         weight_gradients: WeightGradients | None = None,
     ) -> None:
         self._stages = stages
         self._group = context.pp_group
         self._device = context.device
-        self._shape = activation_shape
-        self._dtype = dtype
+        self._between_stages = between_stages
         self._weight_gradients = weight_gradients or WeightGradients()
         topology, rank = context.topology, context.coordinates.pp
         self._last_stage = topology.num_stages - 1
@@ -169,17 +165,17 @@ class _Pass(Generic[MicroBatch]):
         self._micro_batches = micro_batches
         self._gradients = gradients
         self._loss_scale = loss_scale
-        self._mailbox = Mailbox(runner._group, runner._shape, runner._dtype, runner._device)
-        # (stage, micro-batch) ▶ stage input and where backward enters. The output itself is not kept: once sent, only
-        # what its own backward saved stays in memory.
-        self._live: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
-        self._losses: dict[int, Tensor] = {}
+        self._mailbox = Mailbox(runner._group, runner._between_stages, runner._device)
+        # (stage, micro-batch) ▶ stage inputs and where backward enters. The outputs themselves are not kept: once sent,
+        # only what their own backward saved stays in memory.
+        self._live: dict[tuple[int, int], tuple[Tensors | None, dict[str, GradientEdge]]] = {}
+        self._terms: dict[int, Tensors] = {}
 
     def run(self, ticks: tuple[Tick, ...]) -> PipelineResult:
         last_work = {tick.action.stage: tick.action for tick in ticks if tick.action}
         started, busy_seconds = time.perf_counter(), 0.0
         for tick in ticks:
-            result: Tensor | None = None
+            result: Tensors | None = None
             if tick.action is not None:
                 received = self._receive(tick.action)
                 before = time.perf_counter()
@@ -188,11 +184,11 @@ class _Pass(Generic[MicroBatch]):
                 del received
             self._mailbox.exchange(result, tick.sends, tick.receives)
         self._mailbox.flush()
-        losses = [self._losses[m] for m in sorted(self._losses)]
-        return PipelineResult(losses, busy_seconds, time.perf_counter() - started)
+        terms = [self._terms[m] for m in sorted(self._terms)]
+        return PipelineResult(terms, busy_seconds, time.perf_counter() - started)
 
-    def _receive(self, action: Action) -> Tensor | None:
-        """The activation or gradient that an action needs from another stage, if it needs one."""
+    def _receive(self, action: Action) -> Tensors | None:
+        """The activations or gradients that an action needs from another stage, if it needs any."""
         if action.kind is Kind.WEIGHT_GRADIENT:
             return None
         starts_here = action.stage == (0 if action.kind is Kind.FORWARD else self._runner._last_stage)
@@ -202,7 +198,7 @@ class _Pass(Generic[MicroBatch]):
             is_gradient=action.kind.sends_gradient, stage=action.stage, micro_batch=action.micro_batch
         )
 
-    def _perform(self, action: Action, received: Tensor | None, *, last: bool) -> Tensor | None:
+    def _perform(self, action: Action, received: Tensors | None, *, last: bool) -> Tensors | None:
         if action.kind is Kind.FORWARD:
             return self._forward(action, received)
         self._gradients.before(action.stage, last=last)
@@ -220,21 +216,28 @@ class _Pass(Generic[MicroBatch]):
         self._gradients.after(action.stage, last=last)
         return result
 
-    def _forward(self, action: Action, hidden: Tensor | None) -> Tensor:
+    def _forward(self, action: Action, received: Tensors | None) -> Tensors:
         training = torch.is_grad_enabled()
-        if hidden is not None and training:
-            hidden.requires_grad_()
-        output = self._runner._stages(action.stage, hidden, self._micro_batches[action.micro_batch])
+        if received is not None and training:
+            for tensor in received.values():
+                tensor.requires_grad_()
+        outputs = self._runner._stages(action.stage, received, self._micro_batches[action.micro_batch])
+        detached = {name: output.detach() for name, output in outputs.items()}
         if action.stage == self._runner._last_stage:
-            self._losses[action.micro_batch] = output.detach()
+            self._terms[action.micro_batch] = detached
         if training:
-            self._live[action.stage, action.micro_batch] = hidden, get_gradient_edge(output)
-        return output.detach()
+            edges = {name: get_gradient_edge(output) for name, output in outputs.items() if output.requires_grad}
+            self._live[action.stage, action.micro_batch] = received, edges
+        return detached
 
-    def _backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:
-        hidden, edge = self._live.pop((action.stage, action.micro_batch))
-        if gradient is None:
-            terms = self._losses[action.micro_batch]
-            gradient = torch.ones_like(terms) * self._loss_scale
-        torch.autograd.backward(edge, gradient)
-        return None if hidden is None else hidden.grad
+    def _backward(self, action: Action, gradients: Tensors | None) -> Tensors | None:
+        received, edges = self._live.pop((action.stage, action.micro_batch))
+        if gradients is None:
+            terms = self._terms[action.micro_batch]
+            gradients = {name: torch.ones_like(terms[name]) * self._loss_scale for name in edges}
+        torch.autograd.backward(list(edges.values()), [gradients[name] for name in edges])
+        if received is None:
+            return None
+        return {
+            name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in received.items()
+        }

@@ -37,6 +37,7 @@ class DatasetInfo:
         tokenizer_sha256: hash of the tokenizer that made them.
         marks: how documents begin and end, in words.
         train_fingerprint: of the training split's contents, wherever they are.
+        masked: whether the training split has a loss mask.
     """
 
     location: str
@@ -48,6 +49,7 @@ class DatasetInfo:
     tokenizer_sha256: str
     marks: str
     train_fingerprint: str = ""
+    masked: bool = False
 
     def sequences(self, sequence_length: int) -> int:
         """Sequences of the training split."""
@@ -108,6 +110,7 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
         tokenizer_sha256=train.tokenizer_sha256,
         marks=train.marks,
         train_fingerprint=train.fingerprint,
+        masked=train.masked,
     )
 
 

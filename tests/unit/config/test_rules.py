@@ -262,6 +262,7 @@ class Dataset:
     vocab_size: int = 100
     chunk_tokens: int = 128
     packed_length: int = 0
+    masked: bool = False
 
 
 def test_what_the_data_ask_for() -> None:
@@ -284,6 +285,12 @@ def test_what_the_data_ask_for() -> None:
     assert lines(good, Dataset(packed_length=64), Dataset("data/other", chunk_tokens=96)) == [
         "model.sequence_length=32: the dataset data/none was packed for sequences of 64 tokens; "
         "datasets of data.path that take one common length: prepare one of them again"
+    ]
+    tuned = with_value(good, "objective.name", "sft")
+    assert lines(tuned, Dataset(), Dataset(masked=True)) == [], "plain text may be mixed in"
+    assert lines(tuned, Dataset()) == [
+        "objective.name=sft: no dataset of data.path has a loss mask, so prompts would carry loss like completions; "
+        "data of prepare_data.py --corpus sft, or objective.name=clm"
     ]
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from megalm.core.pipeline.p2p import Tensors, TensorSpec
 from megalm.core.pipeline.partition import partition_layers
 from megalm.core.pipeline.runner import PipelineRunner
 from megalm.core.pipeline.schedule import (
@@ -247,14 +248,16 @@ class _Stages(nn.Module):
         self.outputs: dict[tuple[int, int], weakref.ref] = {}
         self.alive: list[int] = []
 
-    def forward(self, stage: int, hidden: torch.Tensor | None, micro_batch: torch.Tensor) -> torch.Tensor:
+    def forward(self, stage: int, received: Tensors | None, micro_batch: torch.Tensor) -> Tensors:
         self.alive.append(sum(output() is not None for output in self.outputs.values()))
-        hidden = micro_batch if hidden is None else hidden
+        hidden = micro_batch if received is None else received["hidden"]
+        sums = torch.zeros(2) if received is None else received["sums"]
         output = _Linear.apply(hidden, self.weights[stage], self.weight_gradients)
+        sums = sums + torch.stack([output.mean(), output.sum()])
         if stage == len(self.weights) - 1:
-            return output.square().mean().view(1)
+            return {"loss": output.square().mean(), "mean": sums[0], "sum": sums[1].detach()}
         self.outputs[stage, len(self.outputs)] = weakref.ref(output)
-        return output
+        return {"hidden": output, "sums": sums}
 
 
 def _runner(name: str, v: int) -> tuple[_Stages, PipelineRunner]:
@@ -265,8 +268,7 @@ def _runner(name: str, v: int) -> tuple[_Stages, PipelineRunner]:
         stages,
         context,
         schedule=name,
-        activation_shape=(2, 3, 4),
-        dtype=torch.float32,
+        between_stages={"hidden": TensorSpec((2, 3, 4), torch.float32), "sums": TensorSpec((2,), torch.float32)},
         weight_gradients=weight_gradients,
     )
 
@@ -280,18 +282,26 @@ def test_a_run_gives_the_losses_and_gradients_of_autograd(name: str, v: int) -> 
     micro_batches = list(torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(1)))
     result = runner.train(micro_batches, loss_scale=2.0)
     weights = [w.detach().clone().requires_grad_() for w in stages.weights]
-    losses = []
+    losses, means, sums = [], [], []
     for micro_batch in micro_batches:
-        hidden = micro_batch
+        hidden, mean, total = micro_batch, torch.zeros(()), torch.zeros(())
         for weight in weights:
             hidden = F.linear(hidden, weight)
+            mean, total = mean + hidden.mean(), total + hidden.sum()
         losses.append(hidden.square().mean())
-    (torch.stack(losses).sum() * 2.0).backward()
-    torch.testing.assert_close(torch.cat(result.losses), torch.stack(losses).detach())
+        means.append(mean)
+        sums.append(total)
+    (torch.stack(losses + means).sum() * 2.0).backward()
+    terms = {"loss": losses, "mean": means, "sum": sums}
+    _assert_terms(result.terms, terms)
     for got, want in zip(stages.weights, weights, strict=True):
         torch.testing.assert_close(got.grad, want.grad)
-    evaluated = runner.evaluate(micro_batches).losses
-    torch.testing.assert_close(torch.cat(evaluated), torch.stack(losses).detach())
+    _assert_terms(runner.evaluate(micro_batches).terms, terms)
+
+
+def _assert_terms(found: list[Tensors], want: dict[str, list[torch.Tensor]]) -> None:
+    for name, values in want.items():
+        torch.testing.assert_close(torch.stack([terms[name] for terms in found]), torch.stack(values).detach())
 
 
 def test_the_output_that_autograd_made_is_freed_once_it_is_handed_on() -> None:

@@ -48,7 +48,7 @@ def run(gpt: Transformer) -> tuple[float, dict[str, torch.Tensor], int]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = gpt.run(0, None, MicroBatch(tokens, tokens, torch.ones(2, 16), place))
+        loss = gpt.run(0, None, MicroBatch(tokens, tokens, torch.ones(2, 16), place))["loss"]
     saved = sum(kept.values())
     loss.sum().backward()
     return float(loss.detach()), {name: p.grad for name, p in gpt.named_parameters()}, saved

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megalm.config.schema import Data
 from megalm.data.shards.read import TokenShards
 from megalm.data.shards.write import ShardWriter
+from megalm.data.stream.batch import document_starts
 from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.loader import TrainLoader, validation_batches
 from megalm.data.stream.sequences import Corpora
@@ -280,3 +281,74 @@ def test_validation_of_a_blend_takes_a_share_of_each(blend: Corpora, samples: in
     assert len({*zip(corpus.tolist(), sequence.tolist(), strict=True)}) == corpus.size
     if samples == 64:
         assert np.bincount(corpus).min() >= 6
+
+
+@pytest.fixture(scope="module")
+def pairs(blend: Corpora) -> Corpora:
+    """19, 3 and 10 pairs; the odd sequence of the second corpus is left out."""
+    return replace(blend, sequences_per_example=2)
+
+
+def test_neighbouring_sequences_that_belong_together_are_never_parted(pairs: Corpora) -> None:
+    assert pairs.sizes == (19, 3, 10)
+    stored = {
+        tuple(pair.ravel().tolist())
+        for corpus, size in enumerate(pairs.sizes)
+        for pair in pairs.read(np.full(size, corpus), np.arange(size)).tokens[:, :-1].reshape(size, 2, 8)
+    }
+    alone, replicas = loader(pairs), [loader(pairs, rank, 3) for rank in range(3)]
+    for number in range(6):
+        batches = [replica.next() for replica in replicas]
+        for batch in batches:
+            assert batch.samples.reshape(-1, 2).tolist() == [[s, s + 1] for s in batch.samples[::2].tolist()]
+            assert {tuple(pair.ravel().tolist()) for pair in batch.tokens.reshape(-1, 2, 8)} <= stored
+        rows = {s: row.tolist() for batch in batches for s, row in zip(batch.samples, batch.tokens, strict=True)}
+        assert sorted(rows) == list(range(12 * number, 12 * number + 12))
+        whole = alone.next()
+        assert [rows[s] for s in whole.samples] == whole.tokens.tolist()
+    state = alone.state_dict()
+    assert state["consumed_samples"] == sum(entry["samples"] for entry in state["corpora"]) == 72
+    resumed = loader(pairs)
+    resumed.load_state_dict(state)
+    assert resumed.next().tokens.tolist() == alone.next().tokens.tolist()
+    for each in (alone, resumed, *replicas):
+        each.close()
+
+
+def test_another_grouping_is_another_order(blend: Corpora, pairs: Corpora) -> None:
+    with pytest.raises(DataError, match="sequences per example=nothing: the checkpoint was trained with 2"):
+        loader(blend).load_state_dict(loader(pairs).state_dict())
+
+
+def test_batches_hold_whole_groups(pairs: Corpora) -> None:
+    with pytest.raises(ValueError, match="global batch of 12 does not split over 4 replicas in groups of 2 sequences"):
+        loader(pairs, 0, 4)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_validation_of_pairs_counts_every_pair_once(pairs: Corpora, dp_size: int) -> None:
+    seen = []
+    for rank in range(dp_size):
+        for batch in validation_batches(pairs, None, 4, dp_rank=rank, dp_size=dp_size, make_batch=next_tokens):
+            assert batch.tokens.shape == (4, 8)
+            seen += [s for s, mask in zip(batch.samples.tolist(), batch.loss_mask, strict=True) if mask.any()]
+    assert sorted(seen) == list(range(64))
+
+
+def test_documents_begin_after_each_end_in_the_rows_as_they_are_stored(dataset: Corpora) -> None:
+    """Whatever an objective puts in their place; and where nobody asks, nothing is looked for."""
+
+    def hidden(rows, samples):
+        batch = next_tokens(rows, samples)
+        return replace(batch, tokens=np.full_like(batch.tokens, 7))
+
+    (plain, *_) = validation_batches(dataset, None, 32, dp_rank=0, dp_size=1, make_batch=next_tokens)
+    assert plain.document_starts is None
+    (batch, *_) = validation_batches(
+        dataset, None, 32, dp_rank=0, dp_size=1, make_batch=hidden, reset_at_documents=True
+    )
+    assert np.array_equal(batch.document_starts, document_starts(plain.tokens, 0))
+    replica = loader(dataset, reset_at_documents=True)
+    taken = replica.next()
+    assert np.array_equal(taken.document_starts, document_starts(taken.tokens, 0))
+    replica.close()

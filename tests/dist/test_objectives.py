@@ -1,0 +1,91 @@
+"""An objective that megalm has never heard of trains on any layout as in one process, with clipping active throughout.
+
+One has a loss from inside the blocks, one a loss per sequence with a head of its own, one a loss per pair of sequences;
+see ``other_objectives.py``. They are plugged in from outside: model, runner, engine and data stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from harness import run_ranks
+from other_objectives import TASKS
+from parity import CLIP, MODEL, Layout
+
+from megalm.config.schema import Config
+from megalm.verify.differences import differences
+from megalm.verify.parity import Trace, train_on_layout, train_plainly
+from tests.families import bert_of
+
+UNTIED = replace(MODEL, tie_embeddings=False)
+LAYOUTS: dict[str, list[Layout]] = {
+    "calm": [
+        Layout(tp=2, pp=2),
+        Layout(tp=2, sp=True, pp=2, recompute="full"),
+        Layout(pp=4, schedule="zb_h1"),
+        Layout(pp=2, v=2, dp=2, schedule="interleaved_1f1b"),
+        Layout(cp=2, pp=2, cp_attention="ring"),
+        Layout(tp=2, dp=2, zero_stage=2),
+        Layout(dp=4, zero_stage=3),
+    ],
+    "score": [
+        Layout(tp=2, pp=2),
+        Layout(tp=2, sp=True, pp=2, schedule="zb_h1"),
+        Layout(cp=2, dp=2),
+        Layout(cp=2, pp=2, cp_attention="ring"),
+        Layout(pp=2, dp=2, model=UNTIED, name="untied"),
+        Layout(dp=4, zero_stage=2),
+        Layout(dp=4, zero_stage=3),
+    ],
+    "preference": [
+        Layout(tp=2, pp=2),
+        Layout(tp=2, sp=True, pp=2, schedule="gpipe"),
+        Layout(tp=4, sp=True, model=UNTIED, name="untied"),
+        Layout(cp=2, dp=2, cp_attention="ring"),
+        Layout(tp=2, dp=2, model=bert_of(MODEL), name="bert"),
+        Layout(dp=4, zero_stage=2),
+        Layout(dp=4, zero_stage=3),
+    ],
+}
+CASES = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
+
+
+def config_of(name: str, layout: Layout) -> Config:
+    """The margins of random rows are large, and so are the gradients of a preference."""
+    config = layout.config()
+    objective = TASKS[name]().objective
+    return replace(config, objective=objective.settings, train=replace(config.train, micro_batch_size=2))
+
+
+def train_all(cases: list[tuple[str, Layout]]) -> list[Trace]:
+    return [train_on_layout(config_of(name, layout), layout.topology, TASKS[name]()) for name, layout in cases]
+
+
+@cache
+def traces() -> list[list[Trace]]:
+    by_rank = run_ranks(4, train_all, CASES, timeout_seconds=280)
+    return [list(per_case) for per_case in zip(*by_rank, strict=True)]
+
+
+@cache
+def reference(name: str, layout: Layout) -> Trace:
+    return train_plainly(config_of(name, layout), task=TASKS[name]())
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{name}-{layout}" for name, layout in CASES])
+def test_any_layout_gives_the_numbers_of_one_process(index: int) -> None:
+    name, layout = CASES[index]
+    want, ranks = reference(name, layout.reference), traces()[index]
+    assert min(want.grad_norms) > CLIP, "clipping is active in every step"
+    found = differences(want, ranks)
+    assert found.initial_weights == 0.0
+    assert found.missing == 0
+    assert found.untrained == ()
+    assert max(found.loss, found.grad_norm) < 1e-5
+    assert found.weights < 1e-5
+    assert found.copies == 0.0
+    for theirs, ours in zip(want.terms, ranks[0].terms, strict=True):
+        for term in TASKS[name]().objective.terms[1:]:
+            assert ours[term] == pytest.approx(theirs[term], abs=1e-5, rel=1e-5), f"the term {term} under its name"
