@@ -21,8 +21,6 @@ from megalm.launch.console import run_on_console
 from megalm.launch.guard import check_text, guarded
 from megalm.launch.isolation import shield
 
-_WORKER_MODULE = "megalm.launch.worker"
-
 _OVERRIDES_HELP = (
     "GROUP=OPTION (experiment=quickstart, model=gpt3_125m, parallel=tp2) and FIELD=VALUE (train.steps=50, "
     "run.name=try1); every field, its default and its meaning: megalm/config/schema.py"
@@ -98,46 +96,21 @@ def _main_parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from megalm.launch.run import run_job, run_on_own_ranks
+    from megalm.train.job import TRAIN
+
+    if not options.multirun:
+        return run_job(TRAIN, options.overrides)
+    from megalm.cli.sweep import run_sweep
     from megalm.launch import discover
 
     rank = discover(os.environ)
-    if options.multirun:
-        if rank is not None:
-            raise ConfigError(
-                f"-m: {rank.launcher} has started ranks, which train one run; megalm train -m starts ranks of its own, "
-                "for one run after another"
-            )
-        from megalm.cli.sweep import run_sweep
-
-        return run_sweep(options.overrides, _train_here)
     if rank is not None:
-        from megalm.launch.worker import run_launched
-
-        run_launched(rank, options.overrides)
-    return _train_here(options.overrides)
-
-
-def _train_here(overrides: list[str]) -> int:
-    """No launcher has started ranks, so this process does."""
-    from megalm.launch.local import LocalJob, run_local
-    from megalm.plan.preflight import completion_lines, owned_plan
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    with owned_plan(overrides, say=say) as (plan, ownership):
-        if plan.complete:
-            print(*completion_lines(plan), sep="\n")
-            return ExitCode.DONE
-        job = LocalJob(
-            world_size=plan.world_size,
-            threads_per_rank=plan.config.launch.threads_per_rank,
-            run_dir=plan.run_dir,
-            plan=plan.to_json(),
-            module=_WORKER_MODULE,
-            inherited=(ownership.descriptor,),
+        raise ConfigError(
+            f"-m: {rank.launcher} has started ranks, which train one run; megalm train -m starts ranks of its own, "
+            "for one run after another"
         )
-        return run_local(job, say)
+    return run_sweep(options.overrides, lambda overrides: run_on_own_ranks(TRAIN, overrides))
 
 
 def _check(options: argparse.Namespace) -> int:

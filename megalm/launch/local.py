@@ -39,6 +39,8 @@ KEEPS_MEMORY = {
 the kernel, so that a step begins by touching each page of its activations anew: a tenth to a fifth of a CPU step. With
 these a rank keeps what one step needed for the next; its resident memory stays at its peak. A user's own values win."""
 
+WORKER_MODULE = "megalm.launch.worker"
+
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 """What is left of a run has this long, after one rank failed, to write what it knows."""
@@ -52,7 +54,7 @@ class LocalJob:
         world_size: how many.
         threads_per_rank: OMP threads of each.
         run_dir: where their logs are.
-        plan: what rank 0 reads from its standard input and tells the others.
+        plan: what rank 0 reads from its standard input and tells the others: an ``Assignment``.
         module: what each rank runs, as ``python -m``.
         inherited: open files that ranks keep open: the lock of the run's folder is free when all of them have ended.
     """
@@ -61,7 +63,7 @@ class LocalJob:
     threads_per_rank: int
     run_dir: Path
     plan: str
-    module: str
+    module: str = WORKER_MODULE
     inherited: tuple[int, ...] = ()
 
 

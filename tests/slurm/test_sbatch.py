@@ -136,3 +136,15 @@ def test_a_crash_is_tried_again_and_a_cancelled_job_is_not(
     time.sleep(3)  # the job script has ended by now, and would have asked for a requeue
     state = cluster.job(job)
     assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "1"), (tmp_path / f"job-{job}.out").read_text()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "line"), [("done", "the sum is 10"), ("bad-data", "numbers: rank 1 has none; give it one")]
+)
+def test_srun_starts_ranks_of_another_job(cluster: SlurmCluster, tmp_path: Path, outcome: str, line: str) -> None:
+    ranks = ("srun", "--nodes=2", "--ntasks-per-node=2", "--export=ALL")
+    job = (sys.executable, "-m", "second_job", "4", str(tmp_path), outcome)
+    output = cluster.run(*ranks, *job, cwd=tmp_path, check=False, PYTHONPATH=str(REPOSITORY / "tests" / "dist"))
+    assert output.splitlines().count(line) == 1, output
+    written = sorted(path.name for path in tmp_path.glob("sum-*"))
+    assert written == ([f"sum-{rank}" for rank in range(4)] if outcome == "done" else [])

@@ -1,0 +1,71 @@
+"""Shows the error that ended a job once, however many ranks it ended. No torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+
+from megalm.errors import ExitCode, MegalmError
+from megalm.launch.guard import explained
+from megalm.launch.logs import Console, Tee
+from megalm.launch.rendezvous import Meeting
+
+_NOTICE_SECONDS = 2.0
+"""How long a rank that failed because another one did waits to be ended, so that the launcher sees that one first."""
+
+_MAX_LIBRARY_CHARACTERS = 4000
+"""Characters of libraries' own output that are shown if there is no log to read."""
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process")
+
+
+class Reporter:
+    """Shows an error if this rank failed first, and logs it otherwise.
+
+    Args:
+        console: where the user reads.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.meeting: Meeting | None = None
+
+    def report(self, error: Exception) -> int:
+        """Log an error, show it if this rank failed first, and return the exit code of the job."""
+        known = explained(error)
+        code = int(ExitCode.BUG if known is None else known.exit_code)
+        is_users = known is not None
+        trace = "".join(traceback.format_exception(error))
+        text = trace if known is None else f"{known}\n"
+        if is_users and not isinstance(error, MegalmError):
+            self._log(trace)
+        if not is_users and not isinstance(sys.stderr, Tee):  # there is no log yet
+            text = self._console.held_back()[-_MAX_LIBRARY_CHARACTERS:] + text
+        if self.meeting is None:
+            self._show(text)
+            return code
+        rank = self.meeting.rank.rank
+        is_consequence = not is_users and any(sign in str(error) for sign in _LOST_PEER)
+        first = None if is_consequence else self.meeting.claim_failure(code)
+        if first is not None and first[0] == rank:
+            self._show(text if is_users else f"rank {rank} failed:\n{text}")
+            return code
+        self._log(text)
+        time.sleep(_NOTICE_SECONDS)
+        return first[1] if first is not None else code
+
+    def _show(self, text: str) -> None:
+        """On the terminal, and in the log if there is one."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._console.write(text)
+        self._log(text)
+
+    def _log(self, text: str) -> None:
+        """In the log alone, once there is one."""
+        if isinstance(sys.stderr, Tee):
+            sys.stderr.write_log(text)
+        elif not self._console.is_same(sys.stderr):
+            sys.stderr.write(text)
+        sys.stderr.flush()
