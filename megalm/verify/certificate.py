@@ -19,8 +19,8 @@ from rich.table import Table
 from megalm import __version__
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
+from megalm.launch.function_ranks import RankFailure
 from megalm.verify.differences import Differences
-from megalm.verify.ranks import RankFailure
 from megalm.verify.shrink import Case, Shrunk
 
 FORMAT_VERSION = 1

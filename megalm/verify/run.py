@@ -13,6 +13,7 @@ from megalm.config.compose import compose
 from megalm.config.job import planned_world_size_of
 from megalm.config.schema import Config
 from megalm.errors import ExitCode
+from megalm.launch.function_ranks import RankFailure, run_on_ranks
 from megalm.plan.preflight import check_config
 from megalm.runs.folder import CERTIFICATE_FILE
 from megalm.runs.source_model import source_model
@@ -20,7 +21,6 @@ from megalm.runs.start import run_folder
 from megalm.verify.certificate import Certificate, Row
 from megalm.verify.differences import differences
 from megalm.verify.parity import Trace, train_on_layout, train_plainly
-from megalm.verify.ranks import RankFailure, run_on_ranks
 from megalm.verify.shrink import Case, related_layouts, shrink
 
 _CLIP_SHARE = 0.5

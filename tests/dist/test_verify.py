@@ -14,7 +14,7 @@ import wrong_layers
 
 from megalm.cli.main import main
 from megalm.errors import ExitCode
-from megalm.verify.ranks import RankFailure, run_on_ranks
+from megalm.launch.function_ranks import RankFailure, run_on_ranks
 
 pytestmark = pytest.mark.slow
 

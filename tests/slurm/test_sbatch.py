@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -139,12 +140,18 @@ def test_a_crash_is_tried_again_and_a_cancelled_job_is_not(
 
 
 @pytest.mark.parametrize(
-    ("outcome", "line"), [("done", "the sum is 10"), ("bad-data", "numbers: rank 1 has none; give it one")]
+    ("outcome", "line", "code"),
+    [("done", "the sum is 10", 0), ("bad-data", "numbers: rank 1 has none; give it one", 3)],
 )
-def test_srun_starts_ranks_of_another_job(cluster: SlurmCluster, tmp_path: Path, outcome: str, line: str) -> None:
-    ranks = ("srun", "--nodes=2", "--ntasks-per-node=2", "--export=ALL")
-    job = (sys.executable, "-m", "second_job", "4", str(tmp_path), outcome)
-    output = cluster.run(*ranks, *job, cwd=tmp_path, check=False, PYTHONPATH=str(REPOSITORY / "tests" / "dist"))
+def test_srun_starts_ranks_of_another_job(
+    cluster: SlurmCluster, tmp_path: Path, outcome: str, line: str, code: int
+) -> None:
+    ranks = ["srun", "--nodes=2", "--ntasks-per-node=2", "--export=ALL"]
+    command = shlex.join([*ranks, sys.executable, "-m", "second_job", "4", str(tmp_path), outcome])
+    output = cluster.run(
+        "sh", "-c", f"{command} 2>&1; echo exit code $?", cwd=tmp_path, PYTHONPATH=str(REPOSITORY / "tests" / "dist")
+    )
     assert output.splitlines().count(line) == 1, output
+    assert output.splitlines()[-1] == f"exit code {code}", output
     written = sorted(path.name for path in tmp_path.glob("sum-*"))
     assert written == ([f"sum-{rank}" for rank in range(4)] if outcome == "done" else [])

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cpu import bench_config
-from benchmarks.ranks import on_ranks
 from benchmarks.table import Report, Row
 from megalm.config.schema import Config, Model, Parallel
+from megalm.launch.function_ranks import call_on_ranks
 
 TOLERANCE = 0.10
 BATCH = 2
@@ -61,7 +61,7 @@ def run() -> Report:
     rows = []
     for ranks, splits in ((1, (False,)), (2, (False, True))):
         cases = [Case(recompute, ranks, sp) for recompute in ("none", "selective", "full") for sp in splits]
-        counted = on_ranks(ranks, _count, cases)
+        counted = call_on_ranks(ranks, _count, cases)
         for index, case in enumerate(cases):
             largest = max(figures[index] for figures in counted)
             relative = abs(largest / case.layer_bytes - 1.0)

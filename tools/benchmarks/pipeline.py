@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.ranks import on_ranks
 from benchmarks.table import Report, Row
+from megalm.launch.function_ranks import call_on_ranks
 
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb_h1", 1))
 """Name and virtual stages."""
@@ -56,7 +56,7 @@ def run(options: Options) -> Report:
     from megalm.core.pipeline.schedule import SCHEDULES as BY_NAME
     from megalm.core.pipeline.schedule import Shape, bubble_fraction
 
-    measured = on_ranks(options.ranks, _measure, options)
+    measured = call_on_ranks(options.ranks, _measure, options)
     rows = []
     bubbles = {}
     for name, virtual in SCHEDULES:

@@ -13,9 +13,9 @@ from typing import Any
 from fuzzing.draw import CHUNK_TOKENS, Fields, overrides_of
 from megalm.errors import MegalmError
 from megalm.launch.discovery import LOCAL, RankInfo
+from megalm.launch.function_ranks import RankFailure, run_on_ranks
 from megalm.launch.signals import StopRequest
 from megalm.plan.preflight import Plan, make_plan
-from megalm.verify.ranks import RankFailure, run_on_ranks
 
 _SECONDS_TO_START, _SECONDS_PER_RUN = 240.0, 60.0
 _LONG_PROMPT_WORDS = 60

@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from megalm.config.compose import compose
+from megalm.launch.function_ranks import RankFailure
 from megalm.verify.certificate import Certificate, Row
 from megalm.verify.differences import Differences, differences
 from megalm.verify.parity import Trace
-from megalm.verify.ranks import RankFailure
 from megalm.verify.shrink import Case, shrink
 
 CONFIG = compose(["experiment=quickstart"])

@@ -1,7 +1,8 @@
-"""Runs a function on gloo ranks of this machine, several items per start, without a word on the console.
+"""Runs a Python function on gloo ranks of this machine, several items per start, with nothing printed to the console.
 
-Ranks are spawned, never forked: a forked process inherits torch's threads and locks and may hang. What a rank prints is
-kept and shown only if it fails; if ranks take too long, the stacks of all of them are part of the failure.
+For proofs, benchmarks and tests, whose work is a function and not a job of the command line. Ranks are spawned, never
+forked: a forked process inherits torch's threads and locks and may hang. What a rank prints is kept, and shown only if
+it fails; if ranks take too long, the failure includes the stacks of all of them. Ranks alone import torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -65,10 +67,28 @@ def run_on_ranks(
     return results
 
 
+def call_on_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 300.0
+) -> list[Any]:
+    """Call ``function(*args)`` once on every rank; the results by rank. Arguments as for :func:`run_on_ranks`.
+
+    Raises:
+        RuntimeError: ranks failed or took too long, with what each of them reports.
+    """
+    (results,) = run_on_ranks(world_size, partial(_apply, function), [args], timeout_seconds=timeout_seconds)
+    if isinstance(results, RankFailure):
+        raise RuntimeError(f"{results.summary}\n{results.report}")
+    return results
+
+
+def _apply(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(*args)
+
+
 def _run_until_failure(
     world_size: int, function: Callable[[Any], Any], items: Sequence[Any], timeout_seconds: float
 ) -> list[list[Any] | RankFailure]:
-    with tempfile.TemporaryDirectory(prefix="megalm-verify-") as name:
+    with tempfile.TemporaryDirectory(prefix="megalm-ranks-") as name:
         folder = Path(name)
         context = multiprocessing.get_context("spawn")
         processes = [
