@@ -21,6 +21,7 @@ from megalm.data.stream.phases import DataState, fingerprint_of, new_state, orde
 from megalm.data.stream.sequences import Corpora
 from megalm.data.tokenization.tokenizer import TOKENIZER_FILE
 from megalm.errors import ConfigError, DataError
+from megalm.objectives.registry import OBJECTIVES
 from megalm.runs.folder import METRICS_FILE
 from megalm.runs.record import attempt_rows, read_metrics, step_rows
 
@@ -50,7 +51,11 @@ def show_lines(
     config = load_run_config(run_dir, overrides)
     steps = _steps(config, Path(run_dir))
     datasets = open_datasets(config.data)
-    corpora = Corpora.open([dataset.below("train") for dataset in datasets], config.model.sequence_length)
+    corpora = Corpora.open(
+        [dataset.below("train") for dataset in datasets],
+        config.model.sequence_length,
+        OBJECTIVES[config.objective.name].sequences_per_example,
+    )
     own = Path(run_dir) / TOKENIZER_FILE
     if own.exists():
         model = Vocabulary.parse(own.read_text(encoding="utf-8", errors="replace"), str(own))

@@ -24,6 +24,7 @@ from megalm.data.shards.index import read_index
 from megalm.data.stream.order import BlendedOrder
 from megalm.data.stream.phases import DataState, too_many_epochs
 from megalm.errors import ConfigError, DataError
+from megalm.objectives.registry import OBJECTIVES
 from megalm.ownership import Claim, Ownership, owned
 from megalm.plan.hardware import device_violations
 from megalm.runs.changes import changes_since
@@ -197,7 +198,8 @@ def _epoch_violations(
 
     What was read counts as it was: the batch, the length and the blend may have been others.
     """
-    sizes = [dataset.sequences(config.model.sequence_length) for dataset in datasets]
+    each = OBJECTIVES[config.objective.name].sequences_per_example
+    sizes = [dataset.sequences(config.model.sequence_length) // each for dataset in datasets]
     try:
         order = BlendedOrder.of(sizes, config.data.weights, seed=config.run.seed, lanes=config.data.lanes)
     except ValueError as error:
@@ -211,7 +213,7 @@ def _epoch_violations(
         earlier = [past.epochs_of(dataset.train_fingerprint, dataset.sequences) for dataset in datasets]
     samples = samples_at_end(config, history) - phase_start
     paths = [dataset.location for dataset in datasets]
-    return too_many_epochs(order, paths, config.data.max_epochs, samples, earlier)
+    return too_many_epochs(order, paths, config.data.max_epochs, samples // each, earlier)
 
 
 def _validation_violations(config: Config, datasets: Sequence[DatasetInfo]) -> list[str]:

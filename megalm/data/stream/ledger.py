@@ -167,7 +167,9 @@ class Ledger:
 
     def source_of_sample(self, sample: int) -> SampleSource:
         """What a sample was or will be read from."""
-        corpus, epoch, sequence = (int(part[0]) for part in self._order(sample - self._start))
+        example, within = divmod(sample - self._start, self._corpora.sequences_per_example)
+        corpus, epoch, number = (int(part[0]) for part in self._order(example))
+        sequence = number * self._corpora.sequences_per_example + within
         shards = self._corpora.shards[corpus]
         start = sequence * shards.sequence_length
         shard, chunk = divmod(start // shards.index.chunk_tokens, shards.index.chunks_per_shard)
@@ -197,12 +199,13 @@ class Ledger:
 
     def _readings(self, corpus: int, document: DocumentSpan) -> Iterator[Reading]:
         shards = self._corpora.shards[corpus]
-        length = shards.sequence_length
+        length, each = shards.sequence_length, self._corpora.sequences_per_example
         first, last = max(document.start - 1, 0) // length, (document.end - 1) // length
-        epochs = int(self._order.epochs_after(self._end - self._start)[corpus]) + 2
-        for sequence in range(first, min(last, len(shards) - 1) + 1):
+        epochs = int(self._order.epochs_after((self._end - self._start) // each)[corpus]) + 2
+        for sequence in range(first, min(last, self._corpora.sizes[corpus] * each - 1) + 1):
+            example, within = divmod(sequence, each)
             for epoch in range(epochs):
-                sample = int(self._order.sample_of(corpus, epoch, sequence)[0]) + self._start
+                sample = int(self._order.sample_of(corpus, epoch, example)[0]) * each + within + self._start
                 if not self._steps.earlier_samples <= sample < self._end:
                     continue
                 yield Reading(

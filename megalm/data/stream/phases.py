@@ -183,7 +183,7 @@ def too_many_epochs(
         order: of the phase that is to be read.
         paths: of the corpora, for messages.
         limits: how often each may be read.
-        samples: samples that the phase has had when the run ends.
+        samples: what the phase has had when the run ends, counted as the order counts.
         before: how often each corpus was read in earlier phases; empty: never.
     """
     problems = []

@@ -25,8 +25,8 @@ BATCH = BatchSize(final=12, start=4, increment=4, ramp_tokens=8 * 40, sequence_l
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory) -> Corpora:
+@pytest.fixture(scope="module", params=[1, 2], ids=["sequences", "pairs"])
+def corpora(request, tmp_path_factory) -> Corpora:
     """Tokens tell their document: document d of corpus c is full of the number 100 · c + d."""
     shards = []
     for corpus, documents in enumerate(([30, 3, 90, 8, 1, 61], [40, 40])):
@@ -38,7 +38,7 @@ def corpora(tmp_path_factory) -> Corpora:
             writer.add(np.full(length, 100 * corpus + number + 1), [length], [f"{corpus}/{number}"])
         writer.close()
         shards.append(TokenShards(folder, LENGTH))
-    return Corpora(tuple(shards))
+    return Corpora(tuple(shards), request.param)
 
 
 @pytest.fixture(scope="module")
