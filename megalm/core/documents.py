@@ -1,8 +1,8 @@
-"""Where the documents of packed sequences begin, so that attention and positions begin anew with each.
+"""The documents of packed sequences: attention stays within each, and positions restart with each.
 
-The mask that this makes is block-diagonal and never held: on the CPU each document is an attention of its own,
-elsewhere flex attention (Dong et al. 2024) skips the blocks between documents. Either way the cost is the sum of the
-squares of the documents' lengths, not the square of the sequence's.
+The attention mask is block-diagonal and never stored: on the CPU attention runs once per document, elsewhere flex
+attention (Dong et al. 2024) skips the blocks between documents. Either way the cost is the sum of the squares of the
+documents' lengths, not the square of the sequence's.
 
 Shapes: B batch, S whole sequence, s a context-parallel rank's share, N query heads, K key/value heads, D head dim.
 """
@@ -25,7 +25,7 @@ class Documents:
 
     Attributes:
         numbers: [B, S] int32, the number of each token's document within its row.
-        within: [B, s] int64, the place of each of this rank's tokens in its document.
+        within: [B, s] int64, the position of each of this rank's tokens in its document.
         lengths: of each row's documents, in order; on the host.
     """
 
@@ -51,7 +51,7 @@ class Documents:
         return cls((starts.cumsum(dim=1) - 1).int(), positions - latest, tuple(lengths))
 
     def to(self, device: torch.device) -> Documents:
-        """The same on a device; nothing is waited for."""
+        """The same on a device; the copies are asynchronous."""
         return replace(
             self,
             numbers=self.numbers.to(device, non_blocking=True),
@@ -66,7 +66,7 @@ class Documents:
     def attend_each(
         self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        """An attention of its own for each document: [B, N, S, D], [B, K, S, D] twice ▶ [B, N, S, D]."""
+        """Attention once per document: [B, N, S, D], [B, K, S, D] twice ▶ [B, N, S, D]."""
         rows = []
         for row, lengths in enumerate(self.lengths):
             parts = [t[row : row + 1].split(lengths, dim=2) for t in (query, key, value)]
@@ -74,9 +74,9 @@ class Documents:
         return torch.cat(rows)
 
     def attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, window: int) -> Tensor:
-        """One flex attention for all documents; shapes as :meth:`attend_each`."""
+        """One call of flex attention for all documents; shapes as :meth:`attend_each`."""
         mask = self._block_masks.get((causal, window))
-        if mask is None:  # all layers of a kind share it
+        if mask is None:  # layers of the same window share it
             mask = self._block_masks[causal, window] = self._block_mask(causal, window)
         mixed: Tensor = _flex_attention(query.device.type)(
             query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
@@ -88,7 +88,7 @@ class Documents:
 
         numbers = self.numbers
 
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - flex asks so
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - flex's signature
             seen = numbers[batch, query] == numbers[batch, key]
             if causal:
                 seen = seen & (query >= key)
@@ -100,7 +100,7 @@ class Documents:
 
 @lru_cache(maxsize=2)
 def _flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """Compiled where there is a kernel; on the CPU it only runs forward, for tests."""
+    """Compiled on accelerators; on the CPU uncompiled and forward only, for tests."""
     from torch.nn.attention.flex_attention import flex_attention
 
     attention: Callable[..., Any] = flex_attention

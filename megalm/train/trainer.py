@@ -1,7 +1,7 @@
-"""The training loop. What is not a step hangs on callbacks; what has to be built is built in ``setup.py``.
+"""The training loop. ``setup.py`` builds what it needs, callbacks log and report, ``save_policy.py`` decides on saves.
 
-All ranks run the same loop and make the same decisions: whatever a decision depends on (a signal that reached one rank,
-a loss that is not finite) is agreed on by all ranks in the one exchange that ends each step.
+All ranks run the same loop and make the same decisions. Whatever a decision depends on (a signal that reached one rank,
+a loss that is not finite) is reduced over all ranks at the end of each step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _StepEnd:
     """What all ranks agree on at the end of a step.
 
     Attributes:
-        stop: how the run is to end now; None: it goes on.
+        stop: how the run ends now; None: it goes on.
         save_failed: whether some rank could not write its part of the pending checkpoint.
         minutes_are_up: whether a checkpoint is due by some rank's clock.
     """
@@ -157,25 +157,18 @@ class Trainer:
 
     def _agree(self, result: StepResult, rate: float, tokens: int, units: int) -> tuple[StepMetrics, _StepEnd]:
         """Two small reductions over all ranks: sums (terms, bubble), and maxima (times, memory, what ends a step)."""
-        step_seconds, data_seconds = self._timer.lap()
+        lap = self._timer.lap()
         world, device = self._context.world_group, self._context.device
-        sums = torch.tensor(
-            [*result.terms.values(), result.pipeline.bubble_fraction / world.size], dtype=torch.float64, device=device
-        )
-        maxima = torch.tensor(
-            [
-                step_seconds,
-                data_seconds,
-                peak_memory_gib(device.type),
-                float(self._requested_stop()),
-                float(self._saves.has_failed),
-                float(self._saves.minutes_are_up),
-            ],
-            dtype=torch.float64,
-            device=device,
-        )
-        world.all_reduce(sums)
-        world.all_reduce(maxima, dist.ReduceOp.MAX)
+        parts = [*result.terms.values(), result.pipeline.bubble_fraction / world.size]
+        sums = world.all_reduce(torch.tensor(parts, dtype=torch.float64, device=device))
+        own = [
+            *lap,
+            peak_memory_gib(device.type),
+            float(self._requested_stop()),
+            float(self._saves.has_failed),
+            float(self._saves.minutes_are_up),
+        ]
+        maxima = world.all_reduce(torch.tensor(own, dtype=torch.float64, device=device), dist.ReduceOp.MAX)
         *values, bubble_fraction = sums.tolist()
         terms = dict(zip(result.terms, values, strict=True))
         step_seconds, data_seconds, memory_gib, stop, save_failed, minutes_are_up = maxima.tolist()
@@ -239,8 +232,7 @@ class Trainer:
 
 def divergence(metrics: StepMetrics) -> DivergedError | None:
     """Why training cannot go on; None: it can."""
-    # A gradient that overflows fp16 costs its step alone:
-    # the optimizer skips it and the loss scale falls, to 1 at last.
+    # A gradient that overflows fp16 is no divergence: the optimizer skips the step and the loss scale falls, down to 1.
     may_overflow = metrics.loss_scale is not None and metrics.loss_scale > 1.0
     if math.isfinite(metrics.loss) and (math.isfinite(metrics.grad_norm) or may_overflow):
         return None

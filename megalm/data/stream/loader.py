@@ -78,7 +78,7 @@ class TrainLoader:
         return self._state
 
     def next(self) -> Batch:
-        """The next batch of this replica; it counts as consumed from here on, not when it was prefetched.
+        """The next batch of this replica. Taking it counts its samples as consumed; prefetching does not.
 
         Raises:
             DataError: a shard is corrupt or gone.

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class Prefetcher(Generic[Item]):
-    """The items of an iterator; its exception is raised where the item would have been taken.
+    """Takes items from an iterator ahead of time; an exception of the iterator is raised by :meth:`take`.
 
     Args:
         items: an endless iterator; run in the thread alone.
@@ -28,7 +28,7 @@ class Prefetcher(Generic[Item]):
         """The next item."""
         item = self._queue.get()
         if isinstance(item, BaseException):
-            self._queue.put(item)  # every later call fails alike, instead of waiting for ever
+            self._queue.put(item)  # so that later calls raise it too instead of waiting forever
             raise item
         return item
 
@@ -46,7 +46,7 @@ class Prefetcher(Generic[Item]):
             for item in items:
                 if not self._put(item):
                     return
-        except BaseException as error:  # whatever it is, the trainer must hear of it
+        except BaseException as error:  # any exception must reach the trainer
             self._put(error)
 
     def _put(self, item: Item | BaseException) -> bool:

@@ -24,12 +24,11 @@ from megalm.errors import DataError
 class Corpora:
     """One split of each dataset that a run reads, all with the same tokenizer and sequence length.
 
-    What is numbered, shuffled and dealt out is *examples*: one sequence each, or as many neighbouring ones as belong
-    together.
+    Its items are *examples*: one sequence each, or as many consecutive ones as an objective needs together.
 
     Attributes:
         shards: of each dataset.
-        sequences_per_example: stored sequences of an example; what is left over at the end of a dataset is not read.
+        sequences_per_example: consecutive stored sequences of an example; a rest at the end of a dataset is not read.
     """
 
     shards: tuple[TokenShards, ...]
@@ -79,7 +78,7 @@ class Corpora:
         return tuple(len(each) // self.sequences_per_example for each in self.shards)
 
     def rows_of(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the sequences of examples, which follow each other: [E] ▶ [E · sequences_per_example]."""
+        """Numbers of the sequences of examples: [E] ▶ [E · sequences_per_example]."""
         within = np.arange(self.sequences_per_example, dtype=np.int64)
         return (examples[:, None] * self.sequences_per_example + within).reshape(-1)
 
