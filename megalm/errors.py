@@ -17,6 +17,8 @@ class ExitCode(IntEnum):
     """
 
     DONE = 0
+    PEER_FAILED = 1
+    """Of a rank that lost the others and cannot ask why: the smallest, since srun reports the largest of all ranks."""
     BAD_CONFIG = 2
     BAD_DATA = 3
     DIVERGED = 4

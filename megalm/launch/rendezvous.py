@@ -90,6 +90,21 @@ class Meeting:
         rank, _, code = first.partition(":")
         return int(rank), int(code)
 
+    def first_failure(self, within_seconds: float) -> tuple[int, int] | None:
+        """Which rank failed first, and its exit code; None if none says so in time, or the store is gone."""
+        from torch.distributed import DistError
+
+        deadline = time.monotonic() + within_seconds
+        try:
+            while not self.store.check(["failure"]):
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.05)
+            rank, _, code = self.store.get("failure").decode().partition(":")
+        except (DistError, RuntimeError):
+            return None
+        return int(rank), int(code)
+
     def leave_together(self, timeout_seconds: float) -> None:
         """Wait until all ranks have ended; rank 0, who hosts the store, leaves last.
 

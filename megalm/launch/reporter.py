@@ -47,13 +47,13 @@ class Reporter:
             return code
         rank = self.meeting.rank.rank
         is_consequence = not is_users and any(sign in str(error) for sign in _LOST_PEER)
-        first = None if is_consequence else self.meeting.claim_failure(code)
+        first = self.meeting.first_failure(_NOTICE_SECONDS) if is_consequence else self.meeting.claim_failure(code)
         if first is not None and first[0] == rank:
             self._show(text if is_users else f"rank {rank} failed:\n{text}")
             return code
         self._log(text)
         time.sleep(_NOTICE_SECONDS)
-        return first[1] if first is not None else code
+        return first[1] if first is not None else ExitCode.PEER_FAILED
 
     def _show(self, text: str) -> None:
         """On the terminal, and in the log if there is one."""

@@ -1,6 +1,9 @@
-"""A job that is not training: ranks add up their numbers. ``python -m second_job RANKS FOLDER OUTCOME``, any launcher.
+"""A job that is not training: ranks add up their numbers, whoever starts them.
 
-``OUTCOME``: ``done``; ``refused``, while it is prepared; ``bad-data``, ``diverged`` or ``bug``, on rank 1 alone.
+    python -m second_job RANKS FOLDER OUTCOME [RANK]
+
+``OUTCOME``: ``done``; ``refused``, while it is prepared; ``complete``, nothing to do; or ``bad-data``, ``diverged`` or
+``bug`` on one rank alone (``RANK``, 1 by default).
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from megalm.launch.run import run_job
 from megalm.launch.signals import StopRequest
 
 ERRORS = {
-    "bad-data": DataError("numbers: rank 1 has none; give it one"),
+    "bad-data": DataError("numbers: a rank has none; give it one"),
     "diverged": DivergedError("the sum is not finite"),
-    "bug": ZeroDivisionError("rank 1 divides by zero"),
+    "bug": ZeroDivisionError("divides by zero"),
 }
 
 
@@ -36,10 +39,10 @@ class SumJob:
         say: Callable[[str], object],
         cancelled: Callable[[], bool],
     ) -> Iterator[Prepared]:
-        ranks, folder, outcome = arguments
+        ranks, folder, outcome, *failing = arguments
         if outcome == "refused":
             raise ConfigError(["numbers=none: nothing to add up; give one per rank"])
-        plan = f"{folder} {outcome}"
+        plan = f"{folder} {outcome} {failing[0] if failing else 1}"
         nothing = ("everything is added up already",) if outcome == "complete" else ()
         yield Prepared(
             Assignment(
@@ -59,8 +62,8 @@ class SumJob:
         import torch
         import torch.distributed as dist
 
-        folder, outcome = plan.split()
-        if rank.rank == 1 and outcome in ERRORS:
+        folder, outcome, failing = plan.split()
+        if rank.rank == int(failing) and outcome in ERRORS:
             raise ERRORS[outcome]
         total = torch.tensor(rank.rank + 1)
         dist.all_reduce(total)

@@ -140,14 +140,18 @@ def test_a_crash_is_tried_again_and_a_cancelled_job_is_not(
 
 
 @pytest.mark.parametrize(
-    ("outcome", "line", "code"),
-    [("done", "the sum is 10", 0), ("bad-data", "numbers: rank 1 has none; give it one", 3)],
+    ("outcome", "rank", "line", "code"),
+    [
+        ("done", 0, "the sum is 10", 0),
+        ("bad-data", 0, "numbers: a rank has none; give it one", 3),
+        ("bad-data", 3, "numbers: a rank has none; give it one", 3),
+    ],
 )
 def test_srun_starts_ranks_of_another_job(
-    cluster: SlurmCluster, tmp_path: Path, outcome: str, line: str, code: int
+    cluster: SlurmCluster, tmp_path: Path, outcome: str, rank: int, line: str, code: int
 ) -> None:
     ranks = ["srun", "--nodes=2", "--ntasks-per-node=2", "--export=ALL"]
-    command = shlex.join([*ranks, sys.executable, "-m", "second_job", "4", str(tmp_path), outcome])
+    command = shlex.join([*ranks, sys.executable, "-m", "second_job", "4", str(tmp_path), outcome, str(rank)])
     output = cluster.run(
         "sh", "-c", f"{command} 2>&1; echo exit code $?", cwd=tmp_path, PYTHONPATH=str(REPOSITORY / "tests" / "dist")
     )
