@@ -5,8 +5,6 @@ Shapes: B rows of this replica, b of a micro-batch, S sequence length, C context
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,44 +39,38 @@ def training_micro_batches(
     """
     units = count_units(batch.loss_mask, context)
     weight = unit_weight(units, context.replica_group)
-    samples = torch.from_numpy(batch.samples).to(context.device)
     return [
-        _micro_batch(batch, slice(start, start + micro_batch_size), context.device, cp, weight=weight, samples=samples)
+        _micro_batch(batch.take(slice(start, start + micro_batch_size)), context.device, cp, weight, dropout=True)
         for start in range(0, len(batch.tokens), micro_batch_size)
     ], units
 
 
 def evaluation_micro_batch(batch: Batch, device: torch.device, cp: ContextParallel) -> MicroBatch:
     """This rank's share of a whole batch, each loss weighed by the mask alone, without dropout."""
-    return _micro_batch(batch, slice(None), device, cp, weight=1.0, samples=None)
+    return _micro_batch(batch, device, cp, 1.0, dropout=False)
 
 
 def _micro_batch(
-    batch: Batch, rows: slice, device: torch.device, cp: ContextParallel, *, weight: float, samples: Tensor | None
+    batch: Batch, device: torch.device, cp: ContextParallel, weight: float, *, dropout: bool
 ) -> MicroBatch:
-    length = batch.tokens.shape[1]
-    positions = cp.positions(length, device)
+    positions = cp.positions(batch.tokens.shape[1], device)
 
     def whole(values: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(values[rows]).to(device)  # [b, ...]
+        return torch.from_numpy(values).to(device)
 
     def share(values: NDArray[np.generic]) -> Tensor:
         return whole(values)[:, positions]  # [b, S, ...] ▶ [b, S/C, ...]
 
-    def shares(inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, Tensor]:
-        return {name: share(values) for name, values in inputs.items()}
-
     documents = None
     if batch.document_starts is not None:
-        starts = torch.from_numpy(batch.document_starts[rows])
-        documents = Documents.from_starts(starts).to(device).share(positions)
+        documents = Documents.from_starts(torch.from_numpy(batch.document_starts)).to(device).share(positions)
     # All context-parallel ranks compute the loss of a whole row, so each counts it as one of C shares.
     loss_mask = share(batch.loss_mask) if batch.loss_mask.ndim > 1 else whole(batch.loss_mask) / cp.group.size
     return MicroBatch(
         tokens=share(batch.tokens),
         labels=share(batch.labels),
         loss_weight=loss_mask * weight,
-        place=Place(positions, None if samples is None else samples[rows], documents),
-        token_inputs=shares(batch.token_inputs),
+        place=Place(positions, whole(batch.samples) if dropout else None, documents),
+        token_inputs={name: share(values) for name, values in batch.token_inputs.items()},
         row_inputs={name: whole(values) for name, values in batch.row_inputs.items()},
     )

@@ -210,21 +210,16 @@ def micro_batches_of_rank(
     config: Config, step: int, context: ParallelContext, cp: ContextParallel, task: Task | None = None
 ) -> list[MicroBatch]:
     """This rank's share of a step's synthetic batch, cut as the trainer cuts what its loader gives."""
-    task = task or Task.of(config)
-    batch = synthetic_batch(config, step, task.make_batch)
-    examples = np.arange(len(batch.tokens)).reshape(-1, task.objective.sequences_per_example)
-    mine = examples[context.coordinates.dp :: context.topology.dp].reshape(-1)
-    own = Batch(
-        batch.tokens[mine],
-        batch.labels[mine],
-        batch.loss_mask[mine],
-        batch.samples[mine],
-        None if batch.document_starts is None else batch.document_starts[mine],
-        {name: values[mine] for name, values in batch.token_inputs.items()},
-        {name: values[mine] for name, values in batch.row_inputs.items()},
-    )
+    own = batch_of_replica(config, step, context, task or Task.of(config))
     micro_batches, _ = training_micro_batches(own, config.train.micro_batch_size, context, cp)
     return micro_batches
+
+
+def batch_of_replica(config: Config, step: int, context: ParallelContext, task: Task) -> Batch:
+    """The rows of a step's synthetic batch that this rank's replica takes."""
+    batch = synthetic_batch(config, step, task.make_batch)
+    examples = np.arange(len(batch.tokens)).reshape(-1, task.objective.sequences_per_example)
+    return batch.take(examples[context.coordinates.dp :: context.topology.dp].reshape(-1))
 
 
 def _put_in_full(engine: DeepSpeedEngine) -> dict[str, Tensor]:

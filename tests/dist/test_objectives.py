@@ -10,13 +10,18 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from harness import run_ranks
 from other_objectives import TASKS
 from parity import CLIP, MODEL, Layout
 
 from megalm.config.schema import Config
+from megalm.engine.deepspeed_engine import DeepSpeedEngine
+from megalm.engine.micro_batches import evaluation_micro_batch
+from megalm.mesh.groups import ParallelContext
+from megalm.models.transformer import build_transformer
 from megalm.verify.differences import differences
-from megalm.verify.parity import Trace, train_on_layout, train_plainly
+from megalm.verify.parity import Task, Trace, batch_of_replica, synthetic_batch, train_on_layout, train_plainly
 from tests.families import bert_of
 
 UNTIED = replace(MODEL, tie_embeddings=False)
@@ -89,3 +94,53 @@ def test_any_layout_gives_the_numbers_of_one_process(index: int) -> None:
     for theirs, ours in zip(want.terms, ranks[0].terms, strict=True):
         for term in TASKS[name]().objective.terms[1:]:
             assert ours[term] == pytest.approx(theirs[term], abs=1e-5, rel=1e-5), f"the term {term} under its name"
+
+
+EVALUATED = [
+    (name, layout)
+    for name in TASKS
+    for layout in (Layout(tp=2, sp=True, pp=2), Layout(cp=2, dp=2, cp_attention="ring"), Layout(dp=4, zero_stage=3))
+]
+
+
+def evaluate_all(cases: list[tuple[str, Layout]]) -> list[dict[str, float]]:
+    return [_evaluate(config_of(name, layout), layout, TASKS[name]()) for name, layout in cases]
+
+
+def _evaluate(config: Config, layout: Layout, task: Task) -> dict[str, float]:
+    """What validation reports of a synthetic batch before the first step."""
+    context = ParallelContext.create(layout.topology)
+    model = build_transformer(
+        config, config.model.vocab_size, context=context, dtype=torch.float32, objective=task.objective
+    )
+    engine = DeepSpeedEngine(model, context, config)
+    batch = batch_of_replica(config, 0, context, task)
+    rows = config.train.micro_batch_size
+    parts = [
+        evaluation_micro_batch(batch.take(slice(start, start + rows)), context.device, model.context_parallel)
+        for start in range(0, len(batch.tokens), rows)
+    ]
+    sums = engine.evaluate(parts)
+    totals = context.world_group.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64))
+    counts = task.objective.counts(synthetic_batch(config, 0, task.make_batch), config.model.vocab_size)
+    return task.objective.scores(dict(zip(sums, totals.tolist(), strict=True)), counts)
+
+
+@cache
+def scores() -> list[list[dict[str, float]]]:
+    by_rank = run_ranks(4, evaluate_all, EVALUATED, timeout_seconds=200)
+    return [list(per_case) for per_case in zip(*by_rank, strict=True)]
+
+
+@pytest.mark.parametrize("index", range(len(EVALUATED)), ids=[f"{name}-{layout}" for name, layout in EVALUATED])
+def test_validation_reports_what_one_process_finds(index: int) -> None:
+    name, layout = EVALUATED[index]
+    first = reference(name, layout.reference).losses[0]
+    unit = TASKS[name]().objective.unit
+    for found in scores()[index]:
+        assert found["val_loss"] == pytest.approx(first, abs=1e-5), "the loss before the first step"
+        assert found[f"val_{unit}s"] > 0
+        assert len(found) > 2, "and what else the objective measures"
+        assert found == scores()[index][0], "alike on every rank"
+    alike = [scores()[i][0] for i, (other, _) in enumerate(EVALUATED) if other == name]
+    assert all(each == pytest.approx(alike[0], abs=1e-5) for each in alike), "alike on every layout"

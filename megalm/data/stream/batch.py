@@ -53,6 +53,18 @@ class Batch:
     token_inputs: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     row_inputs: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
 
+    def take(self, rows: slice | Ints) -> Batch:
+        """Some of the rows."""
+        return Batch(
+            self.tokens[rows],
+            self.labels[rows],
+            self.loss_mask[rows],
+            self.samples[rows],
+            None if self.document_starts is None else self.document_starts[rows],
+            {name: values[rows] for name, values in self.token_inputs.items()},
+            {name: values[rows] for name, values in self.row_inputs.items()},
+        )
+
 
 class MakeBatch(Protocol):
     """Rows ▶ a batch of as many rows: a pure function, since samples must be the same after any resume."""

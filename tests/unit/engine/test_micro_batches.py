@@ -54,13 +54,7 @@ def test_every_token_counts_once_and_the_mean_over_ranks_is_the_global_mean(dp: 
     seen: dict[int, float] = {}
     for dp_rank in range(dp):
         mine = slice(dp_rank, None, dp)
-        rows = Batch(
-            batch.tokens[mine],
-            batch.labels[mine],
-            batch.loss_mask[mine],
-            batch.samples[mine],
-            token_inputs={name: values[mine] for name, values in batch.token_inputs.items()},
-        )
+        rows = batch.take(mine)
         for cp_rank in range(cp):
             # Every context-parallel rank counts its replica's whole rows.
             context, share = rank(dp, cp, dp_rank, cp_rank, total=tokens * cp)
