@@ -13,15 +13,11 @@ adjoint map:
     ====================== ============================== ==================================
     copy_to_group          identity                       all-reduce       (Megatron's *f*)
     reduce_from_group      all-reduce                     identity         (Megatron's *g*)
-    scatter_to_group       take own slice along ``dim``   all-gather
-    gather_from_group      all-gather along ``dim``       take own slice
     gather_for_matmul      all-gather along ``dim``       reduce-scatter
     reduce_scatter         reduce-scatter along ``dim``   all-gather
     ====================== ============================== ==================================
 
-``gather_from_group`` and ``gather_for_matmul`` differ in what follows: the first feeds computation that every member
-repeats (each already has the whole gradient), the second feeds sharded weights (each has a part of the gradient, and
-the parts must be added). With a group of one, all are the identity.
+With a group of one, all are the identity.
 
 Shapes: T size of the group.
 """
@@ -104,16 +100,6 @@ def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     return _apply(x, group, lambda t: _all_reduce(t, group), lambda g: g)
 
 
-def scatter_to_group(x: Tensor, group: Group, dim: int) -> Tensor:
-    """Keep this member's slice of a tensor that all members hold."""
-    return _apply(x, group, lambda t: _own_slice(t, group, dim), lambda g: _all_gather(g, group, dim))
-
-
-def gather_from_group(x: Tensor, group: Group, dim: int) -> Tensor:
-    """Assemble the full tensor for computation that every member repeats."""
-    return _apply(x, group, lambda t: _all_gather(t, group, dim), lambda g: _own_slice(g, group, dim))
-
-
 def gather_for_matmul(x: Tensor, group: Group, dim: int) -> Tensor:
     """Assemble the full tensor for a product with sharded weights."""
     return _apply(x, group, lambda t: _all_gather(t, group, dim), lambda g: _reduce_scatter(g, group, dim))
@@ -159,10 +145,6 @@ def _all_reduce(x: Tensor, group: Group) -> Tensor:
 
 def _all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
     return start_all_gather(x, group, dim).wait()
-
-
-def _own_slice(x: Tensor, group: Group, dim: int) -> Tensor:
-    return _by_member(x, group, dim)[group.index].contiguous()
 
 
 def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:

@@ -39,12 +39,6 @@ class Group:
             dist.all_reduce(tensor, op=op, group=self.handle)
         return tensor
 
-    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """Copy member ``source``'s tensor to all members, in place; returns it."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=self.ranks[source], group=self.handle)
-        return tensor
-
 
 ALONE = Group(ranks=(0,), index=0)
 """The group of a process that has no peers."""

@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def learning_rate(self) -> float:
-        """At 1e-3 Adam alone turns the rounding of fp32 gradients into steps of 2e-5; 16-bit weights need it to move."""
+        """At 1e-3 Adam turns the rounding of fp32 gradients into steps of 2e-5; 16-bit weights need 1e-3 to move."""
         return 1e-4 if self.dtype == "fp32" else 1e-3
 
     @property

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from parity import Layout
 
-from megalm.runs.start import StartMode, StartPoint
 from megalm.checkpoint.store import find_latest
 from megalm.config.schema import Config
-from megalm.mesh.groups import ParallelContext
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
+from megalm.mesh.groups import ParallelContext
 from megalm.models.transformer import build_transformer
 from megalm.objectives.registry import make_objective
+from megalm.runs.start import StartMode, StartPoint
 from megalm.train.progress import Progress
 from megalm.train.restoring import restore
 from megalm.train.saving import RunState, Saver
@@ -105,7 +105,9 @@ def _run(folder: Path, task: Task) -> Curve:
         if step == SAVED_AT and task.save_as is not None:
             state = RunState({"samples": step * BATCH}, engine.scalar_state(), Progress(step, step * BATCH, 0))
             saver.start(engine.state_pieces(), state, stall_began=time.perf_counter())
-        result = engine.train_step(micro_batches_of_rank(config, step, context, model.context_parallel), config.optim.lr)
+        result = engine.train_step(
+            micro_batches_of_rank(config, step, context, model.context_parallel), config.optim.lr
+        )
         loss = torch.tensor([result.terms["loss"]], dtype=torch.float64)
         losses.append(float(context.world_group.all_reduce(loss)))
         norms.append(result.grad_norm)

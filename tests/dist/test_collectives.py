@@ -10,22 +10,18 @@ WORLD = 3
 NAMES = (
     "copy_to_group",
     "reduce_from_group",
-    "scatter_to_group",
-    "gather_from_group",
     "gather_for_matmul",
     "reduce_scatter",
 )
 DENSE = {
     "copy_to_group": lambda xs, r: xs[r],
     "reduce_from_group": lambda xs, r: sum(xs),
-    "scatter_to_group": lambda xs, r: xs[r].chunk(WORLD, 1)[r],
-    "gather_from_group": lambda xs, r: torch.cat(xs, 1),
     "gather_for_matmul": lambda xs, r: torch.cat(xs, 1),
     "reduce_scatter": lambda xs, r: sum(xs).chunk(WORLD, 1)[r],
 }
 """Forward of every rank ``r`` from the inputs of all."""
 
-REPLICATED_GRADIENT = ("reduce_from_group", "gather_from_group")
+REPLICATED_GRADIENT = ("reduce_from_group",)
 """What follows is repeated by every rank, so each has the whole gradient already, and it must not be added again."""
 
 
@@ -43,7 +39,11 @@ def probe(names: tuple[str, ...]) -> dict[str, tuple[torch.Tensor, torch.Tensor]
     for name in names:
         x = value(context.rank, 1).requires_grad_()
         function = getattr(collectives, name)
-        y = function(x, context.tp_group) if name in ("copy_to_group", "reduce_from_group") else function(x, context.tp_group, 1)
+        y = (
+            function(x, context.tp_group)
+            if name in ("copy_to_group", "reduce_from_group")
+            else function(x, context.tp_group, 1)
+        )
         seed = 0 if name in REPLICATED_GRADIENT else context.rank
         y.backward(value(seed, 2, y.shape[1]))
         results[name] = y.detach(), x.grad
@@ -64,11 +64,6 @@ def test_forward_and_adjoint(name: str, results) -> None:
     elif name == "copy_to_group":
         # The input is one tensor that all ranks read: its gradient is the sum of what each read brings.
         total = sum(value(rank, 2) for rank in range(WORLD))
-        for x in inputs:
-            x.grad = total
-    elif name == "scatter_to_group":
-        # Likewise one tensor, of which each rank's slice gets its own gradient.
-        total = torch.cat([value(rank, 2, 2) for rank in range(WORLD)], 1)
         for x in inputs:
             x.grad = total
     else:

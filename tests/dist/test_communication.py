@@ -41,8 +41,8 @@ def record_on_ranks(layouts: list[Layout]) -> list[list[Event]]:
 
 
 def _record(layout: Layout) -> list[Event]:
-    from megalm.mesh.groups import ParallelContext
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
+    from megalm.mesh.groups import ParallelContext
     from megalm.models.transformer import build_transformer
     from megalm.objectives.registry import make_objective
     from megalm.verify.parity import DTYPES, micro_batches_of_rank

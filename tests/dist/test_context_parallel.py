@@ -16,8 +16,8 @@ def check_on_ranks(degree: int) -> list[str]:
 
     from megalm.core.attention.attend import AttentionCore
     from megalm.core.attention.context_parallel import ContextParallel
-    from megalm.mesh.groups import Group
     from megalm.core.place import Place
+    from megalm.mesh.groups import Group
 
     rank = dist.get_rank()
     members = tuple(range(rank // degree * degree, (rank // degree + 1) * degree))

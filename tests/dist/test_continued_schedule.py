@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -12,8 +13,8 @@ from cli_runs import run, start, steps_of, wait_for_step
 
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, find_latest
-from megalm.config.compose import load_run_config
 from megalm.cli.data_show import show_lines
+from megalm.config.compose import load_run_config
 from megalm.runs.history import history_of, schedule_for
 from megalm.runs.record import attempt_rows, read_metrics, step_rows
 
@@ -49,7 +50,7 @@ def test_a_killed_run_goes_on_with_half_the_batch_to_the_new_end_of_its_schedule
     rates = [rows[step]["lr"] for step in range(1, 61)]
     assert rates[: latest.step] == [before[step]["lr"] for step in range(1, latest.step + 1)]
     assert rates[latest.step] == history.schedule.at(history.tokens, 8 * LENGTH), "as if the batch were the old one"
-    steps = [abs(after - earlier) for earlier, after in zip(rates, rates[1:], strict=False)]
+    steps = [abs(after - earlier) for earlier, after in itertools.pairwise(rates)]
     assert steps[latest.step - 1] <= max(steps[: latest.step - 1] + steps[latest.step :])
     assert FLOOR < rates[-1] < FLOOR + 0.02 * PEAK, "the decay ends where the run does"
     total = (8 * latest.step + 4 * (60 - latest.step)) * LENGTH

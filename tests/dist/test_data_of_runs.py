@@ -184,7 +184,8 @@ def test_a_small_encoder_learns_masked_words_on_four_ranks(tmp_path):
     (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
     tool(
         "prepare_data.py", "--corpus", "text", "--input", str(tmp_path / "lines.txt"), "--out", str(tmp_path / "data"),
-        "--split-on", "line", "--tokenizer-vocab", "300", "--tokenizer-kind", "wordpiece", "--chunk-tokens", "256", "--val-fraction", "0.1",
+        "--split-on", "line", "--tokenizer-vocab", "300", "--tokenizer-kind", "wordpiece", "--chunk-tokens", "256",
+        "--val-fraction", "0.1",
     )  # fmt: skip
     code, output = run(
         [

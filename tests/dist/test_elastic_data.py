@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 
 from megalm.config.schema import Data
+from megalm.data.shards.read import TokenShards
+from megalm.data.shards.write import ShardWriter
 from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.loader import TrainLoader
-from megalm.objectives.clm import next_tokens
 from megalm.data.stream.sequences import Corpora
-from megalm.data.shards.write import ShardWriter
-from megalm.data.shards.read import TokenShards
+from megalm.objectives.clm import next_tokens
 
 LENGTH, GLOBAL_BATCH = 16, 24
 STEPS_PER_LIFE = 12

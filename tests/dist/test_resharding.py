@@ -84,7 +84,7 @@ EXTENDED = [
 
 @dataclass(frozen=True)
 class Results:
-    """Of every source while it was saved, of every pair, and of new runs with a source's weights and with more words."""
+    """Curves of every source while it was saved, of every pair, and of new runs with its weights or more words."""
 
     sources: dict[str, Curve]
     pairs: dict[tuple[str, Layout], Curve]

@@ -1,4 +1,4 @@
-"""Steps in which no token, or none of a replica's, carries loss: their loss is 0, and the run goes on as on one process."""
+"""Steps in which no token, or none of a replica's, carries loss: the loss is 0, and later steps equal one process's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from harness import run_ranks
 from parity import MODEL, Layout, train_on_ranks
 
 from megalm.data.shards.write import ShardWriter
+from megalm.data.stream.batch import Batch
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.runs.record import read_metrics, step_rows, validation_rows
 from megalm.verify import parity
-from megalm.data.stream.batch import Batch
 from megalm.verify.differences import differences
 from megalm.verify.parity import Trace, synthetic_batch, train_plainly
 from tests.families import bert_of

@@ -69,11 +69,11 @@ def probe(cases: list[Case]) -> list[dict[str, dict[str, Tensor]]]:
 
 def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
     from megalm.core.embedding import VocabParallelEmbedding
-    from megalm.mesh.groups import ALONE, ParallelContext
     from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
     from megalm.core.loss import output_loss, output_metrics
     from megalm.core.tensor_parallel import TensorParallel
     from megalm.core.weight_gradients import WeightGradients
+    from megalm.mesh.groups import ALONE, ParallelContext
     from megalm.mesh.topology import Topology
 
     group = ALONE if case.tp == 1 else ParallelContext.create(Topology(tp=case.tp, dp=4 // case.tp)).tp_group
@@ -276,11 +276,11 @@ def trace() -> dict[str, list]:
 
     from megalm.core.collectives import Pending
     from megalm.core.embedding import VocabParallelEmbedding
-    from megalm.mesh.groups import ParallelContext
     from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
     from megalm.core.loss import output_loss
     from megalm.core.tensor_parallel import TensorParallel
     from megalm.core.weight_gradients import WeightGradients
+    from megalm.mesh.groups import ParallelContext
     from megalm.mesh.topology import Topology
 
     context = ParallelContext.create(Topology(tp=2))

@@ -88,11 +88,6 @@ class Roles:
         """Whether a text begins with ``bos``."""
         return self.bos is not None and self.bos in self.before
 
-    @property
-    def add_eos(self) -> bool:
-        """Whether the tokenizer's own files end a text with ``eos``."""
-        return self.eos is not None and self.eos in self.after
-
     def token(self, role: str) -> str | None:
         """The token of one of ``ROLES``."""
         value: str | None = getattr(self, role)

@@ -68,7 +68,9 @@ def test_rates_are_those_of_the_paper() -> None:
     batch = masked(rows)
     chosen = batch.loss_mask.astype(bool)
     assert np.array_equal(batch.labels, rows[:, :-1])
-    assert np.array_equal(batch.tokens[~chosen], batch.labels[~chosen]), "what is not asked for is shown"
+    assert np.array_equal(batch.tokens[~chosen], batch.labels[~chosen]), (
+        "tokens that are not to be predicted stay unchanged"
+    )
     count, total = int(chosen.sum()), chosen.size
     assert abs(count - 0.15 * total) < 4 * (0.15 * 0.85 * total) ** 0.5
     hidden = int((batch.tokens[chosen] == 4).sum())

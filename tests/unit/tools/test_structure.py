@@ -65,8 +65,10 @@ def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path}: no checkout of megalm" in done.stderr
 
 
-def test_no_module_of_megalm_is_in_a_circle() -> None:
-    assert _measured(REPOSITORY)["circles"] == "0"
+def test_no_module_of_megalm_is_in_a_circle_and_no_import_points_up() -> None:
+    figures = _measured(REPOSITORY)
+    assert figures["circles"] == "0"
+    assert figures["arrows that point up"] == "0"
 
 
 def test_every_module_that_says_it_needs_no_torch_is_held_to_it() -> None:

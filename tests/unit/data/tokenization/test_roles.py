@@ -435,7 +435,7 @@ def test_a_flag_of_the_settings_decides(tmp_path: Path) -> None:
     assert roles(add_bos_token=True).before == ("<s>",)
     assert roles(Marks(add_bos=True)).add_bos
     assert not roles(Marks(add_bos=False), add_bos_token=True).add_bos
-    assert roles(add_eos_token=True).add_eos
+    assert roles(add_eos_token=True).after == ("</s>",)
     assert roles(add_bos_token=True, bos_token=None).before == ()
     with pytest.raises(DataError, match=r"--add-bos: it has no token that begins a text; it has <s>, </s>, <x>"):
         roles(Marks(add_bos=True), bos_token=None)
