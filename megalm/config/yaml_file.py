@@ -52,14 +52,15 @@ def read_yaml(path: Path) -> YamlFile:
     """The mapping in a file; of an empty file, an empty mapping.
 
     Raises:
-        ConfigError: ``FILE:LINE: what is wrong; what would be right``; of duplicate keys, all.
+        ConfigError: ``FILE:LINE: what is wrong; what would be right``; of duplicate keys, all. Without the line if the
+            file cannot be read or is not UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"{shown_path(path)}:1: not UTF-8; save the file as UTF-8") from None
+        raise ConfigError(f"{shown_path(path)}: not UTF-8; save the file as UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"{shown_path(path)}:1: cannot be read ({error.strerror or error}); a YAML file") from None
+        raise ConfigError(f"{shown_path(path)}: cannot be read ({error.strerror or error}); give the path of a YAML file") from None
     try:
         loader = _Loader(text)
         try:

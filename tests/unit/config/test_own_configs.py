@@ -132,7 +132,7 @@ def test_faults_of_a_config_file_name_their_lines(write: Write) -> None:
         "my.yaml", "experimnt: quickstart\n\ntrain:\n  stepss: 5\n  steps: many\nmodel: gpt3_1\ndefaults: [a]\nrun: 5\n"
     )
     assert lines_of("--config=my.yaml", "--config=none.yaml") == [
-        "none.yaml:1: cannot be read (No such file or directory); a YAML file",
+        "none.yaml: cannot be read (No such file or directory); give the path of a YAML file",
         "my.yaml:1: experimnt=quickstart: there is no such group or section; did you mean experiment?",
         "my.yaml:4: train.stepss=5: there is no such field; did you mean train.steps?",
         "my.yaml:6: model=gpt3_1: there is no such option; did you mean model=gpt3_13b, gpt3_1_3b or gpt3_175b?",
