@@ -53,14 +53,16 @@ def read_yaml(path: Path) -> YamlFile:
 
     Raises:
         ConfigError: ``FILE:LINE: what is wrong; what would be right``; of duplicate keys, all. Without the line if the
-            file cannot be read or is not UTF-8.
+            file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{shown_path(path)}: not UTF-8; save the file as UTF-8") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{shown_path(path)}:{line}: not UTF-8; save the file as UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"{shown_path(path)}: cannot be read ({error.strerror or error}); give the path of a YAML file") from None
+        reason = error.strerror or error
+        raise ConfigError(f"{shown_path(path)}: cannot be read ({reason}); give the path of a YAML file") from None
     try:
         loader = _Loader(text)
         try:

@@ -177,8 +177,8 @@ def test_faults_of_group_files_name_file_and_line(write: Write, text: str, line:
 
 
 def test_text_that_is_not_utf_8_is_said(write: Write) -> None:
-    write("conf/model/mine.yaml", "").write_bytes("# größe\nnum_layers: 2\n".encode("latin-1"))
-    assert lines_of("model=mine")[0].startswith("conf/model/mine.yaml:1: not UTF-8")
+    write("conf/model/mine.yaml", "").write_bytes("# mine\n# größe\nnum_layers: 2\n".encode("latin-1"))
+    assert lines_of("model=mine")[0].startswith("conf/model/mine.yaml:2: not UTF-8")
 
 
 def test_faults_of_two_files_are_told_together(write: Write) -> None:
