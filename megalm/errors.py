@@ -30,7 +30,7 @@ class ExitCode(IntEnum):
 
 
 class MegalmError(Exception):
-    """A problem that the user can mend; ``str(error)`` is one or more whole lines for the terminal."""
+    """A problem that the user can solve; ``str(error)`` is one or more whole lines for the terminal."""
 
     exit_code = ExitCode.BUG
 

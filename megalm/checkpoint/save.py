@@ -14,7 +14,7 @@ from threading import Event, Thread
 from megalm.checkpoint.manifest import COMPLETE_FILE
 from megalm.checkpoint.store import remove_folder, step_folder
 from megalm.checkpoint.writer import (
-    CALLED_OFF,
+    CANCELLED,
     Header,
     PieceToWrite,
     complete_checkpoint,
@@ -79,7 +79,7 @@ class Save:
         self._rank = rank
         self._forbidden = forbidden
         self._error: str | None = None
-        self._called_off = Event()
+        self._cancelled = Event()
         self._deadline: float | None = None
         self._written = Event()
         self._done = Event()
@@ -100,9 +100,9 @@ class Save:
         """Whether the checkpoint can be loaded; rank 0 alone knows before :meth:`finish`."""
         return self._rank == 0 and self._done.is_set() and not self.failed
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         """Stop writing at once: another rank has failed, so that nothing will come of it."""
-        self._called_off.set()
+        self._cancelled.set()
 
     def finish(self, agree: Agree) -> None:
         """Wait until the checkpoint is complete; collective over all ranks.
@@ -117,7 +117,7 @@ class Save:
             error = self._agreed_end(self._done, agree)
         if error is None:
             return
-        self.call_off()
+        self.cancel()
         self._done.wait()
         agree(None)  # no rank writes any more
         if self._temporary.exists():
@@ -139,15 +139,15 @@ class Save:
         """Wait until all ranks have seen the event; the first error of any."""
         while agree(None if event.wait(_POLL_SECONDS) else _WAITING) is not None:
             pass
-        # A rank that was called off has no error of its own: the one that failed has it.
-        return agree(None if self._error == CALLED_OFF else self._error)
+        # A rank that was cancelled has no error of its own: the one that failed has it.
+        return agree(None if self._error == CANCELLED else self._error)
 
     def _run(
         self, header: Header, pieces: Sequence[PieceToWrite], world_size: int, on_complete: Callable[[], None]
     ) -> None:
         try:
             self._error = _guarded(
-                lambda: write_rank(self._temporary, self._rank, pieces, called_off=self._called_off.is_set)
+                lambda: write_rank(self._temporary, self._rank, pieces, cancelled=self._cancelled.is_set)
             )
             self._written.set()
             if self._rank == 0 and self._error is None:
@@ -172,8 +172,8 @@ class Save:
 
     def _given_up(self) -> str | None:
         """Why not to wait any longer for other ranks' indexes."""
-        if self._called_off.is_set():
-            return CALLED_OFF
+        if self._cancelled.is_set():
+            return CANCELLED
         if self._deadline is not None and time.monotonic() > self._deadline:
             return (
                 f"not seen within {INDEX_WAIT_SECONDS:.0f} s of being written; run.dir must be on a file system that "

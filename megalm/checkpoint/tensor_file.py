@@ -1,7 +1,7 @@
 """Writes a safetensors file tensor by tensor: in the memory of one tensor, where the library wants all of them at once.
 
 The format is a little-endian 64-bit length, a JSON header of that length with dtype, shape and offsets of every tensor,
-and the tensors' bytes. Files are read by the safetensors library, which checks a header before it believes it.
+and the tensors' bytes. Files are read by the safetensors library, which validates the header.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, as_bytes
 from megalm.core.sharding import ShardSpec, StatePiece
 from megalm.errors import CheckpointError
 
-CALLED_OFF = "called off"
+CANCELLED = "cancelled"
 """The error of a rank that stopped because another one had failed."""
 
 _SHORTEST_POLL, _LONGEST_POLL = 0.05, 1.0
@@ -93,7 +93,7 @@ def temporary_folder(folder: Path, step: int, attempt: int | str) -> Path:
 
 
 def write_rank(
-    folder: Path, rank: int, pieces: Sequence[PieceToWrite], *, called_off: Callable[[], bool] = lambda: False
+    folder: Path, rank: int, pieces: Sequence[PieceToWrite], *, cancelled: Callable[[], bool] = lambda: False
 ) -> None:
     """Write one rank's pieces, one at a time, and the index of them.
 
@@ -101,10 +101,10 @@ def write_rank(
         folder: the temporary folder; made where it does not exist.
         rank: this rank.
         pieces: what it is to write.
-        called_off: asked before each of the writes that a piece takes.
+        cancelled: asked before each of the writes that a piece takes.
 
     Raises:
-        CheckpointError: a piece is not fp32, two have one key, or the save was called off.
+        CheckpointError: a piece is not fp32, two have one key, or the save was cancelled.
         OSError: the disk is full or broken.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def write_rank(
                         f"{piece.name}: {piece.kind} is {values.dtype}, masters and moments are float32"
                     )
                 entry = hasher.submit(_index_entry, piece, values, file)
-                writer.write(piece.key, values, stop=_stop_if(called_off))
+                writer.write(piece.key, values, stop=_stop_if(cancelled))
                 entries.append(entry.result())
     _write_text(folder / _index_file(rank), json.dumps(entries))
 
@@ -272,10 +272,10 @@ def _await_indexes(folder: Path, world_size: int, given_up: Callable[[], str | N
         pause = min(1.5 * pause, _LONGEST_POLL)
 
 
-def _stop_if(called_off: Callable[[], bool]) -> Callable[[], None]:
+def _stop_if(cancelled: Callable[[], bool]) -> Callable[[], None]:
     def stop() -> None:
-        if called_off():
-            raise CheckpointError(CALLED_OFF)
+        if cancelled():
+            raise CheckpointError(CANCELLED)
 
     return stop
 

@@ -77,7 +77,7 @@ def _broken(job: Job) -> dict[tuple[str, str], Violation]:
 def _with_tried_fixes(
     job: Job, broken: tuple[str, str], violation: Violation, all_broken: Set[tuple[str, str]]
 ) -> Violation:
-    """The violation with only those fixes that mend it, break nothing else, and mend most of the rest too."""
+    """The violation with only those fixes that resolve it, break no other rule, and resolve most of the others."""
     fixes = []
     for fix in violation.fixes:
         left = {value: _broken(_after(job, fix.field, value)).keys() for value in fix.values}

@@ -1,4 +1,4 @@
-"""One thing wrong with a configuration, and the changes that would mend it."""
+"""One thing wrong with a configuration, and the changes that would resolve it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SPELLED = (bool, float, complex, type(None), datetime.date, datetime.time)
 
 @dataclass(frozen=True)
 class Fix:
-    """Values of one field, each of which is meant to mend a violation on its own; the likeliest comes first."""
+    """Values of one field, each meant to resolve the violation on its own; the likeliest comes first."""
 
     field: str
     values: tuple[Any, ...]

@@ -164,7 +164,7 @@ def _convert(source: WeightSource, request: Request, watcher: Watcher, started: 
             if request.verify:
                 verified = _verify(source, dtype, folder, request, watcher, tokenizer)
         except BaseException:
-            transfer.call_off()
+            transfer.cancel()
             raise
     parameters = parameter_count(info.model).total
     done = (

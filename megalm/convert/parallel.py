@@ -10,7 +10,7 @@ MOST_THREADS = 8
 """Maximum threads; more would only wait for the disk."""
 
 
-def run_all(tasks: Sequence[Callable[[], object]], *, call_off: Callable[[], None]) -> None:
+def run_all(tasks: Sequence[Callable[[], object]], *, cancel: Callable[[], None]) -> None:
     """Run tasks in threads until all are done; the first error, or Ctrl-C, cancels the others and is raised."""
     threads = min(len(tasks), os.cpu_count() or 1, MOST_THREADS)
     with ThreadPoolExecutor(max(threads, 1)) as pool:
@@ -21,7 +21,7 @@ def run_all(tasks: Sequence[Callable[[], object]], *, call_off: Callable[[], Non
             if failed is not None:
                 failed.result()
         except BaseException:
-            call_off()
+            cancel()
             for future in futures:
                 future.cancel()
             raise

@@ -127,7 +127,7 @@ def write_run(transfer: Transfer, folder: Path, *, name: str, tokenizer: Tokeniz
         for stage in range(pp)
         for rank in range(tp)
     ]
-    run_all(tasks, call_off=transfer.call_off)
+    run_all(tasks, cancel=transfer.cancel)
     header = Header(
         step=info.step,
         config=config_to_dict(config),
@@ -165,7 +165,7 @@ def _write_rank(transfer: Transfer, folder: Path, stages: list[range], *, stage:
 
             return PieceToWrite(p.name, WEIGHT, p.shard, 0, p.shard.local_numel, load)
 
-        write_rank(folder, stage * tp + tp_rank, [piece(p) for p in declared], called_off=transfer.is_called_off)
+        write_rank(folder, stage * tp + tp_rank, [piece(p) for p in declared], cancelled=transfer.is_cancelled)
 
 
 def _is_second_copy(parameter: DeclaredParameter, part: Part) -> bool:

@@ -38,7 +38,7 @@ class Transfer(WeightSource):
         self._budget = _Budget(max(map(self.nbytes, self.shapes)))
         self._seen: set[str] = set()
         self._lock = Lock()
-        self._called_off = False
+        self._cancelled = False
 
     @property
     def total_bytes(self) -> int:
@@ -49,19 +49,19 @@ class Transfer(WeightSource):
         """Bytes of one tensor, in the longer of its two dtypes."""
         return prod(self.shapes[name]) * max(self.info.dtype.itemsize, 4)
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         """Make every further read fail."""
-        self._called_off = True
-        self._budget.call_off()
+        self._cancelled = True
+        self._budget.cancel()
 
-    def is_called_off(self) -> bool:
+    def is_cancelled(self) -> bool:
         """Whether the conversion was cancelled."""
-        return self._called_off
+        return self._cancelled
 
     def read(self, name: str) -> Tensor:
         """One full tensor, cast; the first time, it is counted and a warning noted where it is not finite."""
-        if self._called_off:
-            raise CheckpointError("called off")
+        if self._cancelled:
+            raise CheckpointError("cancelled")
         tensor = self._source.read(name)
         if tuple(tensor.shape) != self.shapes[name]:
             raise CheckpointError(f"{name}: shape {list(tensor.shape)}, expected {list(self.shapes[name])}")
@@ -98,16 +98,16 @@ class _Budget:
     def __init__(self, limit: int) -> None:
         self._left = self._limit = limit
         self._changed = Condition()
-        self._called_off = False
+        self._cancelled = False
 
     @contextmanager
     def take(self, size: int) -> Iterator[None]:
         """Hold ``size`` bytes, or all there are where that is less."""
         size = min(size, self._limit)
         with self._changed:
-            self._changed.wait_for(lambda: self._called_off or self._left >= size)
-            if self._called_off:
-                raise CheckpointError("called off")
+            self._changed.wait_for(lambda: self._cancelled or self._left >= size)
+            if self._cancelled:
+                raise CheckpointError("cancelled")
             self._left -= size
         try:
             yield
@@ -116,8 +116,8 @@ class _Budget:
                 self._left += size
                 self._changed.notify_all()
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         """Make every waiting thread fail."""
         with self._changed:
-            self._called_off = True
+            self._cancelled = True
             self._changed.notify_all()

@@ -67,7 +67,7 @@ def compare_tensors(transfer: Transfer, target: WeightSource) -> None:
     """
     if target.info.dtype != transfer.info.dtype:
         raise CheckpointError(f"written as {target.info.dtype}, not as {transfer.info.dtype}")
-    run_all([partial(_compare, transfer, target, name) for name in transfer.shapes], call_off=transfer.call_off)
+    run_all([partial(_compare, transfer, target, name) for name in transfer.shapes], cancel=transfer.cancel)
 
 
 def compare_logits(source: Side, target: Side) -> list[str]:

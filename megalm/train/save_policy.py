@@ -100,7 +100,7 @@ class SavePolicy:
         if not failed:
             self._report(self._saver.newly_complete())
             return False
-        self._saver.call_off()
+        self._saver.cancel()
         self.finish(tolerant=tolerant)
         return True
 

@@ -153,10 +153,10 @@ class Saver:
             waited_seconds=self._waited_seconds,
         )
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         """Stop writing, as the pending save has failed on some rank."""
         if self._pending is not None:
-            self._pending.call_off()
+            self._pending.cancel()
 
     @property
     def has_checkpoints(self) -> bool:
@@ -174,7 +174,7 @@ class Saver:
         if self._pending is None:
             return
         if self._lost() is not None:
-            self._pending.call_off()
+            self._pending.cancel()
             return
         self._pending.linger(_LINGER_SECONDS)
 

@@ -62,7 +62,7 @@ def write_hf(transfer: Transfer, folder: Path, *, tokenizer: Tokenizer | None, s
     shards = _shards(transfer, family, shard_bytes)
     files = dict(zip(_file_names(len(shards)), shards, strict=True))
     tasks = [partial(_write_shard, transfer, folder / file, shard) for file, shard in files.items()]
-    run_all(tasks, call_off=transfer.call_off)
+    run_all(tasks, cancel=transfer.cancel)
     if len(files) > 1:
         places = {name: file for file, shard in files.items() for entry in shard for name in entry.specs}
         total = sum(entry.nbytes for shard in shards for entry in shard)

@@ -84,8 +84,8 @@ def write_megatron(
         files += ranks
         for name, place in tensors.items():
             targets[place.name].append(_Target(place, name, ranks))
-    run_all([partial(_write_tensor, transfer, name, targets[name]) for name in targets], call_off=transfer.call_off)
-    run_all([file.flush for file in files], call_off=transfer.call_off)
+    run_all([partial(_write_tensor, transfer, name, targets[name]) for name in targets], cancel=transfer.cancel)
+    run_all([file.flush for file in files], cancel=transfer.cancel)
     (folder / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
 
 

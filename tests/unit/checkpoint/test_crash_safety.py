@@ -194,13 +194,13 @@ def _rewrite(checkpoint: Path, manifest: dict) -> None:
     (checkpoint / COMPLETE_FILE).write_text(hashlib.sha256(text.encode()).hexdigest())
 
 
-def test_a_save_that_is_called_off_stops_between_pieces_and_the_other_ranks_error_is_told(tmp_path: Path) -> None:
+def test_a_save_that_is_cancelled_stops_between_pieces_and_the_other_ranks_error_is_told(tmp_path: Path) -> None:
     pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
     loaded, said = [], []
 
     def load(piece: PieceToWrite):
         if len(loaded) == 2:
-            running.call_off()
+            running.cancel()
         loaded.append(piece.name)
         return piece.load()
 
@@ -213,7 +213,7 @@ def test_a_save_that_is_called_off_stops_between_pieces_and_the_other_ranks_erro
     with pytest.raises(CheckpointError, match=r"^checkpoint of step 1 was not saved: rank 3: No space left"):
         words = iter([None, "rank 3: No space left", None])  # all have ended; their errors; all have stopped
         running.finish(lambda word: said.append(word) or next(words))
-    assert said == [None, None, None], "that it was called off is not the error that others are told"
+    assert said == [None, None, None], "that it was cancelled is not the error that others are told"
     assert len(loaded) == 3 < len(pieces)
     assert list(tmp_path.iterdir()) == []
 

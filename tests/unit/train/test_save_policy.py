@@ -23,10 +23,10 @@ class FailedSaver:
     def __init__(self, reason: str, *, has_checkpoints: bool = True) -> None:
         self.reason = reason
         self.has_checkpoints = has_checkpoints
-        self.was_called_off = False
+        self.was_cancelled = False
 
-    def call_off(self) -> None:
-        self.was_called_off = True
+    def cancel(self) -> None:
+        self.was_cancelled = True
 
     def finish(self, **_):
         raise CheckpointError(self.reason)
@@ -52,11 +52,11 @@ def test_a_run_saves_every_so_many_steps_or_never() -> None:
     assert not any(never.is_due(step, minutes_are_up=False) for step in range(1, 10))
 
 
-def test_a_full_disk_is_called_off_everywhere_told_of_and_trained_on() -> None:
+def test_a_full_disk_is_cancelled_everywhere_told_of_and_trained_on() -> None:
     saver = FailedSaver(DISK)
     policy, heard = policy_with(saver)
     policy.after_step(failed=True, tolerant=False)
-    assert saver.was_called_off
+    assert saver.was_cancelled
     assert heard.failures == [(5, DISK)]
 
 
