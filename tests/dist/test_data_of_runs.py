@@ -144,8 +144,8 @@ def test_epochs_over_the_limit_are_refused_before_anything_starts(blended, other
 
 def test_attention_within_documents_is_trained_validated_and_evaluated_alike(blended, tmp_path):
     """Large weights, so that what a token attends to is seen in the losses of a model that has hardly learned."""
-    changes = [f"run.dir={tmp_path}", "train.steps=4", "model.init_std=0.4"]
-    validated = ["train.validate_every=4", "train.validation_samples=1000000"]
+    changes = [f"run.dir={tmp_path}", "train.steps=16", "model.init_std=0.4"]
+    validated = ["train.validate_every=16", "train.validation_samples=1000000"]
     for more in (["run.name=across"], [*validated, "data.reset_at_documents=true"]):
         code, output = run([*blended, *changes, *more])
         assert code == 0, output
