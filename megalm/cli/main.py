@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm import __version__
-from megalm.cli.config_options import add_config_options, check_hydra_options, config_arguments, shown
 from megalm.config.arguments import user_path
 from megalm.errors import ConfigError, ExitCode
 from megalm.launch.console import run_on_console
@@ -54,7 +53,6 @@ def _dispatch(arguments: list[str]) -> int:
         parser.print_help()
         return ExitCode.DONE
     name, *rest = arguments
-    composes = name in _COMPOSING
     if name not in _COMMANDS:
         parser.parse_args(arguments)  # --help, --version, or a command that does not exist
         return ExitCode.DONE
@@ -62,18 +60,30 @@ def _dispatch(arguments: list[str]) -> int:
     own = argparse.ArgumentParser(prog=f"megalm {name}", description=command.help, allow_abbrev=False)
     command.add_options(own)
     own.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=_OVERRIDES_HELP)
-    if composes:
-        add_config_options(own)
-        check_hydra_options(rest)
-    options = own.parse_intermixed_args([_override_of(argument) for argument in rest])
-    check_text([*options.overrides, *([options.prompt] if "prompt" in options else [])])
-    if composes:
-        text = shown(options)
-        if text is not None:
-            print(text, end="")
-            return ExitCode.DONE
-        options.overrides = config_arguments(options)
+    if name in _COMPOSING:
+        return _composed(command, own, rest)
+    return command.run(_parsed(own, rest))
+
+
+def _composed(command: _Command, parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    """Run a command that composes a config; what finds and shows configs is imported for it alone."""
+    from megalm.cli.config_options import add_config_options, check_hydra_options, config_arguments, shown
+
+    add_config_options(parser)
+    check_hydra_options(arguments)
+    options = _parsed(parser, arguments)
+    text = shown(options)
+    if text is not None:
+        print(text, end="")
+        return ExitCode.DONE
+    options.overrides = config_arguments(options)
     return command.run(options)
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    options = parser.parse_intermixed_args([_override_of(argument) for argument in arguments])
+    check_text([*options.overrides, *([options.prompt] if "prompt" in options else [])])
+    return options
 
 
 def _override_of(argument: str) -> str:

@@ -214,6 +214,16 @@ def test_check_is_quick_and_imports_no_torch():
     assert time.perf_counter() - started < 10  # under 1 s on an idle machine
 
 
+def test_help_imports_nothing_that_composes_or_computes():
+    code = (
+        "import sys; from megalm.cli.main import main; main(['--help']); "
+        "heavy = {'torch', 'hydra', 'omegaconf', 'yaml', 'numpy', 'tokenizers'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_python_m_megalm():
     result = subprocess.run(
         [sys.executable, "-m", "megalm", "check", "experiment=quickstart", "parallel.tp=3"],
