@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megalm.checkpoint.manifest import WEIGHT, Manifest
+from megalm.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.core.sharding import ShardSpec
+from megalm.mesh.slices import ShardSpec
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def _difference(first: CheckpointReader, second: CheckpointReader, name: str, ki
     mine, theirs = first.manifest.tensors[name], second.manifest.tensors[name]
     if mine.shape != theirs.shape:
         return f"{list(mine.shape)} in the first, {list(theirs.shape)} in the second"
-    if kind == WEIGHT and mine.fingerprint is not None and mine.fingerprint == theirs.fingerprint:
+    is_value = kind in (WEIGHT, BUFFER)
+    if is_value and mine.fingerprint is not None and mine.fingerprint == theirs.fingerprint:
         return None
     whole = ShardSpec.replicated(*mine.shape)
     one, other = (reader.read_local(name, kind, whole) for reader in (first, second))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megalm.checkpoint.manifest import WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
+from megalm.core.parameters import DeclaredTensor, StatePiece
 from megalm.core.random import initial_values
-from megalm.core.sharding import DeclaredParameter, ShardSpec, StatePiece
+from megalm.mesh.slices import ShardSpec
 
 
 class ExtendedReader(CheckpointReader):
@@ -30,7 +31,7 @@ class ExtendedReader(CheckpointReader):
     """
 
     def __init__(
-        self, reader: CheckpointReader, vocabulary: Sequence[DeclaredParameter], *, seed: int, dtype: torch.dtype
+        self, reader: CheckpointReader, vocabulary: Sequence[DeclaredTensor], *, seed: int, dtype: torch.dtype
     ) -> None:
         self.path, self.manifest = reader.path, reader.manifest
         self._seed, self._dtype = seed, dtype
@@ -41,7 +42,7 @@ class ExtendedReader(CheckpointReader):
             and p.shard.full_shape[0] > saved[0]
             and p.shard.full_shape[1:] == saved[1:]
         }
-        self._inits = {p.name: p.declaration.init for p in vocabulary}
+        self._inits = {p.name: p.init for p in vocabulary}
 
     def check_parameters(self, full_shapes: Mapping[str, tuple[int, ...]], *, whole_model: bool = False) -> None:
         """See the base class; tensors that grow are compared without what is new in them."""
@@ -55,9 +56,9 @@ class ExtendedReader(CheckpointReader):
         if saved is None or kind != WEIGHT:
             return super().read_local(name, kind, shard)
         local = initial_values(name, shard, self._inits[name], self._seed).to(self._dtype).float()
-        kept = ShardSpec(saved, 0, (self._kept(saved, shard),))
-        if kept.local_size:
-            local[: kept.local_size] = super().read_local(name, kind, kept)
+        start, stop = self._kept(saved, shard)
+        if start < stop:
+            local[: stop - start] = super().read_local(name, kind, ShardSpec.along(saved, 0, ((start, stop),)))
         return local
 
     def saved_part(self, piece: StatePiece) -> StatePiece:
@@ -72,6 +73,7 @@ class ExtendedReader(CheckpointReader):
     @staticmethod
     def _kept(saved: tuple[int, ...], shard: ShardSpec) -> tuple[int, int]:
         """The rows of a rank's slice that were saved; they are its first."""
-        assert shard.dim == 0, "words are rows"
-        ((start, stop),) = shard.ranges
+        (rows,) = shard.cuts
+        assert rows.dim == 0, "words are rows"
+        ((start, stop),) = rows.ranges
         return min(start, saved[0]), min(stop, saved[0])

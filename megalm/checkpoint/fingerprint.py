@@ -15,7 +15,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from megalm.core.sharding import Rows, ShardSpec
+from megalm.mesh.slices import Rows, ShardSpec
 
 _CHUNK = 1 << 16
 """Elements mixed at once: what a core's cache holds in 64 bits."""

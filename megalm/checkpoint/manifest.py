@@ -8,9 +8,9 @@ A checkpoint is a folder:
         …
         COMPLETE                 written last; holds the manifest's sha256
 
-A *piece* is a run of one rank's flattened local tensor. The local tensor is the slice of the full tensor that ``dim``,
-``ranges`` and ``padding`` describe (see ``core.sharding.ShardSpec``). Readers assemble any other slice from pieces, so
-a checkpoint has no layout of its own.
+A *piece* is a run of one rank's flattened local tensor. The local tensor is the slice of the full tensor that its
+``cuts`` describe (see ``mesh.slices.ShardSpec``). Readers assemble any other slice from pieces, so a checkpoint has no
+layout of its own.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from megalm.errors import CheckpointError
+from megalm.mesh.slices import Cut, ShardSpec, uncovered
 
 FORMAT = "megalm-checkpoint"
-VERSION = 3
+VERSION = 4
 WEIGHT = "weight"
-"""The kind of piece that is a parameter's master; all others are state of its optimizer."""
-READABLE_VERSIONS = (2, 3)
-"""Version 2 has no fingerprints."""
+"""The kind of piece that is a parameter's master, or the parameter itself where it is not trained."""
+BUFFER = "buffer"
+"""The kind of piece that is state of the model and no parameter. All other kinds are state of the optimizer."""
+READABLE_VERSIONS = (2, 3, 4)
+"""Version 2 has no fingerprints; 2 and 3 slice along one dim, and all that they hold is trained."""
 MANIFEST_FILE = "manifest.json"
 COMPLETE_FILE = "COMPLETE"
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
@@ -43,12 +45,10 @@ class Piece:
     """A run of a flattened local tensor, and where it is stored.
 
     Attributes:
-        kind: ``weight`` (fp32 master), ``exp_avg`` or ``exp_avg_sq`` (moments of Adam).
+        kind: ``weight`` (fp32 master), ``exp_avg`` or ``exp_avg_sq`` (moments of Adam), ``buffer``.
         file: safetensors file, in the checkpoint's folder.
         key: name of the stored tensor in that file.
-        dim: dim of the full tensor that is sliced; None: the local tensor is the full one.
-        ranges: slices along ``dim``, in local order.
-        padding: rows after the ranges that belong to no full tensor.
+        cuts: what the local tensor keeps of the full one, by dim; none: the local tensor is the full one.
         flat_start: first element in the flattened local tensor.
         length: number of elements.
         dtype: torch's name, such as ``float32``.
@@ -58,21 +58,11 @@ class Piece:
     kind: str
     file: str
     key: str
-    dim: int | None
-    ranges: tuple[tuple[int, int], ...]
-    padding: int
+    cuts: tuple[Cut, ...]
     flat_start: int
     length: int
     dtype: str
     sha256: str
-
-    @property
-    def slice_key(self) -> SliceKey:
-        """Identifies the local tensor that this is a run of."""
-        return self.dim, self.ranges, self.padding
-
-
-SliceKey = tuple[int | None, tuple[tuple[int, int], ...], int]
 
 
 @dataclass(frozen=True)
@@ -84,52 +74,34 @@ class TensorRecord:
         pieces: of every kind.
         fingerprint: hash of the weight that no layout changes (see ``fingerprint.py``), as 16 hexadecimal digits; None
             where the format's version has none.
+        trainable: whether the run trained it; if not, there is no state of an optimizer.
     """
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     fingerprint: str | None = None
+    trainable: bool = True
 
-    def of_kind(self, kind: str) -> dict[SliceKey, list[Piece]]:
+    def of_kind(self, kind: str) -> dict[ShardSpec, list[Piece]]:
         """Pieces of one kind by the local tensor they are runs of, each list in order."""
-        found: dict[SliceKey, list[Piece]] = defaultdict(list)
+        found: dict[tuple[Cut, ...], list[Piece]] = defaultdict(list)
         for piece in self.pieces:
             if piece.kind == kind:
-                found[piece.slice_key].append(piece)
-        return {key: sorted(pieces, key=lambda p: p.flat_start) for key, pieces in found.items()}
+                found[piece.cuts].append(piece)
+        return {
+            ShardSpec(self.shape, cuts): sorted(pieces, key=lambda p: p.flat_start) for cuts, pieces in found.items()
+        }
 
     def holes(self, kind: str) -> str | None:
         """Which part of the full tensor no piece of a kind covers, in words; None where all is covered."""
         slices = self.of_kind(kind)
-        dims = {dim for dim, _, _ in slices if dim is not None}
-        if len(dims) > 1:  # no layout writes this, and rows and columns could not be counted together
-            return f"slices along different dims {sorted(dims)}"
-        covered: list[tuple[int, int]] = []
-        for (dim, ranges, padding), pieces in slices.items():
-            local_numel = self._local_numel(dim, ranges, padding)
+        for shard, pieces in slices.items():
             end = 0
-            for piece in pieces:
-                if piece.flat_start > end:
-                    return f"elements {end} to {piece.flat_start} of the slice {list(ranges) or 'whole'}"
-                end = max(end, piece.flat_start + piece.length)
-            if end < local_numel:
-                return f"elements {end} to {local_numel} of the slice {list(ranges) or 'whole'}"
-            if dim is None:
-                return None
-            covered += ranges
-        size = self.shape[next(iter(slices))[0] or 0] if slices else prod(self.shape)
-        end = 0
-        for start, stop in sorted(covered):
-            if start > end:
-                break
-            end = max(end, stop)
-        return None if end >= size else f"rows {end} onwards"
-
-    def _local_numel(self, dim: int | None, ranges: tuple[tuple[int, int], ...], padding: int) -> int:
-        if dim is None:
-            return prod(self.shape)
-        rows = sum(stop - start for start, stop in ranges) + padding
-        return prod(self.shape) // max(self.shape[dim], 1) * rows
+            for start, stop in [*((p.flat_start, p.flat_start + p.length) for p in pieces), (shard.local_numel,) * 2]:
+                if start > end:
+                    return f"elements {end} to {start} of the slice {shard}"
+                end = max(end, stop)
+        return uncovered(self.shape, list(slices))
 
 
 @dataclass(frozen=True)
@@ -221,7 +193,7 @@ def parse_manifest(fields: Any, path: Path) -> Manifest:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise CheckpointError(f"{path}: format version {fields.get('version')}; this megalm reads versions {readable}")
     try:
-        tensors = {name: _parse_tensor(record) for name, record in fields["tensors"].items()}
+        tensors = {name: _parse_tensor(record, fields["version"]) for name, record in fields["tensors"].items()}
         plain = {name: fields[name] for name in Manifest.__dataclass_fields__ if name != "tensors"}
         manifest = Manifest(tensors=tensors, **plain)
         valid = _is_count(manifest.step) and all(
@@ -232,8 +204,9 @@ def parse_manifest(fields: Any, path: Path) -> Manifest:
     if not valid:
         raise CheckpointError(f"{path}: incomplete or damaged (a field has the wrong type)")
     for name, record in tensors.items():
+        slices: dict[tuple[Cut, ...], int] = {}
         for piece in record.pieces:
-            _check_piece(path, name, record, piece)
+            _check_piece(path, name, record, piece, slices)
     return manifest
 
 
@@ -241,38 +214,59 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _parse_tensor(record: dict[str, Any]) -> TensorRecord:
-    pieces = tuple(
-        Piece(**{**piece, "ranges": tuple((start, stop) for start, stop in piece["ranges"])})
-        for piece in record["pieces"]
-    )
+def _parse_tensor(record: dict[str, Any], version: int) -> TensorRecord:
+    pieces = tuple(parse_piece(piece if version > 3 else _with_cuts(piece)) for piece in record["pieces"])
     shape = tuple(record["shape"])
-    for piece in pieces:
-        counts = [piece.padding, piece.flat_start, piece.length, *(end for pair in piece.ranges for end in pair)]
-        texts = (piece.kind, piece.file, piece.key, piece.dtype, piece.sha256)
-        if not all(map(_is_count, counts)) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"a field of a piece has the wrong type: {piece}")
-        if piece.dim is not None and not _is_count(piece.dim):
-            raise ValueError(f"dim {piece.dim!r}")
     if not all(map(_is_count, shape)):
         raise ValueError(f"shape {list(shape)}")
     fingerprint = record.get("fingerprint")
     if fingerprint is not None and not _FINGERPRINT.fullmatch(fingerprint):
         raise ValueError(f"fingerprint {fingerprint!r}")
-    return TensorRecord(shape, pieces, fingerprint)
+    trainable = record["trainable"] if version > 3 else True
+    if not isinstance(trainable, bool):
+        raise ValueError(f"trainable {trainable!r}")
+    return TensorRecord(shape, pieces, fingerprint, trainable)
 
 
-def _check_piece(path: Path, name: str, record: TensorRecord, piece: Piece) -> None:
+def parse_piece(fields: dict[str, Any]) -> Piece:
+    """Build a piece from JSON that nobody has checked.
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing, unknown, or has the wrong type.
+    """
+    cuts = tuple(
+        Cut(cut["dim"], tuple((start, stop) for start, stop in cut["ranges"]), cut["padding"]) for cut in fields["cuts"]
+    )
+    piece = Piece(**{**fields, "cuts": cuts})
+    counts = [piece.flat_start, piece.length]
+    for cut in cuts:
+        counts += [cut.dim, cut.padding, *(end for pair in cut.ranges for end in pair)]
+    texts = (piece.kind, piece.file, piece.key, piece.dtype, piece.sha256)
+    if not all(map(_is_count, counts)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a field of a piece has the wrong type: {piece}")
+    return piece
+
+
+def _with_cuts(piece: dict[str, Any]) -> dict[str, Any]:
+    """A piece of version 2 or 3, which are cut along one dim or none, as version 4 has it."""
+    fields = dict(piece)
+    cut = {name: fields.pop(name) for name in ("dim", "ranges", "padding")}
+    if cut["dim"] is None and (cut["ranges"] or cut["padding"]):
+        raise ValueError("ranges or padding of a slice that is the whole tensor")
+    return {**fields, "cuts": [] if cut["dim"] is None else [cut]}
+
+
+def _check_piece(path: Path, name: str, record: TensorRecord, piece: Piece, slices: dict[tuple[Cut, ...], int]) -> None:
+    """``slices``: elements of the local tensors of this tensor that were checked already."""
     where = f"{path}: tensor {name}"
     if Path(piece.file).name != piece.file or piece.file in ("", ".", ".."):
         raise CheckpointError(f"{where}: file name {piece.file!r} leaves the checkpoint's folder")
-    if piece.dim is None and (piece.ranges or piece.padding):
-        raise CheckpointError(f"{where}: ranges or padding of a slice that is the whole tensor")
-    if piece.dim is not None:
-        if not 0 <= piece.dim < len(record.shape):
-            raise CheckpointError(f"{where}: sliced along dim {piece.dim} of a shape {record.shape}")
-        if any(not 0 <= start <= stop <= record.shape[piece.dim] for start, stop in piece.ranges):
-            raise CheckpointError(f"{where}: ranges {piece.ranges} lie outside the shape {record.shape}")
-    numel = record._local_numel(*piece.slice_key)
-    if piece.padding < 0 or piece.flat_start < 0 or piece.length < 0 or piece.flat_start + piece.length > numel:
-        raise CheckpointError(f"{where}: elements {piece.flat_start} + {piece.length} lie outside a slice of {numel}")
+    if piece.cuts not in slices:
+        try:
+            slices[piece.cuts] = ShardSpec(record.shape, piece.cuts).local_numel
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+    if piece.flat_start + piece.length > slices[piece.cuts]:
+        raise CheckpointError(
+            f"{where}: elements {piece.flat_start} + {piece.length} lie outside a slice of {slices[piece.cuts]}"
+        )

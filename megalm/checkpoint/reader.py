@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalm.checkpoint.fingerprint import fingerprint
-from megalm.checkpoint.manifest import WEIGHT, Manifest, Piece, TensorRecord, read_manifest
+from megalm.checkpoint.manifest import BUFFER, WEIGHT, Manifest, Piece, TensorRecord, read_manifest
 from megalm.checkpoint.tensor_file import as_bytes
-from megalm.core.sharding import ShardSpec, StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
+from megalm.mesh.slices import ShardSpec
 
 
 class CheckpointReader:
@@ -79,20 +80,20 @@ class CheckpointReader:
             CheckpointError: as for :meth:`read_local`.
         """
         record = self._record(name, kind, shard)
-        same = record.of_kind(kind).get((shard.dim, shard.ranges, shard.padding))
-        if same is not None:
+        slices = record.of_kind(kind)
+        if same := slices.get(shard):
             return self._from_same_slice(name, kind, same, flat_start, length)
         if hole := record.holes(kind):
             raise CheckpointError(f"{self.path}: {name}: {kind} is incomplete: {hole}")
         full = torch.empty(record.shape)
         wanted = _extent(shard, flat_start, length)
-        for piece in record.pieces:
-            source = ShardSpec(record.shape, *piece.slice_key)
-            if piece.kind == kind and _overlap(wanted, _extent(source, piece.flat_start, piece.length)):
-                values = self._read(piece)
-                for rows in source.runs(piece.flat_start, piece.length):
-                    rows.of_full(full.view(-1)).copy_(rows.of_local(values))
-        local = full if shard.dim is None else shard.take(full)
+        for source, pieces in slices.items():
+            for piece in pieces:
+                if _overlap(wanted, _extent(source, piece.flat_start, piece.length)):
+                    values = self._read(piece)
+                    for rows in source.runs(piece.flat_start, piece.length):
+                        rows.of_full(full.view(-1)).copy_(rows.of_local(values))
+        local = shard.take(full) if shard.is_sharded else full
         return local.view(-1)[flat_start : flat_start + length]
 
     def _from_same_slice(self, name: str, kind: str, pieces: list[Piece], flat_start: int, length: int) -> Tensor:
@@ -135,8 +136,8 @@ class CheckpointReader:
                     damaged = True
                     yield str(error)
                     continue
-                if piece.kind == WEIGHT:
-                    source = ShardSpec(record.shape, *piece.slice_key)
+                if piece.kind in (WEIGHT, BUFFER):
+                    source = ShardSpec(record.shape, piece.cuts)
                     shares += fingerprint(name, source, piece.flat_start, values)
             if record.fingerprint is not None and not damaged and f"{shares % (1 << 64):016x}" != record.fingerprint:
                 yield f"{self.path}: {name}: its pieces are whole, but together not the tensor that was saved"

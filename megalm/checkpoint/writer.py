@@ -27,11 +27,21 @@ from torch import Tensor
 import megalm
 from megalm.checkpoint.durable import flush
 from megalm.checkpoint.fingerprint import fingerprint
-from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, WEIGHT, Manifest, Piece, TensorRecord
+from megalm.checkpoint.manifest import (
+    BUFFER,
+    COMPLETE_FILE,
+    MANIFEST_FILE,
+    WEIGHT,
+    Manifest,
+    Piece,
+    TensorRecord,
+    parse_piece,
+)
 from megalm.checkpoint.store import TEMPORARY_PREFIX, remove_folder, replaced_folder, step_folder
 from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, as_bytes
-from megalm.core.sharding import ShardSpec, StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
+from megalm.mesh.parameter import ParameterRecord
 
 CANCELLED = "cancelled"
 """The error of a rank that stopped because another one had failed."""
@@ -56,14 +66,13 @@ class PieceToWrite:
     """A piece whose values are fetched when its turn comes, so that a writer holds one at a time.
 
     Attributes:
-        name, kind, shard, flat_start: as of :class:`megalm.core.sharding.StatePiece`.
+        record, kind, flat_start: as of :class:`megalm.core.parameters.StatePiece`.
         length: number of elements.
         load: gives the values: one-dimensional, fp32, contiguous, on the CPU.
     """
 
-    name: str
+    record: ParameterRecord
     kind: str
-    shard: ShardSpec
     flat_start: int
     length: int
     load: Callable[[], Tensor] = field(repr=False)
@@ -73,9 +82,16 @@ class PieceToWrite:
         """A piece of a model that stands still until it is written; or ``values``, a copy of it."""
 
         def load() -> Tensor:
-            return (piece.values if values is None else values).detach().to("cpu").contiguous()
+            found = (piece.values if values is None else values).detach().to("cpu")
+            # What is trained has a master in fp32; what is not is kept in the model's dtype, which fp32 includes.
+            return (found if piece.record.trainable else found.to(torch.float32)).contiguous()
 
-        return cls(piece.name, piece.kind, piece.shard, piece.flat_start, piece.values.numel(), load)
+        return cls(piece.record, piece.kind, piece.flat_start, piece.values.numel(), load)
+
+    @property
+    def name(self) -> str:
+        """Layout-independent name of the tensor."""
+        return self.record.name
 
     @property
     def key(self) -> str:
@@ -198,16 +214,20 @@ def _index_entry(piece: PieceToWrite, values: Tensor, file: str) -> dict[str, An
         kind=piece.kind,
         file=file,
         key=piece.key,
-        dim=piece.shard.dim,
-        ranges=piece.shard.ranges,
-        padding=piece.shard.padding,
+        cuts=piece.record.shard.cuts,
         flat_start=piece.flat_start,
         length=piece.length,
         dtype="float32",
         sha256=hashlib.sha256(as_bytes(values)).hexdigest(),
     )
-    share = fingerprint(piece.name, piece.shard, piece.flat_start, values) if piece.kind == WEIGHT else 0
-    return {"name": piece.name, "shape": piece.shard.full_shape, "fingerprint": share, "piece": asdict(record)}
+    shard, is_value = piece.record.shard, piece.kind in (WEIGHT, BUFFER)
+    return {
+        "name": piece.name,
+        "shape": shard.full_shape,
+        "trainable": piece.record.trainable,
+        "fingerprint": fingerprint(piece.name, shard, piece.flat_start, values) if is_value else 0,
+        "piece": asdict(record),
+    }
 
 
 def _move_into_place(temporary: Path, final: Path, warn: Callable[[str], object]) -> None:
@@ -232,24 +252,25 @@ def _move_into_place(temporary: Path, final: Path, warn: Callable[[str], object]
 
 def _collect(indexes: Sequence[Path]) -> dict[str, TensorRecord]:
     """Tensors from every rank's index; a hole anywhere is an error, not something to find out at load time."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    described: dict[str, tuple[tuple[int, ...], bool]] = {}
     pieces: dict[str, list[Piece]] = {}
     fingerprints: dict[str, int] = {}
     for path in indexes:
         for entry in json.loads(path.read_text(encoding="utf-8")):
-            name, shape = entry["name"], tuple(entry["shape"])
-            if shapes.setdefault(name, shape) != shape:
-                raise CheckpointError(f"{name}: ranks disagree on its shape: {shapes[name]}, {shape}")
-            fields = entry["piece"]
-            ranges = tuple((start, stop) for start, stop in fields["ranges"])
-            pieces.setdefault(name, []).append(Piece(**{**fields, "ranges": ranges}))
+            name, said = entry["name"], (tuple(entry["shape"]), entry["trainable"])
+            if described.setdefault(name, said) != said:
+                raise CheckpointError(
+                    f"{name}: ranks disagree on its shape and whether it is trained: {described[name]}, {said}"
+                )
+            pieces.setdefault(name, []).append(parse_piece(entry["piece"]))
             fingerprints[name] = (fingerprints.get(name, 0) + entry["fingerprint"]) % (1 << 64)
     tensors = {
-        name: TensorRecord(shapes[name], tuple(pieces[name]), f"{fingerprints[name]:016x}") for name in sorted(shapes)
+        name: TensorRecord(shape, tuple(pieces[name]), f"{fingerprints[name]:016x}", trainable)
+        for name, (shape, trainable) in sorted(described.items())
     }
-    kinds = sorted({piece.kind for tensor in tensors.values() for piece in tensor.pieces})
+    of_trained = {piece.kind for tensor in tensors.values() if tensor.trainable for piece in tensor.pieces}
     for name, tensor in tensors.items():
-        for kind in kinds:
+        for kind in sorted(of_trained if tensor.trainable else {piece.kind for piece in tensor.pieces}):
             if hole := tensor.holes(kind):
                 raise CheckpointError(f"{name}: no rank wrote {kind} {hole}")
     return tensors

@@ -26,10 +26,12 @@ from megalm.convert.parallel import run_all
 from megalm.convert.transfer import Transfer
 from megalm.convert.weights import SourceInfo, WeightSource, declared_of, full_shapes
 from megalm.core.dtype import DTYPE_NAMES
-from megalm.core.sharding import DeclaredParameter, ShardSpec
+from megalm.core.parameters import DeclaredTensor
 from megalm.data.shards.vocabulary import Vocabulary
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, ConfigError
+from megalm.mesh.slices import ShardSpec
+from megalm.mesh.topology import Topology
 from megalm.models.balance import split_layers
 from megalm.models.transformer import Part
 from megalm.runs.folder import CONFIG_FILE
@@ -148,29 +150,25 @@ def write_run(transfer: Transfer, folder: Path, *, name: str, tokenizer: Tokeniz
 def _write_rank(transfer: Transfer, folder: Path, stages: list[range], *, stage: int, tp: int, tp_rank: int) -> None:
     """One rank's pieces: its slices, and of replicated tensors all where it is the first."""
     part = Part({stage: stages[stage]}, len(stages))
+    topology, rank = Topology(tp=tp, pp=len(stages)), stage * tp + tp_rank
     declared = [
         p
         for p in declared_of(transfer.info.model, tp=tp, tp_rank=tp_rank, part=part)
-        if (p.shard.is_sharded or tp_rank == 0) and not _is_second_copy(p, part)
+        if p.record.is_owned_by(topology, rank)
     ]
     # A tensor is held until the next one is asked for: until then it is being written and hashed.
     with ExitStack() as held:
 
-        def piece(p: DeclaredParameter) -> PieceToWrite:
+        def piece(p: DeclaredTensor) -> PieceToWrite:
             def load() -> Tensor:
                 held.close()
                 full = held.enter_context(transfer.hold(p.name))
                 # Every rank reads the whole tensor again; sliced before it is cast, only the slice is held twice.
                 return (p.shard.take(full) if p.shard.is_sharded else full).to(torch.float32).reshape(-1)
 
-            return PieceToWrite(p.name, WEIGHT, p.shard, 0, p.shard.local_numel, load)
+            return PieceToWrite(p.record, WEIGHT, 0, p.shard.local_numel, load)
 
-        write_rank(folder, stage * tp + tp_rank, [piece(p) for p in declared], cancelled=transfer.is_cancelled)
-
-
-def _is_second_copy(parameter: DeclaredParameter, part: Part) -> bool:
-    """The last stage's copy of a tied embedding, which the first stage writes."""
-    return parameter.name == "embedding.weight" and not part.has_first
+        write_rank(folder, rank, [piece(p) for p in declared], cancelled=transfer.is_cancelled)
 
 
 def _config(model: Model, name: str, *, tp: int, pp: int, dtype: str = "fp32") -> Config:

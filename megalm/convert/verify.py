@@ -23,7 +23,6 @@ from megalm.convert.checks import same_values
 from megalm.convert.parallel import run_all
 from megalm.convert.transfer import Transfer
 from megalm.convert.weights import WeightSource
-from megalm.core.sharding import declared_parameters
 from megalm.errors import CheckpointError
 from megalm.models.transformer import build_full_model
 
@@ -179,8 +178,8 @@ def _logits(side: Side, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, str
 def _own_logits(source: WeightSource, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     model = _shortened(source.info.model, tokens.shape[-1])
     whole = build_full_model(model, model.vocab_size or 1, dtype=dtype).eval()
-    for declared in declared_parameters(whole):
-        declared.parameter.copy_(source.read(declared.name))
+    for declared in whole.tensors():
+        declared.tensor.copy_(source.read(declared.name))
     logits: Tensor = whole(tokens)
     return logits
 

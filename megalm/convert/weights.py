@@ -17,7 +17,7 @@ from torch import Tensor
 from megalm.config.schema import Engine, Model
 from megalm.convert.huggingface.token_ids import TokenIds
 from megalm.core.attention.context_parallel import ContextParallel
-from megalm.core.sharding import DeclaredParameter, declared_parameters
+from megalm.core.parameters import DeclaredTensor
 from megalm.core.tensor_parallel import TensorParallel
 from megalm.errors import CheckpointError
 from megalm.mesh.groups import Group
@@ -72,7 +72,7 @@ class WeightSource(ABC):
         """Close open files."""
 
 
-def declared_of(model: Model, *, tp: int = 1, tp_rank: int = 0, part: Part | None = None) -> list[DeclaredParameter]:
+def declared_of(model: Model, *, tp: int = 1, tp_rank: int = 0, part: Part | None = None) -> list[DeclaredTensor]:
     """The parameters of one tensor-parallel rank's stages, without memory: names, slices of full tensors, meta tensors.
 
     Args:
@@ -95,7 +95,7 @@ def declared_of(model: Model, *, tp: int = 1, tp_rank: int = 0, part: Part | Non
             seed=0,
             device=torch.device("meta"),
         )
-    return declared_parameters(stages)
+    return stages.tensors()
 
 
 def full_shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from megalm.core.collectives import reduce_from_group, reduce_scatter
 from megalm.core.linear import SEQUENCE, column_linear
-from megalm.core.sharding import Init, ParallelModule, ShardSpec, padded_range
+from megalm.core.parameters import Init, ParallelModule
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.mesh.slices import ShardSpec, padded_range
 
 
 class VocabParallelEmbedding(ParallelModule):
@@ -24,8 +25,8 @@ class VocabParallelEmbedding(ParallelModule):
         self._linear = column_linear(tensor_parallel)
         group = tensor_parallel.group
         (self.first_token, self.stop_token), padding = padded_range(vocab_size, group.index, group.size)
-        shard = ShardSpec((vocab_size, hidden_size), 0, ((self.first_token, self.stop_token),), padding)
-        self.weight = self.declare("weight", shard, Init.normal(std))
+        shard = ShardSpec.along((vocab_size, hidden_size), 0, ((self.first_token, self.stop_token),), padding)
+        self.weight = self.declare("weight", shard, Init.normal(std), per_word=True)
 
     @property
     def local_vocab_size(self) -> int:

@@ -41,9 +41,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megalm.core.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
-from megalm.core.sharding import Init, ParallelModule, ShardSpec, even_range
+from megalm.core.parameters import Init, ParallelModule
 from megalm.core.tensor_parallel import TensorParallel
 from megalm.mesh.groups import Group
+from megalm.mesh.slices import ShardSpec, even_range
 
 SEQUENCE = 1
 """The dim of an activation that sequence parallelism splits."""
@@ -85,8 +86,9 @@ class ColumnParallelLinear(ParallelModule):
             ranges.append((offset + start, offset + stop))
             offset += size
         self.local_out_features = tuple(stop - start for start, stop in ranges)
-        self.weight = self.declare("weight", ShardSpec((offset, in_features), 0, tuple(ranges)), Init.normal(std))
-        self.bias = self.declare("bias", ShardSpec((offset,), 0, tuple(ranges)), Init.constant(0.0)) if bias else None
+        weight, rows = (offset, in_features), tuple(ranges)
+        self.weight = self.declare("weight", ShardSpec.along(weight, 0, rows), Init.normal(std))
+        self.bias = self.declare("bias", ShardSpec.along((offset,), 0, rows), Init.constant(0.0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, I], or [B, S/T, I] under sequence parallelism ▶ [B, S, O/T]."""
@@ -118,7 +120,7 @@ class RowParallelLinear(ParallelModule):
         )
         group = tensor_parallel.group
         ranges = (even_range(in_features, group.index, group.size),)
-        self.weight = self.declare("weight", ShardSpec((out_features, in_features), 1, ranges), Init.normal(std))
+        self.weight = self.declare("weight", ShardSpec.along((out_features, in_features), 1, ranges), Init.normal(std))
         shard, partial = ShardSpec.replicated(out_features), tensor_parallel.splits_sequence
         self.bias = self.declare("bias", shard, Init.constant(0.0), partial=partial) if bias else None
 

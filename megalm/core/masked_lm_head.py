@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from megalm.config.schema import Model
 from megalm.core.norm import make_norm
-from megalm.core.sharding import Init, ParallelModule, ShardSpec, padded_range
+from megalm.core.parameters import Init, ParallelModule
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.mesh.slices import ShardSpec, padded_range
 
 
 class MaskedLMHead(ParallelModule):
@@ -35,7 +36,8 @@ class MaskedLMHead(ParallelModule):
         self.approximate = "none" if model.activation == "gelu_erf" else "tanh"
         self.norm = make_norm(model, tensor_parallel)
         (start, stop), padding = padded_range(vocab_size, tensor_parallel.group.index, tensor_parallel.group.size)
-        self.bias = self.declare("bias", ShardSpec((vocab_size,), 0, ((start, stop),), padding), Init.constant(0.0))
+        shard = ShardSpec.along((vocab_size,), 0, ((start, stop),), padding)
+        self.bias = self.declare("bias", shard, Init.constant(0.0), per_word=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H], or [B, S/T, H] ▶ [B, S/T, H] under sequence parallelism."""

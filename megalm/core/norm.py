@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalm.config.schema import Model
-from megalm.core.sharding import Init, ParallelModule, ShardSpec
+from megalm.core.parameters import Init, ParallelModule
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.mesh.slices import ShardSpec
 
 
 class LayerNorm(ParallelModule):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalm.config.schema import Model
-from megalm.core.sharding import Init, ParallelModule, ShardSpec
+from megalm.core.parameters import Init, ParallelModule
+from megalm.mesh.slices import ShardSpec
 
 _FLOAT = torch.float64
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalm.core.sharding import Init, ParallelModule, ShardSpec
+from megalm.core.parameters import Init, ParallelModule
+from megalm.mesh.slices import ShardSpec
 
 
 class TokenTypeEmbedding(ParallelModule):

@@ -12,6 +12,7 @@ The losses that come in are weighted for the mean over the global batch; see ``g
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import math
@@ -19,6 +20,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -26,15 +28,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.config.schema import Config
+from megalm.core.parameters import DeclaredTensor, StatePiece
 from megalm.core.pipeline.runner import PipelineResult, PipelineRunner, Stages
-from megalm.core.sharding import DeclaredParameter, ShardSpec, StatePiece, declared_parameters
 from megalm.engine.global_mean import share_of_mean
 from megalm.engine.gradients import FlatLayout, GradientBuckets
 from megalm.engine.loss_scale import LossScale
 from megalm.engine.optimizer import ParameterGroup, make_adamw, parameter_groups
 from megalm.engine.zero import PartitionedAdamW, ReplicatedAdamW, ZeroOptimizer
 from megalm.engine.zero3 import Root, Zero3AdamW
-from megalm.mesh.groups import ParallelContext
+from megalm.errors import ConfigError
+from megalm.mesh.groups import Group, ParallelContext
+from megalm.mesh.slices import ShardSpec
 from megalm.models.micro_batch import MicroBatch
 from megalm.models.transformer import Transformer
 
@@ -72,8 +76,8 @@ class DeepSpeedEngine:
         self.model = model
         self.context = context
         self.objective = model.objective
-        self.parameters = declared_parameters(model)
-        groups = parameter_groups(self.parameters, tied=model.tied_weight, second_copy=model.second_tied_copy)
+        self.tensors = model.tensors()
+        groups = parameter_groups(self.tensors, context)
         run_stage: Stages[MicroBatch]
         self._optimizer, run_stage = _make_optimizer(model, groups, context, config)
         self._loss_scale: LossScale | None = None
@@ -115,29 +119,22 @@ class DeepSpeedEngine:
         return self._reported(self.runner.evaluate(micro_batches), self.objective.measures)
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every parameter that this rank holds a slice of, by name."""
-        return {p.name: p.shard.full_shape for p in self.parameters}
-
-    def vocabulary_parameters(self) -> list[DeclaredParameter]:
-        """Those that have a row per word, as far as this rank holds a slice of them."""
-        rows = {id(parameter) for parameter in self.model.vocabulary_parameters()}
-        return [p for p in self.parameters if id(p.parameter) in rows]
+        """Full shape of every tensor that this rank holds a slice of, by name."""
+        return {t.name: t.shard.full_shape for t in self.tensors}
 
     def state_pieces(self) -> list[StatePiece]:
-        """The masters and moments that this rank alone is to save; together, all ranks' pieces cover everything once.
-
-        Of a tensor-parallel replica the first rank is the owner, of a tied embedding the first stage.
-        """
+        """What this rank alone is to save; together, all ranks' pieces cover everything once."""
         return [
-            StatePiece(p.name, kind, p.shard, start, values)
-            for p in self.parameters
-            if self._owns(p)
-            for kind, start, values in self._optimizer.fragments(p.parameter)
+            StatePiece(t.record, kind, start, values)
+            for t in self.tensors
+            for kind, start, values in self._fragments(t)
+            if self.context.owns(t.record, among_replicas=not self._splits(t))
         ]
 
-    def full_weight(self, p: DeclaredParameter) -> Tensor:
-        """The local tensor of a parameter as the model computes with it; collective over replicas."""
-        return self._optimizer.full_weight(p.parameter).view(p.shard.local_shape)
+    def full_weight(self, t: DeclaredTensor) -> Tensor:
+        """The local tensor as the model computes with it; collective over replicas."""
+        local = t.tensor if t.record.is_buffer else self._optimizer.full_weight(t.parameter)
+        return local.view(t.shard.local_shape)
 
     def scalar_state(self) -> dict[str, float]:
         """What is the same on every rank and belongs into a checkpoint: optimizer steps, and the loss scale if any."""
@@ -159,14 +156,17 @@ class DeepSpeedEngine:
         if scalars and self._loss_scale is not None and "loss_scale" in scalars:
             window = self._loss_scale.window
             self._loss_scale = LossScale(scalars["loss_scale"], int(scalars["good_steps"]), window)
-        for p in self.parameters:
-            local = source.read_local(p.name, "weight", p.shard)
-            self._optimizer.put_weight(p.parameter, local)
-            for kind, start, values in self._optimizer.fragments(p.parameter):
+        for t in self.tensors:
+            if t.record.is_buffer:
+                t.tensor.copy_(source.read_local(t.name, "buffer", t.shard))
+                continue
+            local = source.read_local(t.name, "weight", t.shard)
+            self._optimizer.put_weight(t.parameter, local)
+            for kind, start, values in self._optimizer.fragments(t.parameter) if t.record.trainable else ():
                 if kind == "weight":
                     values.copy_(local.view(-1)[start : start + values.numel()])
                 elif steps:
-                    values.copy_(source.read_flat(p.name, kind, p.shard, start, values.numel()))
+                    values.copy_(source.read_flat(t.name, kind, t.shard, start, values.numel()))
 
     def _reported(self, result: PipelineResult, names: tuple[str, ...]) -> dict[str, float]:
         """Sums over micro-batches by name, on one of the ranks that compute the same; zeros elsewhere."""
@@ -175,10 +175,20 @@ class DeepSpeedEngine:
         totals = [torch.stack([terms[name] for terms in result.terms]).double().sum() for name in names]
         return dict(zip(names, torch.stack(totals).tolist(), strict=True))
 
-    def _owns(self, p: DeclaredParameter) -> bool:
-        if p.parameter is self.model.second_tied_copy:
-            return False
-        return (p.shard.is_sharded or self.context.tp_group.index == 0) and self._optimizer.owns_fragments
+    def _fragments(self, t: DeclaredTensor) -> Iterator[tuple[str, int, Tensor]]:
+        """(kind, offset in the flattened local tensor, live values) of what this rank holds of a tensor."""
+        if t.record.is_buffer:
+            yield "buffer", 0, t.tensor.detach().view(-1)
+        elif t.record.trainable:
+            yield from self._optimizer.fragments(t.parameter)
+        else:
+            start, values = self._optimizer.weight_fragment(t.parameter)
+            if values.numel():
+                yield "weight", start, values
+
+    def _splits(self, t: DeclaredTensor) -> bool:
+        """Whether the replicas hold different fragments of a tensor."""
+        return self._optimizer.splits_weights or (t.record.trainable and self._optimizer.splits_state)
 
 
 class StateSource(Protocol):
@@ -196,20 +206,25 @@ def _make_optimizer(
 ) -> tuple[ZeroOptimizer, Stages[MicroBatch]]:
     """The ZeRO stage that the config names, and how the runner calls the model under it."""
     zero_stage, clip = config.engine.zero_stage, config.optim.clip_grad_norm
+    if not groups:
+        raise ConfigError(["no parameter of this rank is trainable; a run needs one on every pipeline stage"])
     if zero_stage == 3:
         engine = _initialise(Root(model), groups, context, config)
         return Zero3AdamW(engine.optimizer, context), engine
-    engine = _initialise(model, groups, context, config)
-    stages = model.stage_of_parameters()
 
     def make_buckets(layouts: list[FlatLayout]) -> GradientBuckets:
-        return GradientBuckets(
-            layouts, stages.__getitem__, context, bucket_mib=config.engine.bucket_mib, shards=zero_stage == 2
-        )
+        return GradientBuckets(layouts, context, bucket_mib=config.engine.bucket_mib, shards=zero_stage == 2)
 
     if zero_stage == 0:
-        return ReplicatedAdamW.over(groups, engine.optimizer, make_buckets, context, clip), model.run
-    return PartitionedAdamW.over(engine.optimizer, groups, make_buckets, context, clip), model.run
+        adamw = make_adamw(groups, config.optim)
+        return ReplicatedAdamW.over(groups, adamw, make_buckets, context, clip), model.run
+    zeros = []
+    for _, found in groupby(groups, key=lambda group: group.replicas.ranks):
+        same = list(found)
+        # DeepSpeed splits over one set of ranks, so each set has an optimizer of its own, which sees these alone.
+        members = nn.ParameterList([p.parameter for group in same for p in group.parameters])
+        zeros.append((_initialise(members, same, context, config).optimizer, same))
+    return PartitionedAdamW.over(zeros, make_buckets, context, clip), model.run
 
 
 def _schedule(config: Config) -> str:
@@ -240,22 +255,38 @@ def _initialise(model: nn.Module, groups: list[ParameterGroup], context: Paralle
             # DeepSpeed asks what the CPU is fast at; torch computes fp16 on any, which is enough to prove a layout.
             deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         deepspeed.init_distributed(dist_backend=dist.get_backend())
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=make_adamw(groups, config.optim),
-            config=_deepspeed_config(config, context),
-            mpu=_Mpu(context),
-        )
+        with _no_garbage_collection():
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=make_adamw(groups, config.optim),
+                config=_deepspeed_config(config, context, groups[0].replicas),
+                mpu=_Mpu(context, groups[0].replicas),
+            )
     return engine
 
 
-def _deepspeed_config(config: Config, context: ParallelContext) -> dict[str, Any]:
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """DeepSpeed imports modules here, and its finalisers import too: one that is collected amid an import breaks it.
+
+    CPython before 3.12 then raises KeyError from its import lock (python/cpython#106176).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _deepspeed_config(config: Config, context: ParallelContext, replicas: Group) -> dict[str, Any]:
     """The only place where a DeepSpeed config is written; users never write one."""
     # DeepSpeed's stages 1 and 2 differ in their reduction alone, which is not used.
     deepspeed_stage = {2: 1}.get(config.engine.zero_stage, config.engine.zero_stage)
     zero: dict[str, Any] = {"stage": deepspeed_stage, "overlap_comm": False}
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": max(1, config.train.global_batch_size // context.replica_group.size),
+        "train_micro_batch_size_per_gpu": max(1, config.train.global_batch_size // replicas.size),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip_grad_norm if deepspeed_stage == 3 else 0.0,
         "steps_per_print": 10**9,
@@ -278,8 +309,9 @@ def _deepspeed_config(config: Config, context: ParallelContext) -> dict[str, Any
 class _Mpu:
     """The mesh as DeepSpeed asks for it: "model parallel" is tp × pp, "tensor model parallel" is tp."""
 
-    def __init__(self, context: ParallelContext) -> None:
+    def __init__(self, context: ParallelContext, replicas: Group) -> None:
         self._context = context
+        self._replicas = replicas
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
         return self._context.model_group.handle
@@ -291,13 +323,13 @@ class _Mpu:
         return self._context.model_group.size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._context.replica_group.handle
+        return self._replicas.handle
 
     def get_data_parallel_rank(self) -> int:
-        return self._context.replica_group.index
+        return self._replicas.index
 
     def get_data_parallel_world_size(self) -> int:
-        return self._context.replica_group.size
+        return self._replicas.size
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
         return self._context.tp_group.handle

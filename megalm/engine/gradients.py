@@ -27,7 +27,7 @@ each piece of it goes to the replica that owns it. ZeRO-2 keeps no whole buffer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.engine.optimizer import ParameterGroup
-from megalm.mesh.groups import Group, ParallelContext
+from megalm.mesh.groups import ParallelContext
 
 MIB = 2**20
 
@@ -59,6 +59,11 @@ class FlatLayout:
         if self.partition is None:
             return 0, self.numel
         return replica * self.partition, (replica + 1) * self.partition
+
+    @property
+    def owned_here(self) -> tuple[int, int]:
+        """The range that this replica updates."""
+        return self.owned(self.group.replicas.index)
 
     def places(self) -> Iterator[tuple[nn.Parameter, int]]:
         """(parameter, where it begins) of each member."""
@@ -97,7 +102,6 @@ class GradientBuckets:
 
     Args:
         layouts: the flat buffers.
-        stage_of: pipeline stage of a parameter; each belongs to one.
         context: this rank's groups.
         bucket_mib: size from which gradients are reduced together.
         shards: ZeRO-2: keep only what this replica owns, and reduce in every backward.
@@ -106,14 +110,12 @@ class GradientBuckets:
     def __init__(
         self,
         layouts: Sequence[FlatLayout],
-        stage_of: Callable[[nn.Parameter], int],
         context: ParallelContext,
         *,
         bucket_mib: float,
         shards: bool,
     ) -> None:
         self._layouts = list(layouts)
-        self._context = context
         self._shards = shards
         self._device = context.device
         self._whole: list[Tensor | None] = []
@@ -127,7 +129,7 @@ class GradientBuckets:
         self._last_work_of: int | None = None
         for number, layout in enumerate(self._layouts):
             self._make_buffers(layout)
-            self._cut(number, layout, stage_of, int(bucket_mib * MIB / 4))
+            self._cut(number, layout, int(bucket_mib * MIB / 4))
         self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._places]
 
     def begin(self) -> None:
@@ -141,7 +143,7 @@ class GradientBuckets:
                 self._queues.setdefault(bucket.stage, []).append(bucket)
         if self._shards:
             for number, layout in enumerate(self._layouts):
-                if self._is_early_layout(layout):
+                if layout.group.is_complete:
                     self._owned[number].zero_()
 
     def before(self, stage: int, *, last: bool) -> None:
@@ -195,8 +197,8 @@ class GradientBuckets:
         return bucket.values.narrow(0, start - bucket.start, parameter.numel()).view(parameter.shape)
 
     def _make_buffers(self, layout: FlatLayout) -> None:
-        start, stop = layout.owned(self._context.replica_group.index)
-        if self._shards and self._is_early_layout(layout):
+        start, stop = layout.owned_here
+        if self._shards and layout.group.is_complete:
             self._whole.append(None)
             self._owned.append(torch.zeros(stop - start, dtype=torch.float32, device=self._device))
             return
@@ -204,11 +206,11 @@ class GradientBuckets:
         self._whole.append(whole)
         self._owned.append(whole[start:stop])
 
-    def _cut(self, number: int, layout: FlatLayout, stage_of: Callable[[nn.Parameter], int], elements: int) -> None:
+    def _cut(self, number: int, layout: FlatLayout, elements: int) -> None:
         """Cut a flat buffer at stages and sizes; the bucket that backward completes first comes first."""
         buckets: list[_Bucket] = []
-        for parameter, start in layout.places():
-            stage = stage_of(parameter)
+        stages = [p.record.stage for p in layout.group.parameters]
+        for (parameter, start), stage in zip(layout.places(), stages, strict=True):
             full = not buckets or buckets[-1].stop - buckets[-1].start >= elements
             if full or buckets[-1].stage != stage:
                 buckets.append(_Bucket(number, stage, start, start))
@@ -235,11 +237,8 @@ class GradientBuckets:
                 self._issue(queue[self._issued])
                 self._issued += 1
 
-    def _is_early_layout(self, layout: FlatLayout) -> bool:
-        return not (layout.group.partial or layout.group.tied)
-
     def _is_early(self, bucket: _Bucket) -> bool:
-        return self._is_early_layout(self._layouts[bucket.layout])
+        return self._layouts[bucket.layout].group.is_complete
 
     def _issue(self, bucket: _Bucket) -> None:
         """Start the reduction of a bucket over the replicas, to those that own it."""
@@ -248,10 +247,11 @@ class GradientBuckets:
         else:
             self._zero_unseen(bucket)
         bucket.issued = True
-        self._works.append((bucket, self._start_reduction(bucket, self._context.replica_group)))
+        self._works.append((bucket, self._start_reduction(bucket)))
 
-    def _start_reduction(self, bucket: _Bucket, replicas: Group) -> list[dist.Work]:
+    def _start_reduction(self, bucket: _Bucket) -> list[dist.Work]:
         layout, values = self._layouts[bucket.layout], bucket.values
+        replicas = layout.group.replicas
         assert values is not None
         if replicas.size == 1:
             return []
@@ -273,12 +273,14 @@ class GradientBuckets:
         """Gradients of which other ranks hold further parts: norms under sequence parallelism, tied embeddings."""
         self._zero_unseen(bucket)
         assert bucket.values is not None
-        if self._layouts[bucket.layout].group.tied:
+        group = self._layouts[bucket.layout].group
+        if group.parts is not None:
+            group.parts.all_reduce(bucket.values)
+        if group.copies is not None:
             # One reduction over stages and replicas gives every copy the same bits; two in turn might not.
-            self._context.tied_group.all_reduce(bucket.values)
+            group.copies.all_reduce(bucket.values)
             return
-        self._context.tp_group.all_reduce(bucket.values)
-        for work in self._start_reduction(bucket, self._context.replica_group):
+        for work in self._start_reduction(bucket):
             work.wait()
 
     def _collect(self) -> None:
@@ -287,10 +289,11 @@ class GradientBuckets:
             for work in works:
                 work.wait()
             if self._whole[bucket.layout] is None:
-                start, stop = self._overlap(bucket, self._context.replica_group.index)
+                layout = self._layouts[bucket.layout]
+                start, stop = self._overlap(bucket, layout.group.replicas.index)
                 if start < stop:
                     assert bucket.values is not None
-                    offset = self._layouts[bucket.layout].owned(self._context.replica_group.index)[0]
+                    offset, _ = layout.owned_here
                     mine = bucket.values[start - bucket.start : stop - bucket.start]
                     self._owned[bucket.layout][start - offset : stop - offset] += mine
                 bucket.values, bucket.issued = None, False

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from megalm.config.schema import Optim
-from megalm.core.sharding import DeclaredParameter
+from megalm.core.parameters import DeclaredTensor
+from megalm.mesh.groups import Group, ParallelContext
 
 
 @dataclass(frozen=True)
@@ -19,42 +19,49 @@ class ParameterGroup:
     Attributes:
         parameters: the members, in the order in which the model registers them.
         decays: whether weight decay applies.
-        counts_everywhere: whether tensor-parallel ranks hold different elements, all of which count in the norm.
-        partial: whether each tensor-parallel rank sees a part of the gradient, and the parts are to be added.
-        tied: whether another pipeline rank holds a copy, and the copies' gradients are to be added.
-        is_second_copy: whether this is the copy that does not count in the norm, since the first one does.
+        replicas: ranks that hold the same slices and see different tokens; ZeRO splits the optimizer's state over them.
+        parts: ranks each of which sees a part of the gradients, which are to be added; None: there are none such.
+        copies: ranks of other pipeline stages that hold copies, and all their replicas; None: there are no copies.
+        is_owned: whether this rank stands for the slices among all that hold them but its replicas.
     """
 
-    parameters: tuple[DeclaredParameter, ...]
+    parameters: tuple[DeclaredTensor, ...]
     decays: bool
-    counts_everywhere: bool
-    partial: bool
-    tied: bool
-    is_second_copy: bool
+    replicas: Group
+    parts: Group | None
+    copies: Group | None
+    is_owned: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a reduction over the replicas is all that its gradients need."""
+        return self.parts is None and self.copies is None
 
 
-def parameter_groups(
-    parameters: Sequence[DeclaredParameter], *, tied: nn.Parameter | None, second_copy: nn.Parameter | None
-) -> list[ParameterGroup]:
-    """A model's parameters by what is to be done with them; no group is empty.
+def parameter_groups(parameters: Sequence[DeclaredTensor], context: ParallelContext) -> list[ParameterGroup]:
+    """What is trained of a rank's parameters, by what is to be done with it; no group is empty.
 
-    Args:
-        parameters: all of this rank.
-        tied: the one of which another pipeline rank holds a copy.
-        second_copy: the same, where the other copy is the one that owns it.
+    Groups with the same replicas follow each other.
     """
-    members: dict[tuple[bool, ...], list[DeclaredParameter]] = {}
+    members: dict[tuple[str, ...], dict[tuple[bool, ...], list[DeclaredTensor]]] = {}
     for p in parameters:
-        declaration = p.declaration
-        key = (
-            declaration.decays,
-            p.shard.is_sharded,
-            declaration.partial,
-            p.parameter is tied,
-            p.parameter is second_copy,
+        r = p.record
+        if r.trainable:
+            owned = context.owns(r, among_replicas=False)
+            key = (r.decays, "tp" in r.split_over, bool(r.partial_over), bool(r.copies), owned)
+            members.setdefault(r.replicated_over, {}).setdefault(key, []).append(p)
+    return [
+        ParameterGroup(
+            tuple(found),
+            decays,
+            replicas=context.replicas_of(found[0].record),
+            parts=context.tp_group if partial else None,
+            copies=context.tied_group if copied else None,
+            is_owned=owned,
         )
-        members.setdefault(key, []).append(p)
-    return [ParameterGroup(tuple(found), *key) for key, found in members.items()]
+        for same_replicas in members.values()
+        for (decays, _, partial, copied, owned), found in same_replicas.items()
+    ]
 
 
 def make_adamw(groups: Sequence[ParameterGroup], optim: Optim) -> torch.optim.AdamW:

@@ -47,18 +47,18 @@ class ZeroOptimizer(ABC):
     """
 
     buckets: ReducedGradients
-    _adamw: torch.optim.AdamW
-
-    @property
-    def owns_fragments(self) -> bool:
-        """Whether this rank's fragments are its own among the data-parallel replicas."""
-        return True
+    splits_state: bool = True
+    """Whether the replicas' fragments of what is trained are different, and together the whole."""
+    splits_weights: bool = False
+    """The same of the weights that the model computes with."""
+    _adamws: list[torch.optim.AdamW]
 
     @property
     def optimizer_steps(self) -> int:
         """Updates that the moments have seen; overflowed steps are not among them."""
-        for state in self._adamw.state.values():
-            return int(state["step"])
+        for adamw in self._adamws:
+            for state in adamw.state.values():
+                return int(state["step"])
         return 0
 
     @abstractmethod
@@ -76,7 +76,11 @@ class ZeroOptimizer(ABC):
 
     @abstractmethod
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
-        """(kind, offset in the flattened local tensor, live fp32 values) of what this rank holds of a parameter."""
+        """What this rank holds of a trained parameter: (kind, offset in the flattened local tensor, live values)."""
+
+    def weight_fragment(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """(offset, values in the model's dtype) of what this rank holds of a parameter that is not trained."""
+        return 0, parameter.detach().view(-1)
 
     @abstractmethod
     def create_moments(self, optimizer_steps: int) -> None:
@@ -96,8 +100,8 @@ class FlatZeroOptimizer(ZeroOptimizer):
     """ZeRO-0 to 2: weights are whole on every replica, and gradients arrive in flat buckets.
 
     Args:
-        adamw: torch's fused AdamW over the masters.
-        layouts: the flat gradient buffers, one per parameter group of ``adamw``.
+        adamws: torch's fused AdamW over the masters, one for each set of replicas.
+        layouts: the flat gradient buffers, one per parameter group of ``adamws``.
         buckets: the gradients.
         context: this rank's groups.
         clip: largest global gradient norm; 0: no clipping.
@@ -107,13 +111,13 @@ class FlatZeroOptimizer(ZeroOptimizer):
 
     def __init__(
         self,
-        adamw: torch.optim.AdamW,
+        adamws: Sequence[torch.optim.AdamW],
         layouts: Sequence[FlatLayout],
         buckets: GradientBuckets,
         context: ParallelContext,
         clip: float,
     ) -> None:
-        self._adamw = adamw
+        self._adamws = list(adamws)
         self._layouts = list(layouts)
         self._context = context
         self._clip = clip
@@ -133,40 +137,46 @@ class FlatZeroOptimizer(ZeroOptimizer):
     def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
         """AdamW with gradients divided by ``divisor``; nothing where ``overflow``."""
 
-    @property
-    def _counts_replicas(self) -> bool:
-        """Whether the ranges of the replicas add up to the whole."""
-        return True
-
     def _squared_norm(self) -> Tensor:
-        """Over every parameter of the model, each element counted once; fp64, so that no layout rounds otherwise."""
+        """Over every trained parameter, each element counted once; fp64, so that no layout rounds otherwise."""
         squares = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for layout, owned in zip(self._layouts, self.buckets.owned(), strict=True):
             group = layout.group
-            if group.is_second_copy or not (group.counts_everywhere or self._context.tp_group.index == 0):
-                continue
-            squares += sum_of_squares(owned)
-        if not self._counts_replicas:
-            return self._context.model_group.all_reduce(squares)
+            if group.is_owned and (self.splits_state or group.replicas.index == 0):
+                squares += sum_of_squares(owned)
         return self._context.world_group.all_reduce(squares)
 
     def _fused_step(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
         """One kernel divides, skips on overflow and updates, as under ``torch.amp.GradScaler``."""
-        device = self._adamw.param_groups[0]["params"][0].device
-        self._adamw.grad_scale = divisor.to(device, torch.float32)  # type: ignore[attr-defined]
-        self._adamw.found_inf = overflow.to(device, torch.float32)  # type: ignore[attr-defined]
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
+        for adamw in self._adamws:
+            device = adamw.param_groups[0]["params"][0].device
+            adamw.grad_scale = divisor.to(device, torch.float32)  # type: ignore[attr-defined]
+            adamw.found_inf = overflow.to(device, torch.float32)  # type: ignore[attr-defined]
+            for group in adamw.param_groups:
+                group["lr"] = learning_rate
+            adamw.step()
+
+    def _state(self, master: Tensor) -> dict[str, Any]:
+        """AdamW's of a master; empty before the first step."""
+        return next((adamw.state[master] for adamw in self._adamws if master in adamw.state), {})
+
+    def _make_state(self, optimizer_steps: int) -> None:
+        for adamw in self._adamws:
+            for group in adamw.param_groups:
+                for master in group["params"]:
+                    adamw.state[master] = adamw_state(master, optimizer_steps)
 
     def _moments(self, master: Tensor) -> Iterator[tuple[str, Tensor]]:
+        state = self._state(master)
         for moment in MOMENTS:
-            if moment in self._adamw.state[master]:
-                yield moment, self._adamw.state[master][moment].view(-1)
+            if moment in state:
+                yield moment, state[moment].view(-1)
 
 
 class ReplicatedAdamW(FlatZeroOptimizer):
     """ZeRO-0: every replica updates everything. fp32 weights are their own masters."""
+
+    splits_state = False
 
     @classmethod
     def over(
@@ -179,12 +189,7 @@ class ReplicatedAdamW(FlatZeroOptimizer):
     ) -> ReplicatedAdamW:
         """Over a model's own parameters."""
         layouts = [FlatLayout(g, sum(p.parameter.numel() for p in g.parameters), None) for g in groups]
-        return cls(adamw, layouts, make_buckets(layouts), context, clip)
-
-    @property
-    def owns_fragments(self) -> bool:
-        """Replicas hold the same; the first one saves."""
-        return self._context.replica_group.index == 0
+        return cls([adamw], layouts, make_buckets(layouts), context, clip)
 
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
         """The whole parameter."""
@@ -194,13 +199,7 @@ class ReplicatedAdamW(FlatZeroOptimizer):
 
     def create_moments(self, optimizer_steps: int) -> None:
         """For every parameter."""
-        for layout in self._layouts:
-            for p in layout.group.parameters:
-                self._adamw.state[p.parameter] = adamw_state(p.parameter, optimizer_steps)
-
-    @property
-    def _counts_replicas(self) -> bool:
-        return False
+        self._make_state(optimizer_steps)
 
     def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
         for layout in self._layouts:
@@ -213,24 +212,24 @@ class ReplicatedAdamW(FlatZeroOptimizer):
 
 
 class PartitionedAdamW(FlatZeroOptimizer):
-    """ZeRO-1 and 2: each replica updates its range of the masters that DeepSpeed's ZeRO optimizer holds.
+    """ZeRO-1 and 2: each replica updates its range of the masters that DeepSpeed's ZeRO optimizers hold.
 
     Args:
-        zero: DeepSpeed's ``DeepSpeedZeroOptimizer``.
+        zeros: DeepSpeed's ``DeepSpeedZeroOptimizer``, one for each set of replicas.
         layouts, buckets, context, clip: as for :class:`FlatZeroOptimizer`.
     """
 
     def __init__(
         self,
-        zero: Any,
+        zeros: Sequence[Any],
         layouts: Sequence[FlatLayout],
         buckets: GradientBuckets,
         context: ParallelContext,
         clip: float,
     ) -> None:
-        super().__init__(zero.optimizer, layouts, buckets, context, clip)
-        self._zero = zero
-        self._masters: list[Tensor] = list(zero.single_partition_of_fp32_groups)
+        super().__init__([zero.optimizer for zero in zeros], layouts, buckets, context, clip)
+        self._zeros = list(zeros)
+        self._masters: list[Tensor] = [m for zero in zeros for m in zero.single_partition_of_fp32_groups]
         self._places = {
             parameter: (number, start)
             for number, layout in enumerate(self._layouts)
@@ -240,31 +239,38 @@ class PartitionedAdamW(FlatZeroOptimizer):
     @classmethod
     def over(
         cls,
-        zero: Any,
-        groups: Sequence[ParameterGroup],
+        zeros: Sequence[tuple[Any, Sequence[ParameterGroup]]],
         make_buckets: Callable[[list[FlatLayout]], GradientBuckets],
         context: ParallelContext,
         clip: float,
     ) -> PartitionedAdamW:
-        """Around DeepSpeed's optimizer, whose own hooks are taken off: gradients are reduced by ``GradientBuckets``."""
-        for hook in zero._grad_acc_hooks:
-            hook.remove()
-        zero._grad_acc_hooks = []
-        layouts = [
-            FlatLayout(group, flat.numel(), master.numel())
-            for group, flat, master in zip(
-                groups, zero.bit16_groups_flat, zero.single_partition_of_fp32_groups, strict=True
+        """Around DeepSpeed's optimizers, with the groups of each.
+
+        Their own hooks are taken off: gradients are reduced by ``GradientBuckets``.
+        """
+        layouts: list[FlatLayout] = []
+        for zero, groups in zeros:
+            for hook in zero._grad_acc_hooks:
+                hook.remove()
+            zero._grad_acc_hooks = []
+            flat_groups = zip(
+                groups,
+                zero.bit16_groups_flat,
+                zero.single_partition_of_fp32_groups,
+                zero.round_robin_bit16_groups,
+                strict=True,
             )
-        ]
-        for layout, members in zip(layouts, zero.round_robin_bit16_groups, strict=True):
-            ours = [parameter for parameter, _ in layout.places()]
-            assert all(a is b for a, b in zip(ours, members, strict=True)), "DeepSpeed keeps the order of parameters"
-        return cls(zero, layouts, make_buckets(layouts), context, clip)
+            for group, flat, master, members in flat_groups:
+                layout = FlatLayout(group, flat.numel(), master.numel())
+                ours = [parameter for parameter, _ in layout.places()]
+                assert all(a is b for a, b in zip(ours, members, strict=True)), "DeepSpeed keeps the order"
+                layouts.append(layout)
+        return cls([zero for zero, _ in zeros], layouts, make_buckets(layouts), context, clip)
 
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
         """The part of the parameter that lies in this replica's range."""
         number, first = self._places[parameter]
-        low, high = self._layouts[number].owned(self._context.replica_group.index)
+        low, high = self._layouts[number].owned_here
         start, stop = max(first, low), min(first + parameter.numel(), high)
         if start >= stop:
             return
@@ -274,8 +280,7 @@ class PartitionedAdamW(FlatZeroOptimizer):
 
     def create_moments(self, optimizer_steps: int) -> None:
         """For every range."""
-        for master in self._masters:
-            self._adamw.state[master] = adamw_state(master, optimizer_steps)
+        self._make_state(optimizer_steps)
 
     def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
         for master, gradient in zip(self._masters, self.buckets.owned(), strict=True):
@@ -283,7 +288,8 @@ class PartitionedAdamW(FlatZeroOptimizer):
         self._fused_step(learning_rate, divisor, overflow)
         for master in self._masters:
             master.grad = None
-        self._zero.update_lp_params()
+        for zero in self._zeros:
+            zero.update_lp_params()
 
 
 def adamw_state(values: Tensor, steps: int) -> dict[str, Tensor]:

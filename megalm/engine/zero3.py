@@ -54,10 +54,13 @@ class Zero3AdamW(ZeroOptimizer):
         context: this rank's groups.
     """
 
+    splits_weights = True
+
     def __init__(self, zero: Any, context: ParallelContext) -> None:
         self.buckets = HookedGradients()
         self._zero = zero
         self._adamw = zero.optimizer
+        self._adamws = [self._adamw]
         self._data = context.replica_group
         self._replica = context.replica_group.index
         zero._get_norm_groups = self._norms
@@ -108,6 +111,12 @@ class Zero3AdamW(ZeroOptimizer):
         kinds = {"weight": master.detach(), **{moment: state[moment].view(-1) for moment in MOMENTS if moment in state}}
         for kind, values in kinds.items():
             yield kind, start, values[offset : offset + stop - start]
+
+    def weight_fragment(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """This replica's part of a parameter that is not trained."""
+        start, stop = self._range(parameter)
+        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        return start, part.view(-1)[: stop - start]
 
     def create_moments(self, optimizer_steps: int) -> None:
         """For every part."""

@@ -6,12 +6,14 @@ degree, and a reader sees from a constructor call which axis it works on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from megalm.mesh.topology import Coordinates, Topology
+from megalm.mesh.parameter import ParameterRecord
+from megalm.mesh.topology import OUTER_REPLICAS, REPLICAS, Coordinates, Topology
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class ParallelContext:
         world_group: all ranks.
         tied_group: every holder of this rank's slice of a tied embedding (first and last stage, all of dp × cp); this
             rank alone where no other stage holds a copy.
+        inner_groups: groups along inner axes, by axes: along each alone, and for each the ranks over which a parameter
+            is replicated that is split along it.
     """
 
     topology: Topology
@@ -72,6 +76,7 @@ class ParallelContext:
     model_group: Group
     world_group: Group
     tied_group: Group
+    inner_groups: Mapping[tuple[str, ...], Group] = field(default_factory=dict)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -105,6 +110,7 @@ class ParallelContext:
         data, model = along("dp", "cp"), along("pp", "tp")
         holders = [ranks for ranks in topology.tied_groups() if rank in ranks and topology.pp > 1]
         tied = _make_group(holders[0] if holders else (rank,), rank)
+        inner = {axes: along(*axes) for axes in inner_group_axes(topology)}
         for group in (pp, cp):
             # NCCL wants every member in the first call on a group, and a pipeline's or a ring's first transfers are
             # between two of them.
@@ -121,7 +127,16 @@ class ParallelContext:
             model_group=model,
             world_group=world,
             tied_group=tied,
+            inner_groups=inner,
         )
+
+    def replicas_of(self, record: ParameterRecord) -> Group:
+        """The ranks over which a parameter's slice is replicated: its gradients are added there."""
+        return self.replica_group if record.replicated_over == REPLICAS else self.inner_groups[record.replicated_over]
+
+    def owns(self, record: ParameterRecord, *, among_replicas: bool = True) -> bool:
+        """Whether this rank stands for its slice; see :meth:`megalm.mesh.parameter.ParameterRecord.is_owned_by`."""
+        return record.is_owned_by(self.topology, self.rank, among_replicas=among_replicas)
 
     @property
     def coordinates(self) -> Coordinates:
@@ -132,6 +147,13 @@ class ParallelContext:
     def stages(self) -> tuple[int, ...]:
         """Stages that this rank runs."""
         return self.topology.stages_of(self.coordinates.pp)
+
+
+def inner_group_axes(topology: Topology) -> list[tuple[str, ...]]:
+    """The groups that inner axes need: along each, and along what is left of the replicas beside it."""
+    names = [name for name, _ in topology.inner_axes]
+    besides = [(OUTER_REPLICAS, *(other for other in names if other != name)) for name in names]
+    return [*((name,) for name in names), *besides]
 
 
 def _make_group(ranks: tuple[int, ...], rank: int) -> Group:

@@ -4,18 +4,28 @@ A *mesh* of ``pp × dp × cp × tp`` ranks, tensor parallelism innermost so that
 
     rank = ((pp_rank · dp + dp_rank) · cp + cp_rank) · tp + tp_rank
 
+Some parameters are split over ranks that others take for replicas, such as experts (Lepikhin et al. 2021, GShard). The
+``dp × cp`` replicas are divided by *inner axes* for them; the same ranks are then also a mesh of
+``pp × outer_dp × (inner axes) × tp``.
+
 *Axis* always means an axis of this mesh; *dim* means a dimension of a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from math import prod
 
 AXES = ("pp", "dp", "cp", "tp")
 """Axes of the mesh, outermost first."""
+REPLICAS = ("dp", "cp")
+"""Axes along which ranks hold the same weights of dense layers and see different tokens."""
+OUTER_REPLICAS = "outer_dp"
+"""What inner axes leave of the replicas: ranks along it hold the same weights of layers that are split over all of
+them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Topology:
         cp: context-parallel degree; the sequence is split over ``cp`` ranks.
         dp: data-parallel degree; the batch is split over ``dp`` replicas.
         virtual_stages: model chunks per pipeline rank (Narayanan et al. 2021, interleaved schedule).
+        inner_axes: (name, degree) of each further axis that divides the replicas, outermost first.
     """
 
     tp: int = 1
@@ -45,11 +56,19 @@ class Topology:
     cp: int = 1
     dp: int = 1
     virtual_stages: int = 1
+    inner_axes: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (*AXES, "virtual_stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a degree is at least 1")
+        degrees = {**{name: getattr(self, name) for name in (*AXES, "virtual_stages")}, **dict(self.inner_axes)}
+        for name, degree in degrees.items():
+            if degree < 1:
+                raise ValueError(f"{name}={degree}: a degree is at least 1")
+        names = [*AXES, OUTER_REPLICAS, *(name for name, _ in self.inner_axes)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"inner_axes={self.inner_axes}: each axis has a name of its own")
+        divisor = prod(degree for _, degree in self.inner_axes)
+        if self.dp * self.cp % divisor:
+            raise ValueError(f"inner_axes={self.inner_axes}: dp·cp = {self.dp * self.cp} is no multiple of {divisor}")
 
     @classmethod
     def from_world_size(
@@ -73,9 +92,7 @@ class Topology:
 
     def degree(self, axis: str) -> int:
         """The degree along one axis."""
-        if axis not in AXES:
-            raise ValueError(f"axis={axis!r}: one of {', '.join(AXES)}")
-        return int(getattr(self, axis))
+        return self._view(axis)[axis]
 
     def rank_at(self, *, pp: int = 0, dp: int = 0, cp: int = 0, tp: int = 0) -> int:
         """The rank at the given coordinates."""
@@ -95,17 +112,24 @@ class Topology:
 
         The order of groups and of members follows the ranks, so every rank that builds process groups from this list
         builds them in the same order.
+
+        Raises:
+            ValueError: there is no such axis, or the axes are not of one mesh (``dp`` and an inner axis).
         """
-        degrees = {axis: self.degree(axis) for axis in axes}
-        fixed = [axis for axis in AXES if axis not in degrees]
-        moving = [axis for axis in AXES if axis in degrees]
-        return [tuple(self.rank_at(**at, **along) for along in self._points(moving)) for at in self._points(fixed)]
+        view = self._view(*axes)
+        fixed = _points({axis: degree for axis, degree in view.items() if axis not in axes})
+        return [self.group_of(_rank(view, {**dict.fromkeys(axes, 0), **at}), *axes) for at in fixed]
 
     def group_of(self, rank: int, *axes: str) -> tuple[int, ...]:
-        """The one group along ``axes`` that ``rank`` belongs to."""
-        here = self.coordinates(rank)
-        fixed = {axis: getattr(here, axis) for axis in AXES if axis not in axes}
-        return tuple(self.rank_at(**fixed, **along) for along in self._points([a for a in AXES if a in axes]))
+        """The one group along ``axes`` that ``rank`` belongs to; errors as for :meth:`groups`."""
+        view = self._view(*axes)
+        here = _coordinates(view, rank)
+        moving = _points({axis: degree for axis, degree in view.items() if axis in axes})
+        return tuple(_rank(view, {**here, **along}) for along in moving)
+
+    def coordinate(self, rank: int, axis: str) -> int:
+        """Where a rank sits along one axis."""
+        return _coordinates(self._view(axis), rank)[axis]
 
     def stage_owner(self, stage: int) -> int:
         """The pipeline rank that runs a stage: stages are dealt round, so stage ``s`` lives on ``s mod pp``."""
@@ -134,11 +158,44 @@ class Topology:
 
     def describe(self) -> str:
         """One line for logs: only the degrees above 1, and the number of ranks."""
-        degrees = [f"{axis}{self.degree(axis)}" for axis in ("tp", "pp", "cp", "dp") if self.degree(axis) > 1]
+        axes = ("tp", "pp", "cp", "dp", *(name for name, _ in self.inner_axes))
+        degrees = [f"{axis}{self.degree(axis)}" for axis in axes if self.degree(axis) > 1]
         if self.virtual_stages > 1:
             degrees.append(f"v{self.virtual_stages}")
         return f"{'·'.join(degrees) or 'one rank'} ({self.world_size} rank{'s' if self.world_size > 1 else ''})"
 
-    def _points(self, axes: list[str]) -> Iterator[dict[str, int]]:
-        for point in product(*(range(self.degree(axis)) for axis in axes)):
-            yield dict(zip(axes, point, strict=True))
+    @cached_property
+    def _views(self) -> tuple[dict[str, int], ...]:
+        """The meshes that the ranks are, as degrees by axis, outermost first."""
+        main = {axis: int(getattr(self, axis)) for axis in AXES}
+        inner = dict(self.inner_axes)
+        outer = self.dp * self.cp // prod(inner.values())
+        return main, {"pp": self.pp, OUTER_REPLICAS: outer, **inner, "tp": self.tp}
+
+    def _view(self, *axes: str) -> dict[str, int]:
+        """The mesh that has all of some axes."""
+        for view in self._views:
+            if view.keys() >= set(axes):
+                return view
+        known = " or of ".join(", ".join(view) for view in self._views)
+        raise ValueError(f"axes {', '.join(axes)}: they must be of {known}")
+
+
+def _points(degrees: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Every combination of coordinates along some axes."""
+    for point in product(*(range(degree) for degree in degrees.values())):
+        yield dict(zip(degrees, point, strict=True))
+
+
+def _rank(view: Mapping[str, int], at: Mapping[str, int]) -> int:
+    rank = 0
+    for axis, degree in view.items():
+        rank = rank * degree + at[axis]
+    return rank
+
+
+def _coordinates(view: Mapping[str, int], rank: int) -> dict[str, int]:
+    at = {}
+    for axis in reversed([*view]):
+        rank, at[axis] = divmod(rank, view[axis])
+    return at

@@ -11,7 +11,8 @@ is present, under its one name, on the ranks of the first and of the last stage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,20 @@ from torch import Tensor, nn
 from megalm.config.schema import Config, Engine, Model
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.block import BLOCKS
-from megalm.core.dropout import Dropout
 from megalm.core.embedding import VocabParallelEmbedding
-from megalm.core.masked_lm_head import MaskedLMHead
-from megalm.core.norm import make_norm
+from megalm.core.parameters import DeclaredTensor, declared_tensors
 from megalm.core.pipeline.p2p import Tensors, TensorSpec
 from megalm.core.pipeline.schedule import splits_backward
 from megalm.core.place import Place
-from megalm.core.position import LearnedPosition, RotaryPosition
+from megalm.core.position import RotaryPosition
 from megalm.core.random import initialise
 from megalm.core.recompute import Recompute
-from megalm.core.sharding import declared_parameters
 from megalm.core.tensor_parallel import TensorParallel
-from megalm.core.token_type import TokenTypeEmbedding
 from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.groups import ParallelContext
 from megalm.models.balance import split_layers
+from megalm.models.embedding import InputEmbedding
+from megalm.models.head import OutputHead
 from megalm.models.learning import Learning
 from megalm.models.micro_batch import MicroBatch
 from megalm.models.output import Output
@@ -72,7 +71,7 @@ class Transformer(nn.Module):
         part: which stages these are.
         tensor_parallel: how weights and activations are split over tensor-parallel ranks.
         context_parallel: how sequences are split over context-parallel ranks.
-        engine: recomputation, compilation and chunking of the loss.
+        engine: recomputation, and chunking of the loss.
         objective: what is learnt; None: nothing, the model gives logits alone.
         seed: of dropout masks.
         device: where parameters are made.
@@ -96,26 +95,11 @@ class Transformer(nn.Module):
         self.tied, self.hidden_size = model.tie_embeddings, model.hidden_size
         self.recompute = Recompute(engine.recompute, engine.recompute_every)
         self.loss_chunk_tokens, self.objective = engine.loss_chunk_tokens, objective
-
-        def embedding() -> VocabParallelEmbedding:
-            return VocabParallelEmbedding(
-                vocab_size, model.hidden_size, tensor_parallel=tensor_parallel, std=model.init_std
-            )
-
-        rotary = None
-        if model.position == "rotary":
-            rotary = RotaryPosition(model, device=device)
+        rotary = RotaryPosition(model, device=device) if model.position == "rotary" else None
         with device:
-            self.embedding = embedding() if part.has_first or (part.has_last and self.tied) else None
-            self.position = self.token_type = self.embedding_norm = None
-            hidden, std, partial = model.hidden_size, model.init_std, tensor_parallel.splits_sequence
-            if part.has_first and model.position == "learned":
-                self.position = LearnedPosition(model.sequence_length, hidden, std=std, partial=partial)
-            if part.has_first and model.token_types:
-                self.token_type = TokenTypeEmbedding(model.token_types, hidden, std=std, partial=partial)
-            if part.has_first and model.embedding_norm:
-                self.embedding_norm = make_norm(model, tensor_parallel)
-            self.embedding_dropout = Dropout(model.dropout, seed=seed, layer=-1, site="embedding")
+            self.input = self.output = None
+            if part.has_first:
+                self.input = InputEmbedding(model, vocab_size, tensor_parallel=tensor_parallel, seed=seed)
             self.blocks = nn.ModuleDict(
                 {
                     str(layer): BLOCKS[model.residual](
@@ -131,19 +115,14 @@ class Transformer(nn.Module):
                     for index, layer in enumerate(layers)
                 }
             )
-            if engine.compile:
-                # Blocks that differ in their weights alone share one compiled graph.
-                for block in self.blocks.values():
-                    block.compile(dynamic=False)
-            # A post-norm block ends with a norm already.
-            has_final_norm = part.has_last and model.residual != "post_norm"
-            self.final_norm = make_norm(model, tensor_parallel) if has_final_norm else None
-            has_transform = part.has_last and model.head == "masked_lm"
-            self.masked_lm = MaskedLMHead(model, vocab_size, tensor_parallel=tensor_parallel) if has_transform else None
-            self.head = embedding() if part.has_last and not self.tied else None
-            self.heads = nn.ModuleDict()
-            if objective is not None and part.has_last:
-                self.heads.update(objective.make_heads(model, tensor_parallel=tensor_parallel))
+            if part.has_last:
+                self.output = OutputHead(
+                    model,
+                    vocab_size,
+                    tensor_parallel=tensor_parallel,
+                    holds_words=not (self.tied and part.has_first),
+                    heads={} if objective is None else objective.make_heads(model, tensor_parallel=tensor_parallel),
+                )
 
     def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
         """Token ids [B, S] ▶ logits [B, S, V]; for a part that is the whole model on one rank."""
@@ -151,8 +130,8 @@ class Transformer(nn.Module):
         micro_batch = MicroBatch(tokens, tokens, tokens, place)
         for stage in self.part.stages:
             x, _ = self._blocks(stage, x, None, micro_batch)
-        assert x is not None
-        return self.output_embedding.logits(self._last_vectors(x), self._output_bias)
+        assert x is not None and self.output is not None
+        return self.output_embedding.logits(self.output(x), self.output.bias)
 
     def between_stages(self, micro_batch_size: int, sequence_length: int) -> dict[str, TensorSpec]:
         """What travels between stages, by name; see the module.
@@ -187,17 +166,60 @@ class Transformer(nn.Module):
             return self._objective_of(x, carried, micro_batch)
         return {"hidden": x} if carried is None else {"hidden": x, "carried": carried}
 
+    def tensors(self) -> list[DeclaredTensor]:
+        """Every parameter and saved buffer of this rank, under the names that checkpoints have them under."""
+        return list(self._tensors())
+
+    @property
+    def output_embedding(self) -> VocabParallelEmbedding:
+        """The rows that logits are computed with."""
+        assert self.output is not None, "only the last stage computes logits"
+        if self.output.words is not None:
+            return self.output.words
+        assert self.input is not None
+        return self.input.embedding
+
+    def _tensors(self) -> Iterator[DeclaredTensor]:
+        """With the stage whose backward completes a gradient: of tied rows on one rank that is the first one."""
+        last = self.part.num_stages - 1
+        copies = (0, last) if self.tied and self.part.has_first != self.part.has_last else ()
+        if self.input is not None:
+            yield from _at_stage(0, declared_tensors(self.input), copies)
+        for stage, layers in self.part.stages.items():
+            for layer in layers:
+                yield from _at_stage(stage, declared_tensors(self.blocks[str(layer)], f"blocks.{layer}."))
+        if self.output is not None:
+            yield from _at_stage(last, declared_tensors(self.output), copies)
+
+    def _blocks(
+        self, stage: int, hidden: Tensor | None, carried: Tensor | None, micro_batch: MicroBatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the stage before gave ▶ the same after this stage's blocks."""
+        place = self._place(micro_batch)
+        if hidden is None:
+            assert self.input is not None
+            hidden = self.input(micro_batch, place)
+        x = hidden
+        for index, layer in enumerate(self.part.stages[stage]):
+            x = self.recompute.run(index, self.blocks[str(layer)], x, place)
+            if self.objective is not None and self._carried:
+                found = self.objective.from_block(layer, x, micro_batch, tensor_parallel=self.tensor_parallel)
+                added = torch.stack([found[name] for name in self._carried])
+                carried = added if carried is None else carried + added
+        return x, carried
+
     def _objective_of(self, x: Tensor, carried: Tensor | None, micro_batch: MicroBatch) -> Tensors:
         """The last block's output, [B, S, H] or [B, S/T, H] ▶ the objective's terms or measures."""
         assert self.objective is not None, "a model that was built without an objective gives logits alone"
+        assert self.output is not None
         output = Output(
-            hidden=self._last_vectors(x),
+            hidden=self.output(x),
             positions=self.tensor_parallel.own_tokens(self._place(micro_batch).positions),
             embedding=self.output_embedding,
-            bias=self._output_bias,
+            bias=self.output.bias,
             chunk_tokens=self.loss_chunk_tokens,
             context_parallel=self.context_parallel,
-            heads=dict(self.heads),
+            heads=dict(self.output.heads),
             carried={} if carried is None else dict(zip(self._carried, carried.unbind(), strict=True)),
         )
         return (self.objective.loss if self.training else self.objective.measure)(output, micro_batch)
@@ -212,105 +234,12 @@ class Transformer(nn.Module):
         tokens = micro_batch.tokens
         return micro_batch.place or Place.from_start(tokens.shape[1], tokens.device)
 
-    def _blocks(
-        self, stage: int, hidden: Tensor | None, carried: Tensor | None, micro_batch: MicroBatch
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the stage before gave ▶ the same after this stage's blocks."""
-        place = self._place(micro_batch)
-        x = self._embed(micro_batch, place) if hidden is None else hidden
-        for index, layer in enumerate(self.part.stages[stage]):
-            x = self.recompute.run(index, self.blocks[str(layer)], x, place)
-            if self.objective is not None and self._carried:
-                found = self.objective.from_block(layer, x, micro_batch, tensor_parallel=self.tensor_parallel)
-                added = torch.stack([found[name] for name in self._carried])
-                carried = added if carried is None else carried + added
-        return x, carried
 
-    def _last_vectors(self, x: Tensor) -> Tensor:
-        """What logits are computed of."""
-        x = x if self.final_norm is None else self.final_norm(x)
-        return x if self.masked_lm is None else self.masked_lm(x)
-
-    @property
-    def _output_bias(self) -> nn.Parameter | None:
-        return None if self.masked_lm is None else self.masked_lm.bias
-
-    def _embed(self, micro_batch: MicroBatch, place: Place) -> Tensor:
-        """[B, S] ▶ [B, S, H], or [B, S/T, H] under sequence parallelism."""
-        assert self.embedding is not None
-        x: Tensor = self.embedding(micro_batch.tokens)
-        positions = self.tensor_parallel.own_tokens(place.positions)
-        if self.position is not None:
-            x = x + self.position(self._own_part(place.within_documents))
-        if self.token_type is not None:
-            types = micro_batch.token_types
-            types = torch.zeros_like(micro_batch.tokens) if types is None else types
-            x = x + self.token_type(self._own_part(types))
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        embedded: Tensor = self.embedding_dropout(x, place, positions)
-        return embedded
-
-    def _own_part(self, per_token: Tensor) -> Tensor:
-        """[S] or [B, S] of all tokens ▶ those of this rank under sequence parallelism."""
-        return (
-            self.tensor_parallel.own_tokens(per_token.T).T
-            if per_token.ndim == 2
-            else self.tensor_parallel.own_tokens(per_token)
-        )
-
-    @property
-    def output_embedding(self) -> VocabParallelEmbedding:
-        """The rows that logits are computed with."""
-        rows = self.embedding if self.tied else self.head
-        assert rows is not None, "only the last stage computes logits"
-        return rows
-
-    def unique_parameters(self) -> int:
-        """Elements that this rank alone stands for: padding, replicas and the second tied copy left out."""
-        return sum(
-            p.parameter.numel()
-            // max(p.parameter.shape[p.shard.dim or 0], 1)
-            * (p.shard.local_size if p.shard.is_sharded else p.parameter.shape[0])
-            for p in declared_parameters(self)
-            if (p.shard.is_sharded or self.tensor_parallel.group.index == 0)
-            and p.parameter is not self.second_tied_copy
-        )
-
-    def stage_of_parameters(self) -> dict[nn.Parameter, int]:
-        """The stage whose backward gives a parameter's gradient; where two do (tied, on one rank), the earlier one.
-
-        The earlier stage's backward comes later, so its gradient completes the sum.
-        """
-        first, last = min(self.part.stages), max(self.part.stages)
-        stages = dict.fromkeys(self.parameters(), last)
-        for module in (self.embedding, self.position, self.token_type, self.embedding_norm):
-            if module is not None and self.part.has_first:
-                stages |= dict.fromkeys(module.parameters(), first)
-        for stage, layers in self.part.stages.items():
-            for layer in layers:
-                stages |= dict.fromkeys(self.blocks[str(layer)].parameters(), stage)
-        return stages
-
-    def vocabulary_parameters(self) -> list[nn.Parameter]:
-        """Those that have a row per word: the embedding, an output projection of its own, and BERT's bias per word."""
-        modules = (self.embedding, self.head)
-        weights = [module.weight for module in modules if module is not None]
-        return weights if self.masked_lm is None else [*weights, self.masked_lm.bias]
-
-    @property
-    def second_tied_copy(self) -> nn.Parameter | None:
-        """The last stage's copy of a tied embedding that another rank's first stage owns; None where there is none."""
-        if self.tied and self.embedding is not None and not self.part.has_first:
-            return self.embedding.weight
-        return None
-
-    @property
-    def tied_weight(self) -> nn.Parameter | None:
-        """A weight of which another pipeline rank holds a copy; None where there is none."""
-        if self.tied and self.embedding is not None and self.part.has_first != self.part.has_last:
-            return self.embedding.weight
-        return None
+def _at_stage(stage: int, tensors: list[DeclaredTensor], copies: tuple[int, ...] = ()) -> Iterator[DeclaredTensor]:
+    """Tensors of a stage; ``copies`` are the stages that hold the word embedding."""
+    for declared in tensors:
+        tied = copies if declared.name == "embedding.weight" else ()
+        yield replace(declared, record=replace(declared.record, stage=stage, copies=tied))
 
 
 def build_transformer(
@@ -333,7 +262,11 @@ def build_transformer(
         seed=config.run.seed,
         device=context.device,
     ).to(dtype)
-    initialise(model, config.run.seed)
+    initialise(model.tensors(), config.run.seed)
+    if config.engine.compile:
+        # Blocks that differ in their weights alone share one compiled graph.
+        for block in model.blocks.values():
+            block.compile(dynamic=False)
     return model
 
 
@@ -361,5 +294,5 @@ def build_full_model(
         seed=seed,
         device=torch.device(device),
     ).to(dtype)
-    initialise(whole, seed)
+    initialise(whole.tensors(), seed)
     return whole

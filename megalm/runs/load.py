@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from megalm.checkpoint.manifest import read_manifest
+from megalm.checkpoint.manifest import BUFFER, WEIGHT, read_manifest
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import locate
 from megalm.config.compose import load_run_config
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
-from megalm.core.sharding import declared_parameters
 from megalm.data.shards.dataset import TOKENIZER_FILE
 from megalm.data.shards.vocabulary import Vocabulary
 from megalm.data.tokenization.tokenizer import Tokenizer
@@ -96,11 +95,11 @@ def load_full_model(run_dir: str | Path, overrides: Sequence[str] = ()) -> Train
 def load_weights(model: Transformer, checkpoint: Path) -> None:
     """Fill every parameter of a whole model from a checkpoint, in place, one tensor at a time."""
     reader = CheckpointReader(checkpoint)
-    parameters = declared_parameters(model)
-    reader.check_parameters({p.name: p.shard.full_shape for p in parameters}, whole_model=True)
+    tensors = model.tensors()
+    reader.check_parameters({t.name: t.shard.full_shape for t in tensors}, whole_model=True)
     with torch.no_grad():
-        for declared in parameters:
-            declared.parameter.copy_(reader.read_local(declared.name, "weight", declared.shard))
+        for t in tensors:
+            t.tensor.copy_(reader.read_local(t.name, BUFFER if t.record.is_buffer else WEIGHT, t.shard))
 
 
 def device_of_one_process(name: str) -> torch.device:

@@ -9,9 +9,9 @@ import torch
 
 from megalm.checkpoint.extension import ExtendedReader
 from megalm.checkpoint.fingerprint import fingerprint
-from megalm.checkpoint.manifest import WEIGHT, Manifest, combined_hash
+from megalm.checkpoint.manifest import BUFFER, WEIGHT, Manifest, combined_hash
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.core.sharding import StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.data.stream.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.errors import CheckpointError
@@ -69,7 +69,8 @@ def restore(
     reader = CheckpointReader(start.path)
     if start.extends_vocab:
         dtype = next(engine.model.parameters()).dtype
-        reader = ExtendedReader(reader, engine.vocabulary_parameters(), seed=seed, dtype=dtype)
+        per_word = [t for t in engine.tensors if t.record.per_word]
+        reader = ExtendedReader(reader, per_word, seed=seed, dtype=dtype)
     manifest = reader.manifest
     reader.check_parameters(engine.full_shapes())
     resumes = start.mode is StartMode.RESUME
@@ -105,7 +106,7 @@ def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: Pa
     # Shares of fingerprints; how many there are; shares of what the checkpoint has of them, without rows added here.
     sums = torch.zeros(3, len(names), dtype=torch.int64)
     for piece in engine.state_pieces():
-        if piece.kind == WEIGHT:
+        if piece.kind in (WEIGHT, BUFFER):
             sums[:, number[piece.name]] += torch.tensor([_share(piece), 1, _share(reader.saved_part(piece))])
     totals, counts, kept = context.world_group.all_reduce(sums.to(context.device)).tolist()
     loaded = {name: total % (1 << 64) for name, total in zip(names, totals, strict=True)}
@@ -128,5 +129,6 @@ def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: Pa
 
 def _share(piece: StatePiece) -> int:
     """A piece's share of its tensor's fingerprint, as 64 bits with a sign hold it."""
-    share = fingerprint(piece.name, piece.shard, piece.flat_start, piece.values)
+    # Of what is not trained the model's own dtype is kept; the checkpoint has it in fp32.
+    share = fingerprint(piece.name, piece.shard, piece.flat_start, piece.values.float())
     return share - (1 << 64) if share >= 1 << 63 else share

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from megalm.config.schema import Checkpoint
-from megalm.core.sharding import StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
 from megalm.train.callbacks.base import Callback, CheckpointMetrics, Outcome
 from megalm.train.save_schedule import SaveSchedule

@@ -19,7 +19,7 @@ from megalm.checkpoint.store import CHECKPOINTS_FOLDER, Retention, find_latest, 
 from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
-from megalm.core.sharding import StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.engine.lr_schedule import LearningRate
 from megalm.mesh.groups import ParallelContext
 from megalm.ownership import Claim

@@ -20,7 +20,7 @@ from megalm.launch import RankInfo
 from megalm.launch.signals import StopRequest
 from megalm.mesh.groups import ParallelContext
 from megalm.models.counts import flops_per_token, parameter_count
-from megalm.models.transformer import build_transformer
+from megalm.models.transformer import Transformer, build_transformer
 from megalm.objectives.base import Objective
 from megalm.objectives.registry import make_objective
 from megalm.ownership import Claim
@@ -96,7 +96,7 @@ def build_trainer(
         config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=objective
     )
     parameters = parameter_count(config.model, vocab_size).total + objective.head_parameters(config.model)
-    _assert_nothing_lost(context, model.unique_parameters(), parameters)
+    _assert_nothing_lost(context, model, parameters)
     engine = DeepSpeedEngine(model, context, config)
     loader = TrainLoader(
         train_data,
@@ -159,10 +159,11 @@ def _check_micro_batch(config: Config, objective: Objective) -> None:
         )
 
 
-def _assert_nothing_lost(context: ParallelContext, local: int, expected: int) -> None:
+def _assert_nothing_lost(context: ParallelContext, model: Transformer, expected: int) -> None:
     """The ranks' parameters, each counted once, are as many as one process would hold: no layer was lost or doubled."""
+    local = sum(t.shard.numel for t in model.tensors() if context.owns(t.record) and not t.record.is_buffer)
     count = torch.tensor(float(local), dtype=torch.float64, device=context.device)
-    total = int(context.model_group.all_reduce(count))
+    total = int(context.world_group.all_reduce(count))
     if total != expected:
         raise AssertionError(f"the ranks hold {total:,} parameters, the model has {expected:,}")
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megalm.config.schema import Config
-from megalm.core.sharding import StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.data.stream.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine, StepResult
 from megalm.engine.lr_schedule import LearningRate

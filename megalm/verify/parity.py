@@ -11,7 +11,7 @@ Shapes: B global batch, S sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -93,11 +93,13 @@ class Task:
         objective: in its parallel form.
         make_batch: makes batches of synthetic rows.
         plain_terms: the same objective in one process.
+        prepare: what is done to a model before its engine is made, such as to freeze a part of it.
     """
 
     objective: Objective
     make_batch: MakeBatch = next_tokens
     plain_terms: PlainTerms = token_terms
+    prepare: Callable[[Transformer], object] = lambda _: None
 
     @classmethod
     def of(cls, config: Config) -> Task:
@@ -133,9 +135,11 @@ def train_plainly(config: Config, *, steps: int | None = None, task: Task | None
     model = build_full_model(
         config.model, vocab_size, objective=task.objective, seed=config.run.seed, dtype=dtype
     ).train()
-    parameters = dict(model.named_parameters())
+    task.prepare(model)
+    tensors = {t.name: t for t in model.tensors()}
+    parameters = {name: t.parameter for name, t in tensors.items() if t.record.trainable}
     masters = {name: p.detach().float().clone().requires_grad_() for name, p in parameters.items()}
-    trace = Trace([], [], {name: master.detach().clone() for name, master in masters.items()}, {})
+    trace = Trace([], [], {name: t.tensor.detach().float().clone() for name, t in tensors.items()}, {})
     optimizer = _plain_adamw(masters.values(), config.optim)
     scale = config.engine.initial_loss_scale if dtype is torch.float16 else 1.0
     for step in range(config.train.steps if steps is None else steps):
@@ -155,7 +159,7 @@ def train_plainly(config: Config, *, steps: int | None = None, task: Task | None
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(masters[name])
-    trace.final.update({name: p.detach().float() for name, p in parameters.items()})
+    trace.final.update({name: t.tensor.detach().float() for name, t in tensors.items()})
     return trace
 
 
@@ -189,14 +193,24 @@ def _clip(masters: Iterable[Tensor], limit: float) -> float:
 def train_on_layout(config: Config, topology: Topology, task: Task | None = None) -> Trace:
     """All steps of a config on this rank; collective over a gloo world of ``topology.world_size`` ranks."""
     task = task or Task.of(config)
-    context = ParallelContext.create(topology)
+    return train(build_engine(config, ParallelContext.create(topology), task), config, task)
+
+
+def build_engine(config: Config, context: ParallelContext, task: Task) -> DeepSpeedEngine:
+    """This rank's part of a config's model, ready to train."""
     _, _, vocab_size = _sizes(config)
     model = build_transformer(
         config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=task.objective
     )
-    engine = DeepSpeedEngine(model, context, config)
+    task.prepare(model)
+    return DeepSpeedEngine(model, context, config)
+
+
+def train(engine: DeepSpeedEngine, config: Config, task: Task, *, first: int = 0, steps: int | None = None) -> Trace:
+    """``steps`` (None: all) of a config's steps on this rank, from the ``first`` on; collective over all ranks."""
+    context, model = engine.context, engine.model
     trace = Trace([], [], _put_in_full(engine), {})
-    for step in range(config.train.steps):
+    for step in range(first, config.train.steps if steps is None else first + steps):
         micro_batches = micro_batches_of_rank(config, step, context, model.context_parallel, task)
         result = engine.train_step(micro_batches, config.optim.lr)
         totals = context.world_group.all_reduce(torch.tensor(list(result.terms.values()), dtype=torch.float64))
@@ -225,10 +239,10 @@ def batch_of_replica(config: Config, step: int, context: ParallelContext, task: 
 def _put_in_full(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """This rank's slices at their places in full tensors that are NaN elsewhere."""
     full = {}
-    for p in engine.parameters:
-        tensor = torch.full(p.shard.full_shape, math.nan)
-        p.shard.put(engine.full_weight(p).float(), tensor)
-        full[p.name] = tensor
+    for t in engine.tensors:
+        tensor = torch.full(t.shard.full_shape, math.nan)
+        t.shard.put(engine.full_weight(t).float(), tensor)
+        full[t.name] = tensor
     return full
 
 

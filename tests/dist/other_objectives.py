@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from megalm.config.schema import Model
 from megalm.config.schema import Objective as Settings
 from megalm.core.collectives import reduce_from_group
-from megalm.core.sharding import Init, ParallelModule, ShardSpec
+from megalm.core.parameters import Init, ParallelModule
 from megalm.core.tensor_parallel import TensorParallel
 from megalm.data.stream.batch import Batch, Ints, Rows
+from megalm.mesh.slices import ShardSpec
 from megalm.models.micro_batch import MicroBatch
 from megalm.models.output import Output
 from megalm.objectives.base import Objective
@@ -125,7 +126,7 @@ def score() -> Task:
 def _score_terms(model, batch, place, settings) -> dict[str, Tensor]:
     del settings
     last = torch.from_numpy(batch.row_inputs["last"])
-    found = model.heads["score"](_last_hidden(model, batch, place)[torch.arange(len(last)), last]).float()
+    found = model.output.heads["score"](_last_hidden(model, batch, place)[torch.arange(len(last)), last]).float()
     mask = torch.from_numpy(batch.loss_mask).double()
     return {"loss": ((found - torch.from_numpy(batch.row_inputs["target"])).square() * mask).sum() / mask.sum()}
 
@@ -133,7 +134,7 @@ def _score_terms(model, batch, place, settings) -> dict[str, Tensor]:
 def _last_hidden(model, batch, place) -> Tensor:
     """[B, S, H] after the final norm."""
     seen: list[Tensor] = []
-    handle = model.final_norm.register_forward_hook(lambda *args: seen.append(args[2]))
+    handle = model.output.final_norm.register_forward_hook(lambda *args: seen.append(args[2]))
     model(torch.from_numpy(batch.tokens), place)
     handle.remove()
     return seen[0]

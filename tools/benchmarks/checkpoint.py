@@ -32,7 +32,9 @@ from megalm.config.parse import config_to_dict
 from megalm.config.schema import Model
 from megalm.convert.checks import config_around
 from megalm.convert.weights import full_shapes
-from megalm.core.sharding import ShardSpec, StatePiece
+from megalm.core.parameters import StatePiece
+from megalm.mesh.parameter import ParameterRecord
+from megalm.mesh.slices import ShardSpec
 from megalm.train.saving import HostCopy
 
 _LEAST_RATIO = 0.8
@@ -126,7 +128,7 @@ def _state(model: Model) -> Iterator[StatePiece]:
     for name, shape in full_shapes(model).items():
         for kind in _KINDS:
             values = torch.randn(prod(shape), generator=generator)
-            yield StatePiece(name, kind, ShardSpec.replicated(*shape), 0, values)
+            yield StatePiece(ParameterRecord(name, ShardSpec.replicated(*shape)), kind, 0, values)
 
 
 def _plain_write(named: dict[str, torch.Tensor], path: Path) -> None:
@@ -169,7 +171,7 @@ def _write_run(folder: Path) -> None:
     def piece(name: str, shape: tuple[int, ...]) -> PieceToWrite:
         numel = prod(shape)
         load = partial(torch.randn, numel, generator=generator)
-        return PieceToWrite(name, WEIGHT, ShardSpec.replicated(*shape), 0, numel, load)
+        return PieceToWrite(ParameterRecord(name, ShardSpec.replicated(*shape)), WEIGHT, 0, numel, load)
 
     pieces = [piece(name, shape) for name, shape in full_shapes(GPT_1B).items()]
     header = Header(1, config_to_dict(config_around(GPT_1B, name="bench")), {}, {}, {})

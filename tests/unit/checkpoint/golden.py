@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from megalm.convert.weights import WeightSource, full_shapes
-from megalm.core.sharding import declared_parameters
 from megalm.errors import CheckpointError
 from megalm.models.transformer import build_full_model
 
@@ -20,8 +19,8 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 def logits_of(source: WeightSource, tokens: np.ndarray) -> np.ndarray:
     """[S] ▶ [S, V], by megalm's own model in fp32."""
     model = build_full_model(source.info.model, source.info.model.vocab_size or 0).eval()
-    for p in declared_parameters(model):
-        p.parameter.data = source.read(p.name).float()
+    for p in model.tensors():
+        p.tensor.data = source.read(p.name).float()
     with torch.no_grad():
         return model(torch.from_numpy(tokens)[None])[0].numpy()
 

@@ -11,8 +11,10 @@ import torch
 
 from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.writer import Header, PieceToWrite
-from megalm.core.sharding import ShardSpec, StatePiece, padded_range
+from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
+from megalm.mesh.parameter import ParameterRecord
+from megalm.mesh.slices import ShardSpec, padded_range
 
 SHAPES = {
     "embedding.weight": (13, 6),  # padded vocabulary
@@ -43,14 +45,16 @@ def shard_of(name: str, tp: int, rank: int) -> ShardSpec:
     shape = SHAPES[name]
     if name == "embedding.weight":
         valid, padding = padded_range(shape[0], rank, tp)
-        return ShardSpec(shape, 0, (valid,), padding)
+        return ShardSpec.along(shape, 0, (valid,), padding)
     if name == "norm.weight":
         return ShardSpec.replicated(*shape)
     if name == "projection.weight":
         share = shape[1] // tp
-        return ShardSpec(shape, 1, ((rank * share, (rank + 1) * share),))
+        return ShardSpec.along(shape, 1, ((rank * share, (rank + 1) * share),))
     third, share = shape[0] // 3, shape[0] // 3 // tp
-    return ShardSpec(shape, 0, tuple((i * third + rank * share, i * third + (rank + 1) * share) for i in range(3)))
+    return ShardSpec.along(
+        shape, 0, tuple((i * third + rank * share, i * third + (rank + 1) * share) for i in range(3))
+    )
 
 
 def pieces_of(layout: Layout, tp_rank: int, dp_rank: int) -> list[StatePiece]:
@@ -65,7 +69,7 @@ def pieces_of(layout: Layout, tp_rank: int, dp_rank: int) -> list[StatePiece]:
         edges += [flat.numel()] * (layout.dp + 1 - len(edges))
         start, stop = edges[dp_rank], edges[dp_rank + 1]
         if stop > start:
-            pieces.append(StatePiece(name, kind, shard, start, flat[start:stop]))
+            pieces.append(StatePiece(ParameterRecord(name, shard), kind, start, flat[start:stop]))
     return pieces
 
 

@@ -29,8 +29,10 @@ from megalm.checkpoint.store import (
     remove_leftovers,
     torn_checkpoints,
 )
-from megalm.core.sharding import ShardSpec, StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
+from megalm.mesh.parameter import ParameterRecord
+from megalm.mesh.slices import ShardSpec
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
@@ -78,7 +80,11 @@ def test_no_pickle_and_no_leftovers(checkpoint: Path) -> None:
 def test_padding_is_not_saved_as_values(checkpoint: Path) -> None:
     record = json.loads((checkpoint / MANIFEST_FILE).read_text())["tensors"]["embedding.weight"]
     assert record["shape"] == [13, 6]
-    assert sorted({tuple(map(tuple, p["ranges"])) for p in record["pieces"]}) == [((0, 7),), ((7, 13),)]
+    cuts = {json.dumps(p["cuts"]) for p in record["pieces"]}
+    assert sorted(cuts) == [
+        '[{"dim": 0, "ranges": [[0, 7]], "padding": 0}]',
+        '[{"dim": 0, "ranges": [[7, 13]], "padding": 1}]',
+    ]
 
 
 def test_a_flipped_byte_is_found_and_never_loads(checkpoint: Path) -> None:
@@ -300,9 +306,9 @@ def test_the_best_is_read_from_manifests(tmp_path: Path) -> None:
     assert [info.step for info in complete_checkpoints(tmp_path)] == [2, 7]
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_formats_of_the_past_load_for_ever(version: int) -> None:
-    """Written by the megalm of that version, on tp2·pp2·dp2; see tests/golden/README.md."""
+    """Written by the megalm of that version, on 8 or 4 ranks; see tests/golden/README.md."""
     folder = GOLDEN / f"checkpoint_v{version}"
     reader = CheckpointReader(folder / "step-00000003")
     assert list(reader.find_corruption()) == []
@@ -336,14 +342,15 @@ _MEASURED = """
 import re, sys
 from pathlib import Path
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.core.sharding import ShardSpec, StatePiece
+from megalm.core.parameters import StatePiece
+from megalm.mesh.slices import ShardSpec
 reader = CheckpointReader(Path(sys.argv[1]))
 def peak():  # not ru_maxrss, which begins with the size of the process that this one was forked from
     return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text()).group(1))
 reader.read_local("small", "weight", ShardSpec.replicated(8))
 before = peak()
 for number in range(6):
-    reader.read_local(str(number), "weight", ShardSpec((2048, 4096), 1, ((0, 4096),)))
+    reader.read_local(str(number), "weight", ShardSpec.along((2048, 4096), 1, ((0, 4096),)))
 print(peak() - before)
 """
 
@@ -353,9 +360,11 @@ def test_memory_of_reading_is_bounded_by_a_tensor_and_a_piece(tmp_path: Path) ->
     pieces = []
     for number in range(6):
         for half in range(2):
-            shard = ShardSpec((2048, 4096), 1, ((2048 * half, 2048 * (half + 1)),))
-            pieces.append([StatePiece(str(number), "weight", shard, 0, torch.zeros(shard.local_numel))])
-    pieces.append([StatePiece("small", "weight", ShardSpec.replicated(8), 0, torch.zeros(8))])
+            shard = ShardSpec.along((2048, 4096), 1, ((2048 * half, 2048 * (half + 1)),))
+            pieces.append(
+                [StatePiece(ParameterRecord(str(number), shard), "weight", 0, torch.zeros(shard.local_numel))]
+            )
+    pieces.append([StatePiece(ParameterRecord("small", ShardSpec.replicated(8)), "weight", 0, torch.zeros(8))])
     halves = [[p[0] for p in pieces[0:12:2]] + pieces[12], [p[0] for p in pieces[1:12:2]]]
     path = save(tmp_path, Layout(tp=2), pieces=lambda layout, tp_rank, dp_rank: halves[tp_rank])[0]
     command = [sys.executable, "-c", _MEASURED, str(path)]

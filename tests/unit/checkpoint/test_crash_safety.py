@@ -27,8 +27,10 @@ from megalm.checkpoint.store import (
     torn_checkpoints,
 )
 from megalm.checkpoint.writer import PieceToWrite, complete_checkpoint, temporary_folder, write_rank
-from megalm.core.sharding import ShardSpec, StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
+from megalm.mesh.parameter import ParameterRecord
+from megalm.mesh.slices import Cut, ShardSpec
 from megalm.train.saving import HostCopy
 
 
@@ -126,7 +128,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     """The save's thread waits at its first piece while this one goes on; what it writes is the state of the copy."""
     may_write = Event()
     values = torch.arange(6.0)
-    state = StatePiece("norm.weight", "weight", ShardSpec.replicated(6), 0, values)
+    state = StatePiece(ParameterRecord("norm.weight", ShardSpec.replicated(6)), "weight", 0, values)
     copy = HostCopy().take([state])[0]
 
     def load():
@@ -178,9 +180,10 @@ def test_a_step_is_a_count(tmp_path: Path, step: object) -> None:
 
 def test_rows_and_columns_do_not_add_up_to_a_tensor() -> None:
     pieces = [
-        Piece("weight", "f", str(dim), dim, (half,), 0, 0, 8, "float32", "") for dim, half in ((0, (0, 2)), (1, (2, 4)))
+        Piece("weight", "f", str(dim), (Cut(dim, (half,)),), 0, 8, "float32", "")
+        for dim, half in ((0, (0, 2)), (1, (2, 4)))
     ]
-    assert TensorRecord((4, 4), tuple(pieces)).holes("weight") == "slices along different dims [0, 1]"
+    assert TensorRecord((4, 4), tuple(pieces)).holes("weight") == "[2:4, 0:2]"
 
 
 def test_slices_are_read_back_after_every_one_of_these_rules(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from megalm.checkpoint import fingerprint as module
 from megalm.checkpoint.fingerprint import fingerprint
-from megalm.core.sharding import ShardSpec
+from megalm.mesh.slices import ShardSpec
 
 
 def _by_definition(name: str, values: torch.Tensor, start: int = 0) -> int:
@@ -50,5 +50,5 @@ def test_slices_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch, chunk: int,
     shares = 0
     for start, stop in ((0, 4), (4, values.shape[dim])):
         part = values.narrow(dim, start, stop - start).reshape(-1)
-        shares += fingerprint("w", ShardSpec((9, 22), dim, ((start, stop),)), 0, part)
+        shares += fingerprint("w", ShardSpec.along((9, 22), dim, ((start, stop),)), 0, part)
     assert shares % 2**64 == _by_definition("w", values)

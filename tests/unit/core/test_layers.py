@@ -10,9 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from megalm.config.schema import Model, Objective, Optim
+from megalm.core.parameters import Init
 from megalm.core.random import initial_values
-from megalm.core.sharding import Init, ShardSpec, declared_parameters, even_range, padded_range
 from megalm.engine.optimizer import make_adamw, parameter_groups
+from megalm.mesh.groups import ParallelContext
+from megalm.mesh.slices import ShardSpec, even_range, padded_range
 from megalm.models.counts import parameter_count
 from megalm.models.micro_batch import MicroBatch
 from megalm.models.transformer import build_full_model
@@ -87,7 +89,7 @@ def test_logits_equal_an_independent_implementation(model, independent) -> None:
         for parameter in ours.parameters():  # norms and biases away from one and zero, weights away from tiny
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
         tokens = torch.randint(0, model.vocab_size, (2, 17), generator=torch.Generator().manual_seed(2))
-        want = independent(dict(ours.named_parameters()), tokens, model)
+        want = independent({t.name: t.tensor for t in ours.tensors()}, tokens, model)
         torch.testing.assert_close(ours(tokens), want, atol=2e-5, rtol=1e-5)
 
 
@@ -107,7 +109,7 @@ def test_stage_loss_is_the_weighted_sum_of_token_losses() -> None:
 
 def test_residual_projections_start_scaled_by_depth() -> None:
     model = replace(GPT2, num_layers=8, hidden_size=128)
-    weights = {p.name: p.parameter for p in declared_parameters(build_full_model(model, 67))}
+    weights = {p.name: p.parameter for p in build_full_model(model, 67).tensors()}
     for name, weight in weights.items():
         if weight.ndim == 1:
             assert torch.all(weight == (1.0 if "norm.weight" in name else 0.0)), name
@@ -118,11 +120,11 @@ def test_residual_projections_start_scaled_by_depth() -> None:
 
 
 def test_weight_decay_spares_norms_and_biases() -> None:
-    declared = declared_parameters(build_full_model(GPT2, 67))
+    declared = build_full_model(GPT2, 67).tensors()
     decays = {
         id(parameter): group["weight_decay"]
         for group in make_adamw(
-            parameter_groups(declared, tied=None, second_copy=None), Optim(lr=1e-3, weight_decay=0.1)
+            parameter_groups(declared, ParallelContext.single()), Optim(lr=1e-3, weight_decay=0.1)
         ).param_groups
         for parameter in group["params"]
     }
@@ -136,11 +138,11 @@ def test_weight_decay_spares_norms_and_biases() -> None:
 @pytest.mark.parametrize("degree", [1, 2, 3, 4, 7])
 def test_initial_values_do_not_depend_on_the_slices(dim: int, degree: int) -> None:
     shape = (150, 131)
-    whole = initial_values("w", ShardSpec(shape, dim, ((0, shape[dim]),)), Init.normal(0.02), seed=5)
+    whole = initial_values("w", ShardSpec.along(shape, dim, ((0, shape[dim]),)), Init.normal(0.02), seed=5)
     assembled = torch.full(shape, float("nan"))
     for index in range(degree):
         valid, padding = padded_range(shape[dim], index, degree)
-        shard = ShardSpec(shape, dim, (valid,), padding)
+        shard = ShardSpec.along(shape, dim, (valid,), padding)
         local = initial_values("w", shard, Init.normal(0.02), seed=5)
         assert tuple(local.shape) == shard.local_shape
         assert torch.equal(shard.take(whole), local)
@@ -149,7 +151,7 @@ def test_initial_values_do_not_depend_on_the_slices(dim: int, degree: int) -> No
 
 
 def test_initial_values_depend_on_seed_and_name() -> None:
-    shard = ShardSpec((64, 64), 0, ((0, 64),))
+    shard = ShardSpec.along((64, 64), 0, ((0, 64),))
     streams = [initial_values(name, shard, Init.normal(1.0), seed) for name in "ab" for seed in (1, 2)]
     for i, first in enumerate(streams):
         for second in streams[:i]:
@@ -158,7 +160,7 @@ def test_initial_values_depend_on_seed_and_name() -> None:
 
 def test_a_fused_shard_takes_and_puts_each_of_its_ranges() -> None:
     full = torch.arange(24.0).view(12, 2)
-    shard = ShardSpec((12, 2), 0, ((2, 4), (9, 10)), padding=1)
+    shard = ShardSpec.along((12, 2), 0, ((2, 4), (9, 10)), padding=1)
     local = shard.take(full)
     assert local[:, 0].tolist() == [4.0, 6.0, 18.0, 0.0]
     back = torch.zeros_like(full)
@@ -171,4 +173,4 @@ def test_ranges_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="7 items do not split evenly over 2 ranks"):
         even_range(7, 0, 2)
     with pytest.raises(ValueError, match="range 0:5 is outside 0:4"):
-        ShardSpec((4, 2), 0, ((0, 5),))
+        ShardSpec.along((4, 2), 0, ((0, 5),))

@@ -14,7 +14,7 @@ from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.config.compose import save_config
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config, Data, Engine, Launch, Model, Optim, Report, Run, Train
-from megalm.core.sharding import StatePiece, declared_parameters
+from megalm.core.parameters import StatePiece
 from megalm.data.document import Document
 from megalm.data.shards.write import ShardWriter
 from megalm.data.tokenization.document_tokens import encode_documents
@@ -23,6 +23,7 @@ from megalm.data.tokenization.training import train_byte_level_bpe
 from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.evaluate.perplexity import run_evaluate
 from megalm.generate.run import run_generate
+from megalm.mesh.parameter import ParameterRecord
 from megalm.models.transformer import build_full_model
 from megalm.runs.load import load_full_model
 from megalm.train.callbacks.base import Outcome, RunContext, StepMetrics, ValidationMetrics
@@ -101,11 +102,11 @@ def write_split(folder, tokenizer):
 def save(folder, config, model, step):
     """As two ranks of a ZeRO optimizer would, each parameter cut in the middle of a row."""
     pieces = ([], [])
-    for parameter in declared_parameters(model):
+    for parameter in model.tensors():
         flat = parameter.parameter.detach().flatten()
         cut = min(7, flat.numel() - 1)
-        pieces[0].append(StatePiece(parameter.name, "weight", parameter.shard, 0, flat[:cut]))
-        pieces[1].append(StatePiece(parameter.name, "weight", parameter.shard, cut, flat[cut:]))
+        pieces[0].append(StatePiece(ParameterRecord(parameter.name, parameter.shard), "weight", 0, flat[:cut]))
+        pieces[1].append(StatePiece(ParameterRecord(parameter.name, parameter.shard), "weight", cut, flat[cut:]))
     header = Header(step=step, config=config_to_dict(config), topology={}, data={}, training={})
     both_are_here = Barrier(2)
 
@@ -128,8 +129,8 @@ def generate(run_dir, prompt, **changes):
 
 def test_the_weights_are_those_that_were_saved(run_dir, model):
     trained = load_full_model(run_dir)
-    saved = {p.name: p.parameter for p in declared_parameters(model)}
-    loaded = {p.name: p.parameter for p in declared_parameters(trained.model)}
+    saved = {p.name: p.parameter for p in model.tensors()}
+    loaded = {p.name: p.parameter for p in trained.model.tensors()}
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert trained.checkpoint == run_dir / "checkpoints" / "step-00000060"

@@ -17,7 +17,7 @@ from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import locate
 from megalm.config.schema import Config, Data, Model, Optim, Run, Train
 from megalm.convert.weights import declared_of
-from megalm.core.sharding import StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.data.document import Document
 from megalm.data.shards.store import open_store
 from megalm.data.shards.write import ShardWriter
@@ -27,6 +27,7 @@ from megalm.data.tokenization.roles import Marks
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.data.tokenization.training import train_byte_level_bpe
 from megalm.errors import CheckpointError
+from megalm.mesh.parameter import ParameterRecord
 from megalm.models.transformer import build_full_model
 from megalm.runs.start import StartMode, StartPoint
 from megalm.runs.vocabulary import match_vocabulary
@@ -178,7 +179,7 @@ def test_old_rows_are_kept_and_new_ones_are_those_of_a_fresh_model(model: Model,
     """101 words become 205: on tp=2 and 4 the last ranks hold new rows and padding alone."""
     old = write_random_run(tmp_path / "run", model, tp=tp)
     larger = replace(model, vocab_size=205)
-    fresh = dict(build_full_model(larger, 205, seed=5).named_parameters())
+    fresh = {t.name: t.tensor for t in build_full_model(larger, 205, seed=5).tensors()}
     checkpoint = CheckpointReader(locate(tmp_path / "run").path)
     totals: dict[str, int] = {}
     for rank in range(tp):
@@ -192,7 +193,7 @@ def test_old_rows_are_kept_and_new_ones_are_those_of_a_fresh_model(model: Model,
             expected[:101] = old.values[p.name]
             local = reader.read_local(p.name, "weight", p.shard)
             assert torch.equal(local, p.shard.take(expected))
-            piece = reader.saved_part(StatePiece(p.name, "weight", p.shard, 0, local.view(-1)))
+            piece = reader.saved_part(StatePiece(ParameterRecord(p.name, p.shard), "weight", 0, local.view(-1)))
             share = fingerprint(p.name, p.shard, 0, piece.values)
             totals[p.name] = (totals.get(p.name, 0) + share) % (1 << 64)
     saved = checkpoint.manifest.fingerprints

@@ -11,9 +11,11 @@ import torch
 from layouts import Layout, full_tensors, save
 
 from megalm.checkpoint.manifest import COMPLETE_FILE, combined_hash, read_manifest
-from megalm.core.sharding import ShardSpec, StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
 from megalm.mesh.groups import ParallelContext
+from megalm.mesh.parameter import ParameterRecord
+from megalm.mesh.slices import ShardSpec
 from megalm.runs import start as start_module
 from megalm.runs.start import StartMode, StartPoint, await_visible
 from megalm.train.restoring import restore
@@ -38,7 +40,7 @@ class Engine:
 
     def state_pieces(self):
         return [
-            StatePiece(name, "weight", ShardSpec.replicated(*weight.shape), 0, weight.view(-1))
+            StatePiece(ParameterRecord(name, ShardSpec.replicated(*weight.shape)), "weight", 0, weight.view(-1))
             for name, weight in self.weights.items()
         ]
 

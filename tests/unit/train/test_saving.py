@@ -13,9 +13,11 @@ from megalm.checkpoint import save as save_module
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import checkpoints_set_aside, complete_checkpoints
 from megalm.config.schema import Checkpoint, Config, Data, Model, Optim, Run, Train
-from megalm.core.sharding import ShardSpec, StatePiece
+from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError, ConfigError
 from megalm.mesh.groups import ParallelContext
+from megalm.mesh.parameter import ParameterRecord
+from megalm.mesh.slices import ShardSpec
 from megalm.ownership import owned
 from megalm.runs.start import StartMode, StartPoint
 from megalm.train.callbacks.base import ValidationMetrics
@@ -67,7 +69,7 @@ def _state(step: int, val_loss: float | None = None) -> RunState:
 
 
 def _pieces(values: torch.Tensor) -> list[StatePiece]:
-    return [StatePiece("norm.weight", "weight", ShardSpec.replicated(4), 0, values)]
+    return [StatePiece(ParameterRecord("norm.weight", ShardSpec.replicated(4)), "weight", 0, values)]
 
 
 def _start(saver: Saver, values: torch.Tensor, state: RunState) -> None:

@@ -18,7 +18,6 @@ from megalm.config.schema import Model
 from megalm.convert.huggingface.read import HfSource
 from megalm.convert.run import RunSource
 from megalm.convert.weights import WeightSource
-from megalm.core.sharding import declared_parameters
 from megalm.errors import CheckpointError
 from megalm.models.transformer import build_full_model
 
@@ -67,7 +66,7 @@ def _tokens(model: Model) -> torch.Tensor:
 def _own_logits(source: WeightSource) -> torch.Tensor:
     model = source.info.model
     whole = build_full_model(model, model.vocab_size or 0).eval()
-    for declared in declared_parameters(whole):
+    for declared in whole.tensors():
         declared.parameter.copy_(source.read(declared.name))
     return whole(_tokens(model))
 
