@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(STAMP)
-	$(BIN)/python tools/prepare_data.py --corpus stdlib --tokenizer-vocab 4096 --out data/quickstart
+	$(BIN)/megalm prepare --corpus stdlib --tokenizer-vocab 4096 --out data/quickstart
 	$(BIN)/megalm train experiment=quickstart
 
 test: $(STAMP)

@@ -45,3 +45,29 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     prepare(recipe, out, workers=Workers(None, 1), overwrite=False, progress=lambda *_: None, command="a test")
     return out
+
+
+@pytest.fixture(scope="session")
+def short_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Runs that ``megalm.train`` has trained: ``slow`` on one rank, ``fast``, at another rate, on two."""
+    import megalm
+
+    folder = tmp_path_factory.mktemp("runs")
+    common = [
+        "experiment=quickstart",
+        f"data.path={tiny_dataset}",
+        f"run.dir={folder}",
+        "model.num_layers=2",
+        "model.hidden_size=16",
+        "model.num_heads=2",
+        "model.sequence_length=32",
+        "train.steps=4",
+        "optim.warmup_tokens=0",
+        "report.prompt=null",
+        "logging.tensorboard=false",
+        "logging.wandb=disabled",
+        "engine.dtype=fp32",
+    ]
+    slow = megalm.train(megalm.compose([*common, "parallel=single", "run.name=slow"]))
+    fast = megalm.train(megalm.compose([*common, "parallel=tp2", "run.name=fast", "optim.lr=0.01"]))
+    return slow.folder, fast.folder

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import megalm
 from megalm.checkpoint.durable import flush
 from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.manifest import (
@@ -42,6 +41,7 @@ from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, as_bytes
 from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
 from megalm.mesh.parameter import ParameterRecord
+from megalm.version import __version__
 
 CANCELLED = "cancelled"
 """The error of a rank that stopped because another one had failed."""
@@ -175,7 +175,7 @@ def complete_checkpoint(
         OSError: the disk is full or broken.
     """
     tensors = _collect(_await_indexes(temporary, world_size, given_up))
-    manifest = Manifest(megalm_version=megalm.__version__, tensors=tensors, **_shallow_dict(header))
+    manifest = Manifest(megalm_version=__version__, tensors=tensors, **_shallow_dict(header))
     text = manifest.to_json()
     _write_text(temporary / MANIFEST_FILE, text)
     for rank in range(world_size):

@@ -174,7 +174,7 @@ class Data:
     """Token shards and the order in which they are read."""
 
     path: tuple[str, ...]
-    """One or more prepared datasets, as ``tools/prepare_data.py`` writes them: a folder with ``train/`` and ``val/``,
+    """One or more prepared datasets, as ``megalm prepare`` writes them: a folder with ``train/`` and ``val/``,
     the ``http(s)://`` address of one, or ``pipe:COMMAND``, which prints the file whose name replaces ``{file}``."""
     weights: tuple[float, ...] = ()
     """Share of each dataset in the samples, relative to the others; empty: as they are large."""

@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from megalm.checkpoint.manifest import read_manifest
+from megalm.checkpoint.store import locate
 from megalm.config.schema import Model
 from megalm.config.violation import spoken_list
 from megalm.convert.folder import check_absent, new_folder
@@ -312,6 +314,13 @@ def _write_hf(transfer: Transfer, folder: Path, request: Request, tokenizer: Tok
 
     shard_bytes = SHARD_BYTES if request.shard_bytes is None else request.shard_bytes
     family = write_hf(transfer, folder, tokenizer=tokenizer, shard_bytes=shard_bytes)
+    if transfer.info.format == "megalm":
+        from megalm.convert.huggingface.model_card import CARD_FILE, model_card
+
+        manifest = read_manifest(locate(request.source).path)
+        dtype = DTYPE_NAMES[transfer.info.dtype]
+        card = model_card(manifest, transfer.info.model, architecture=family.architecture, dtype=dtype)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return f"{family.title} for Hugging Face ({family.architecture})"
 
 

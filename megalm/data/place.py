@@ -16,6 +16,7 @@ from megalm.data.names import shown
 from megalm.errors import DataError
 
 RECIPE_FILE = "recipe.json"
+DATA_CARD_FILE = "data_card.json"
 _LOCK_SUFFIX = ".owner"
 _PARTS = frozenset({"train", "val", RECIPE_FILE})
 

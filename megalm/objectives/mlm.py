@@ -35,7 +35,7 @@ class MaskedLM(TokenObjective):
         if tokenizer.mask_id is None:
             raise DataError(
                 "objective.name=mlm: the tokenizer has no [MASK] or <mask> token; prepare the data with one that has, "
-                "such as tools/prepare_data.py --tokenizer-kind wordpiece trains"
+                "such as megalm prepare --tokenizer-kind wordpiece trains"
             )
         is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
         is_special[tokenizer.special_ids] = True

@@ -224,7 +224,7 @@ def _validation_violations(config: Config, datasets: Sequence[DatasetInfo]) -> l
     every, keep_best = config.train.validate_every, config.checkpoint.keep_best
     return [
         f"{name}={value}: {where} was prepared without validation documents; {name}=0, or data.path=DIR with some "
-        "(tools/prepare_data.py --val-fraction or --val-input)"
+        "(megalm prepare --val-fraction or --val-input)"
         for name, value in (("train.validate_every", every), ("checkpoint.keep_best", keep_best))
         if value
     ]

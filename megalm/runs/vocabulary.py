@@ -157,7 +157,7 @@ def _added_rows(config: Config, start: StartPoint, rows: int, wanted: int) -> in
 
 def _refusal(start: StartPoint, place: str, model: Vocabulary, data: Vocabulary, found: Relation) -> str:
     """Why a run cannot go on from a model with data of another tokenizer."""
-    again = f"prepare the data again with tools/prepare_data.py --tokenizer {model.where}"
+    again = f"prepare the data again with megalm prepare --tokenizer {model.where}"
     if model.definition is None:
         again = "prepare the data again with the tokenizer.json that the model was trained with"
     said = f"data.path={place}: made by another tokenizer than the model of {start.path}: {data}, not {model}"

@@ -16,12 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megalm import __version__
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.launch.function_ranks import RankFailure
 from megalm.verify.differences import Differences
 from megalm.verify.shrink import Case, Shrunk
+from megalm.version import __version__
 
 FORMAT_VERSION = 1
 

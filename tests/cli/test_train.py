@@ -142,7 +142,7 @@ def test_a_bug_in_one_rank_is_shown_once_and_ends_all(run, tmp_path):
     (site / "sitecustomize.py").write_text(
         "import sys\n"
         "if sys.argv[0] == '-m' and sys.orig_argv[3:4] == ['3']:\n"
-        "    sys.modules['megalm.train.saving'] = None\n"
+        "    sys.modules['megalm.training.saving'] = None\n"
     )
     process = run.start(PYTHONPATH=str(site))
     assert process.wait(timeout=90) == 70, run.output

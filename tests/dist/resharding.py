@@ -1,7 +1,7 @@
 """What ranks do in the resharding matrix: train, save, and continue from what other layouts saved.
 
-Saving and loading are those that users have: :class:`megalm.train.saving.Saver` in its thread, and ``restore``, which
-proves that the parameters that arrived are those that were saved.
+Saving and loading are those that users have: :class:`megalm.training.saving.Saver` in its thread, and ``restore``,
+which proves that the parameters that arrived are those that were saved.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from megalm.mesh.groups import ParallelContext
 from megalm.models.transformer import build_transformer
 from megalm.objectives.registry import make_objective
 from megalm.runs.start import StartMode, StartPoint
-from megalm.train.progress import Progress
-from megalm.train.restoring import restore
-from megalm.train.saving import RunState, Saver
+from megalm.training.progress import Progress
+from megalm.training.restoring import restore
+from megalm.training.saving import RunState, Saver
 from megalm.verify.parity import DTYPES, micro_batches_of_rank
 
 SAVED_AT = 3

@@ -13,7 +13,7 @@ from cli_runs import run, start, steps_of, wait_for_step
 
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, find_latest
-from megalm.cli.data_show import show_lines
+from megalm.cli.data_of_run import show_lines
 from megalm.config.compose import load_run_config
 from megalm.runs.history import history_of, schedule_for
 from megalm.runs.record import attempt_rows, read_metrics, step_rows

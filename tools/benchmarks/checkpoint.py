@@ -35,7 +35,7 @@ from megalm.convert.weights import full_shapes
 from megalm.core.parameters import StatePiece
 from megalm.mesh.parameter import ParameterRecord
 from megalm.mesh.slices import ShardSpec
-from megalm.train.saving import HostCopy
+from megalm.training.saving import HostCopy
 
 _LEAST_RATIO = 0.8
 _VOCABULARY = 50_257

@@ -85,7 +85,7 @@ def train(item: tuple[str, int | None, bool]) -> None:
     """What each rank runs."""
     import torch.distributed as dist
 
-    from megalm.train.setup import run_training
+    from megalm.training.setup import run_training
 
     text, stop_after, killed = item
     plan = Plan.from_json(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megalm.data.place import DATA_CARD_FILE
 from megalm.data.prepare.left_out import NAMES, SHARE, LeftOutTotals
 from megalm.data.prepare.recipe import Recipe
 from megalm.data.prepare.summary import Lengths, Summary
@@ -12,7 +13,7 @@ from megalm.data.shards.write import write_durably
 from megalm.data.tally import FileTally
 from megalm.figure import new_figure
 
-CARD_FILE, CARD_DATA_FILE, LENGTHS_FILE = "data_card.md", "data_card.json", "document_lengths.png"
+CARD_FILE, CARD_DATA_FILE, LENGTHS_FILE = "data_card.md", DATA_CARD_FILE, "document_lengths.png"
 _COLOUR = "#3366a8"
 _KINDS_SHOWN, _DOCUMENTS_SHOWN = 40, 20
 

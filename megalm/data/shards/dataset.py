@@ -19,7 +19,7 @@ from megalm.data.tokenization.tokenizer import TOKENIZER_FILE, Tokenizer
 from megalm.errors import DataError
 
 SPLITS = ("train", "val")
-AS_THE_MODELS = "prepare_data.py --add-bos, --no-add-bos and --eos make them as the model's"
+AS_THE_MODELS = "megalm prepare --add-bos, --no-add-bos and --eos make them as the model's"
 """What helps where documents begin or end otherwise than a model's."""
 
 
@@ -191,11 +191,11 @@ def check_folder(store: Store) -> None:
         hint = f" ({unfinished} was left by a preparation that was cut off)" if unfinished.exists() else ""
         several = f", or several as data.path=[{folder}]" if "," in str(folder) else ""
         raise DataError(
-            f"data.path={folder}: no such folder{_looked_for(folder)}{hint}; prepare one with tools/prepare_data.py "
+            f"data.path={folder}: no such folder{_looked_for(folder)}{hint}; prepare one with megalm prepare "
             f"--out {folder}, or name it as data.path=FOLDER{several}"
         )
     if not any((folder / split).exists() for split in SPLITS):
         raise DataError(
             f"data.path={folder}: has no train/ and val/, so it is no prepared dataset; "
-            "tools/prepare_data.py --out prepares one"
+            "megalm prepare --out prepares one"
         )

@@ -279,7 +279,7 @@ def _check_types(index: Index) -> None:
 
 
 def _why_no_index(store: Store) -> str:
-    remedy = "tools/prepare_data.py --out prepares one, and data.path=FOLDER names another"
+    remedy = "megalm prepare --out prepares one, and data.path=FOLDER names another"
     if not store.is_local:
         return f"{store.path_of(INDEX_FILE)}: not there, so this is no dataset; {remedy}"
     folder = Path(store.location)

@@ -7,37 +7,16 @@ a few lookups, however long the run is and however large the data are. No torch.
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 
-from megalm.data.shards.read import TokenShards
+from megalm.data.shards.documents import DocumentSpan, documents_of_shard
 from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.order import BlendedOrder
 from megalm.data.stream.sequences import Corpora
 from megalm.errors import DataError
-
-
-@dataclass(frozen=True)
-class DocumentSpan:
-    """A document, or the piece of one that was packed apart.
-
-    Attributes:
-        name: where it is from.
-        start: its first token, counted over the split.
-        tokens: how many it has.
-    """
-
-    name: str
-    start: int
-    tokens: int
-
-    @property
-    def end(self) -> int:
-        """The token after its last."""
-        return self.start + self.tokens
 
 
 @dataclass(frozen=True)
@@ -238,26 +217,11 @@ class Ledger:
 
     def _read_documents(self, corpus: int, number: int) -> tuple[DocumentSpan, ...]:
         """Documents that begin in a shard."""
-        return tuple(read_documents(self._corpora.shards[corpus], number))
+        shards = self._corpora.shards[corpus]
+        return tuple(documents_of_shard(shards.store, shards.index, number))
 
     def _no_such_document(self, name: str) -> str:
         names = [document.name for c in range(len(self._corpora.shards)) for document in self._all_documents(c)]
         close = [other for other in names if name in other][:3] or get_close_matches(name, names, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         return f"--document {name}: none of the {len(names):,} documents has that name{hint}"
-
-
-def read_documents(shards: TokenShards, number: int) -> Iterator[DocumentSpan]:
-    """Documents that begin in a shard.
-
-    Raises:
-        DataError: the file that names them is missing or damaged.
-    """
-    name = shards.index.shard(number).documents_name
-    data = shards.store.read(name)
-    try:
-        for line in data.decode("utf-8").split("\n"):  # not splitlines: a name may hold U+2028
-            if line:
-                yield DocumentSpan(**json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{shards.store.path_of(name)}: damaged ({error}); copy the file again") from None

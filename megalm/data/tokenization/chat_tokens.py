@@ -80,7 +80,7 @@ def chatml_of(tokenizer: tokenizers.Tokenizer, roles: Roles) -> ChatTokens:
     if missing:
         raise DataError(
             f"the tokenizer has no chat template and no token {missing[0]}, which marks turns of a conversation; "
-            f"tools/train_tokenizer.py --special-token '{TURN_START}' '{TURN_END}' trains one that has them, and with "
+            f"megalm tokenizer --special-token '{TURN_START}' '{TURN_END}' trains one that has them, and with "
             "--from TOKENIZER adds them to one that a model knows"
         )
     return _with_template(tokenizer, roles, CHATML)

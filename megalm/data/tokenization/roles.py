@@ -229,7 +229,7 @@ class RoleReader:
             token = self._token(number)
             what = "none of its tokens" if token is None else f"an ordinary word, {token!r}"
             why += f", eos_token_id={number} is {what}"
-        remedy = f"name one as eos_token in {SETTINGS_FILE} beside it (tools/prepare_data.py: or with --eos)"
+        remedy = f"name one as eos_token in {SETTINGS_FILE} beside it (megalm prepare: or with --eos)"
         return DataError(f"{why} ({self._has()}); {remedy}")
 
     def _named(self, eos: str) -> str:

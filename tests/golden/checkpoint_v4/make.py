@@ -3,6 +3,7 @@
 python tests/golden/checkpoint_v4/make.py FOLDER
 """
 
+# ruff: noqa: E402 - the tests' own modules are found by the paths that are added first
 from __future__ import annotations
 
 import hashlib

@@ -31,7 +31,7 @@ from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
 from megalm.mesh.parameter import ParameterRecord
 from megalm.mesh.slices import Cut, ShardSpec
-from megalm.train.saving import HostCopy
+from megalm.training.saving import HostCopy
 
 
 def _no_room_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

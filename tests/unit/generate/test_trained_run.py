@@ -26,9 +26,9 @@ from megalm.generate.run import run_generate
 from megalm.mesh.parameter import ParameterRecord
 from megalm.models.transformer import build_full_model
 from megalm.runs.load import load_full_model
-from megalm.train.callbacks.base import Outcome, RunContext, StepMetrics, ValidationMetrics
-from megalm.train.callbacks.closing_report import ClosingReport
-from megalm.train.callbacks.metrics_jsonl import MetricsJsonl
+from megalm.training.callbacks.base import Outcome, RunContext, StepMetrics, ValidationMetrics
+from megalm.training.callbacks.closing_report import ClosingReport
+from megalm.training.callbacks.metrics_jsonl import MetricsJsonl
 
 SENTENCE = "one two three four five six seven eight nine ten, "
 ROWS = 400

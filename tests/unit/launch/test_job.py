@@ -13,7 +13,7 @@ import pytest
 from megalm.launch.job import Assignment, load_job
 from megalm.launch.worker import _assignment_of_launcher
 from megalm.ownership import Claim
-from megalm.train.job import JOB, TRAIN
+from megalm.training.job import JOB, TRAIN
 
 ASSIGNMENT = Assignment(
     job=TRAIN,

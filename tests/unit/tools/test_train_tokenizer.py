@@ -82,17 +82,13 @@ def test_one_training_at_a_time_writes_to_one_file(tool, text: Path, tmp_path: P
 
 
 def test_all_mistakes_at_once(tool, tmp_path: Path, capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        tool.main(["--lowercase", "--out", str(tmp_path / "a.json")])
-    assert stopped.value.code == 2
+    assert tool.main(["--lowercase", "--out", str(tmp_path / "a.json")]) == 2
     assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == [
         "INPUT",
         "--vocab-size",
         "--lowercase:",
     ]
-    with pytest.raises(SystemExit) as stopped:
-        tool.main(["x", "--from", "y", "--vocab-size", "300", "--out", str(tmp_path / "a.json")])
-    assert stopped.value.code == 2
+    assert tool.main(["x", "--from", "y", "--vocab-size", "300", "--out", str(tmp_path / "a.json")]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "--vocab-size is for training; --from takes a tokenizer that is there",
         "INPUT and --from: give one of them",

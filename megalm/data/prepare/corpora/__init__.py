@@ -23,6 +23,6 @@ CORPORA: dict[str, Callable[[CorpusOptions], Corpus]] = {
     "hf": hf_corpus,
     "sft": sft_corpus,
 }
-"""By the name that ``tools/prepare_data.py --corpus`` takes."""
+"""By the name that ``megalm prepare --corpus`` takes."""
 
 __all__ = ["CORPORA", "SPLITS_ON", "UNDECODABLE", "Corpus", "CorpusOptions"]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from megalm.config.schema import Data
+from megalm.data.shards.documents import documents_of_shard
 from megalm.data.shards.read import TokenShards
 from megalm.data.shards.write import ShardWriter
 from megalm.data.stream.batch_size import BatchSize
-from megalm.data.stream.ledger import Ledger, Steps, read_documents
+from megalm.data.stream.ledger import Ledger, Steps
 from megalm.data.stream.loader import TrainLoader
 from megalm.data.stream.phases import order_of
 from megalm.data.stream.sequences import Corpora
@@ -96,7 +97,7 @@ def test_a_damaged_list_of_documents_is_named(corpora: Corpora, tmp_path: Path) 
     (tmp_path / "shard-000000.documents.jsonl").write_text(json.dumps({"begin": 1}) + "\n")
     broken = Corpora((TokenShards(tmp_path, LENGTH),))
     with pytest.raises(DataError, match=r"shard-000000\.documents\.jsonl: damaged"):
-        list(read_documents(broken.shards[0], 0))
+        list(documents_of_shard(broken.shards[0].store, broken.shards[0].index, 0))
 
 
 def test_a_phase_counts_from_its_start(corpora: Corpora) -> None:

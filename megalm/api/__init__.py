@@ -1,0 +1,1 @@
+"""What ``import megalm`` offers; see ``megalm/__init__.py`` for its names."""

@@ -1,0 +1,203 @@
+"""Trains on one rank. What is built first: layout, model, engine, data, start point, callbacks; then the loop runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megalm.config.job import topology_of
+from megalm.config.schema import Config
+from megalm.core.dtype import DTYPES
+from megalm.data.shards.dataset import open_datasets, tokenizer_of, with_validation
+from megalm.data.stream.batch_size import BatchSize
+from megalm.data.stream.loader import TrainLoader
+from megalm.data.stream.sequences import Corpora
+from megalm.engine.deepspeed_engine import DeepSpeedEngine
+from megalm.errors import ConfigError, DivergedError, ExitCode
+from megalm.launch import RankInfo
+from megalm.launch.signals import StopRequest
+from megalm.mesh.groups import ParallelContext
+from megalm.models.counts import flops_per_token, parameter_count
+from megalm.models.transformer import Transformer, build_transformer
+from megalm.objectives.base import Objective
+from megalm.objectives.registry import make_objective
+from megalm.ownership import Claim
+from megalm.plan.hardware import match_device, peak_flops
+from megalm.runs.attempts import keep_config
+from megalm.runs.changes import changes_since
+from megalm.runs.history import history_of, schedule_for
+from megalm.runs.start import StartPoint, await_visible, run_folder
+from megalm.runs.vocabulary import TOKENIZER, tokenizer_record
+from megalm.training.callbacks.base import Attempt, Callback, CallbackList, Outcome, RunContext
+from megalm.training.callbacks.closing_report import ClosingReport
+from megalm.training.callbacks.console import ConsoleLog
+from megalm.training.callbacks.metrics_jsonl import MetricsJsonl
+from megalm.training.callbacks.tensorboard import TensorBoardLog
+from megalm.training.callbacks.wandb import WandbLog
+from megalm.training.restoring import Restored, restore
+from megalm.training.saving import Saver
+from megalm.training.trainer import Trainer, Utilisation
+from megalm.training.validation import Validator
+
+_OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
+
+
+def run_training(
+    config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint, claim: Claim | None = None
+) -> ExitCode:
+    """What every rank runs, in an initialised process group: set up, train, and say how it ended."""
+    trainer, callbacks = build_trainer(config, rank, stop, start, claim)
+    outcome = Outcome.FAILED
+    try:
+        outcome = trainer.fit()
+    except DivergedError:
+        outcome = Outcome.DIVERGED
+        raise
+    except Exception:
+        trainer.linger()
+        raise
+    finally:
+        try:
+            callbacks.on_end(outcome)
+        finally:
+            callbacks.close()
+    return _OUTCOMES[outcome]
+
+
+def build_trainer(
+    config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint, claim: Claim | None = None
+) -> tuple[Trainer, CallbackList]:
+    """Everything that a rank trains with; collective over all ranks of an initialised process group.
+
+    ``start`` was chosen on one rank: two that looked for themselves might see different checkpoints. ``claim`` says
+    that the run's folder is this run's alone, and is asked before something is written there.
+
+    Raises:
+        DataError, CheckpointError: the data or the checkpoint do not fit the config.
+    """
+    run_dir = run_folder(config)
+    await_visible(start)
+    context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
+    objective = make_objective(config.objective)
+    _check_micro_batch(config, objective)
+    datasets = open_datasets(config.data)
+    length, each = config.model.sequence_length, objective.sequences_per_example
+    train_data = Corpora.open([dataset.below("train") for dataset in datasets], length, each)
+    validating = [dataset.below("val") for dataset in with_validation(datasets)]
+    val_data = Corpora.open(validating, length, each) if validating else None
+    tokenizer = tokenizer_of(datasets)
+    make_batch = objective.make_batch(tokenizer, config.run.seed)
+    vocab_size = config.model.vocab_size or train_data.vocab_size
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+
+    model = build_transformer(
+        config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=objective
+    )
+    parameters = parameter_count(config.model, vocab_size).total + objective.head_parameters(config.model)
+    _assert_nothing_lost(context, model, parameters)
+    engine = DeepSpeedEngine(model, context, config)
+    loader = TrainLoader(
+        train_data,
+        config.data,
+        make_batch=make_batch,
+        batch_size=BatchSize.of(config.train, config.model.sequence_length),
+        dp_rank=context.coordinates.dp,
+        dp_size=context.topology.dp,
+        seed=config.run.seed,
+    )
+    restored = restore(start, engine, loader, context, seed=config.run.seed)
+    schedule = schedule_for(config, None if restored.resumed is None else history_of(restored.resumed))
+
+    lineage = {**restored.lineage, TOKENIZER: tokenizer_record(tokenizer)}
+    peak_name = _peak_name(config, context.device)
+    peak = peak_flops(peak_name, config.engine.dtype)
+    callbacks = CallbackList(_make_callbacks(config, claim) if context.rank == 0 else [])
+    if context.rank == 0:
+        if claim is not None:
+            claim.check()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(run_dir)  # the folder is whole in itself: config and tokenizer lie beside the weights
+    callbacks.on_start(
+        RunContext(
+            config=config,
+            run_dir=run_dir,
+            start_step=restored.progress.step,
+            total_steps=config.train.steps,
+            total_tokens=schedule.total_tokens,
+            attempt=_begin_attempt(config, run_dir, start, restored, rank.world_size) if context.rank == 0 else None,
+            topology=context.topology.describe(),
+            device=_device_in_words(context.device),
+            parameters=parameters,
+            loaded=restored.words,
+            mfu_peak=None if peak is None else f"{peak / 1e12:.0f} TFLOP/s ({peak_name}, {config.engine.dtype}, dense)",
+        )
+    )
+    trainer = Trainer(
+        config,
+        context=context,
+        engine=engine,
+        loader=loader,
+        validator=None if val_data is None else Validator(config, context, val_data, objective, make_batch),
+        saver=Saver(config, context, run_dir, lineage=lineage, start=start, claim=claim),
+        callbacks=callbacks,
+        learning_rate=schedule,
+        utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),
+        stop=stop,
+        progress=restored.progress,
+    )
+    return trainer, callbacks
+
+
+def _check_micro_batch(config: Config, objective: Objective) -> None:
+    each, size = objective.sequences_per_example, config.train.micro_batch_size
+    if size % each:
+        raise ConfigError(
+            f"train.micro_batch_size={size}: objective.name={config.objective.name} learns from {each} sequences at a "
+            f"time; a multiple of {each}"
+        )
+
+
+def _assert_nothing_lost(context: ParallelContext, model: Transformer, expected: int) -> None:
+    """The ranks' parameters, each counted once, are as many as one process would hold: no layer was lost or doubled."""
+    local = sum(t.shard.numel for t in model.tensors() if context.owns(t.record) and not t.record.is_buffer)
+    count = torch.tensor(float(local), dtype=torch.float64, device=context.device)
+    total = int(context.world_group.all_reduce(count))
+    if total != expected:
+        raise AssertionError(f"the ranks hold {total:,} parameters, the model has {expected:,}")
+
+
+def _make_callbacks(config: Config, claim: Claim | None) -> list[Callback]:
+    """In the order in which they hear of events; the record comes first."""
+    callbacks: list[Callback] = [MetricsJsonl(claim)]
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoardLog())
+    if config.logging.wandb != "disabled":
+        callbacks.append(WandbLog(config.logging.wandb))
+    return [*callbacks, ConsoleLog(config.logging.every), ClosingReport()]
+
+
+def _begin_attempt(config: Config, run_dir: Path, start: StartPoint, restored: Restored, ranks: int) -> Attempt:
+    """Keep this start's config, and say what it changes."""
+    number, kept = keep_config(config, run_dir)
+    changes = [] if restored.resumed is None else changes_since(restored.resumed, config, ranks)
+    return Attempt(
+        number=number,
+        config=kept,
+        step=restored.progress.step,
+        samples=restored.progress.samples,
+        tokens=restored.progress.tokens,
+        began_with=None if start.path is None else str(start.path),
+        changes={change.field: (change.before, change.after) for change in changes},
+    )
+
+
+def _peak_name(config: Config, device: torch.device) -> str | None:
+    if config.cluster.gpu is not None and device.type == "cuda":
+        return config.cluster.gpu
+    return match_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _device_in_words(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
