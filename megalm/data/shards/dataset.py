@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ from megalm.errors import DataError
 SPLITS = ("train", "val")
 AS_THE_MODELS = "megalm prepare --add-bos, --no-add-bos and --eos make them as the model's"
 """What helps where documents begin or end otherwise than a model's."""
+
+
+SHIPPED_DATASETS = {
+    "data/quickstart": "--corpus stdlib --tokenizer-vocab 4096",
+    "data/quickstart_bert": "--corpus stdlib --tokenizer-vocab 4096 --tokenizer-kind wordpiece",
+}
+"""``data.path`` of the experiments that megalm ships, and the arguments of ``megalm prepare`` that make it."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +184,12 @@ def _read_tokenizer(store: Store) -> bytes:
         ) from None
 
 
+def prepare_command(folder: Path) -> str:
+    """A command that makes a dataset: that of a shipped experiment, or an example for text of one's own."""
+    text = "--corpus text --input FILES_OR_FOLDERS --tokenizer-vocab 32000"
+    return f"megalm prepare {SHIPPED_DATASETS.get(str(folder), text)} --out {shlex.quote(str(folder))}"
+
+
 def _looked_for(folder: Path) -> str:
     """Where a relative path has led, which another working folder than the run's may have changed."""
     return "" if folder.is_absolute() else f" in {Path.cwd()}, where this command was started"
@@ -191,8 +205,8 @@ def check_folder(store: Store) -> None:
         hint = f" ({unfinished} was left by a preparation that was cut off)" if unfinished.exists() else ""
         several = f", or several as data.path=[{folder}]" if "," in str(folder) else ""
         raise DataError(
-            f"data.path={folder}: no such folder{_looked_for(folder)}{hint}; prepare one with megalm prepare "
-            f"--out {folder}, or name it as data.path=FOLDER{several}"
+            f"data.path={folder}: no such folder{_looked_for(folder)}{hint}; prepare it with\n"
+            f"  {prepare_command(folder)}\nor name another as data.path=FOLDER{several}"
         )
     if not any((folder / split).exists() for split in SPLITS):
         raise DataError(

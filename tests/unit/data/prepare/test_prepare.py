@@ -156,7 +156,7 @@ def test_killed_half_way_it_leaves_no_dataset_and_can_be_run_again(tmp_path: Pat
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / ".d.partial").rglob("0*.npz")}
     assert done
     assert not out.exists()
-    with pytest.raises(DataError, match=r"no such folder \(.*was left by .* cut off\); prepare one"):
+    with pytest.raises(DataError, match=r"no such folder \(.*was left by .* cut off\); prepare it"):
         inspect_dataset(out)
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0

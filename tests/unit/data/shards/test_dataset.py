@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from megalm.data.shards.dataset import inspect_dataset
+from megalm.data.shards.dataset import SHIPPED_DATASETS, inspect_dataset
 from megalm.data.shards.index import signed
 from megalm.errors import DataError
 
@@ -30,7 +31,7 @@ def test_a_sound_dataset(dataset: Path) -> None:
 
 
 def test_a_missing_folder_names_the_command(tmp_path: Path) -> None:
-    refused(tmp_path / "x", "no such folder; prepare one with megalm prepare --out .*/x")
+    refused(tmp_path / "x", "no such folder; prepare it with\n  megalm prepare --corpus text .* --out .*/x")
 
 
 def test_other_folders_are_no_dataset(tmp_path: Path) -> None:
@@ -80,3 +81,13 @@ def test_a_number_of_tokens_that_does_not_fit_the_files_is_refused(dataset: Path
     tokens = json.loads((dataset / "val" / "index.json").read_text())["tokens"]
     edit_index(dataset, tokens=tokens + 256)
     refused(dataset, r"shard-000000\.tar: \d+ bytes, index\.json says \d+: cut short")
+
+
+def test_the_data_of_shipped_experiments_are_made_by_the_command_that_their_config_names() -> None:
+    conf = Path(__file__).parents[4] / "conf" / "data"
+    said = {}
+    for path in conf.glob("*.yaml"):
+        found = re.search(r"megalm prepare (.*) --out (\S+)", path.read_text())
+        if found:
+            said[found.group(2)] = found.group(1)
+    assert said == SHIPPED_DATASETS
