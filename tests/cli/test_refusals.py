@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from cli_runs import TINY
 
-from megalm.cli.main import _run_dir, main
+from megalm.cli.command import run_folder_of
+from megalm.cli.main import main
 from tests.unit.config.random_invalid import SOUND, overrides_of
 
 
@@ -81,11 +82,11 @@ def test_a_run_that_is_not_there() -> None:
 def test_a_run_is_a_folder_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "try1").mkdir(parents=True)
-    assert _run_dir("try1") == Path("runs/try1")
-    assert _run_dir("runs/try1") == Path("runs/try1")
+    assert run_folder_of("try1") == Path("runs/try1")
+    assert run_folder_of("runs/try1") == Path("runs/try1")
     (tmp_path / "try1").mkdir()
-    assert _run_dir("try1") == Path("try1"), "a folder that is there comes first"
-    assert _run_dir("other") == Path("other"), "an error names what was asked for"
+    assert run_folder_of("try1") == Path("try1"), "a folder that is there comes first"
+    assert run_folder_of("other") == Path("other"), "an error names what was asked for"
 
 
 @pytest.mark.parametrize("arguments", [["train", "--steps", "3"], ["generate", "r"], ["evaluate"]])
