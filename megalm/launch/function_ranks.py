@@ -23,13 +23,38 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megalm.launch.interfaces import loopback_alone
 
 _LOG_CHARACTERS = 4000
 _GRACE_SECONDS = 1.0
 """How long the other ranks of a failed world have to write down their own failure, or their stacks."""
+
+
+class RankProcess(Protocol):
+    """What this module needs of the process of a rank; ``multiprocessing.Process`` has it."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its number."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs; minus the signal that killed it."""
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+
+    def kill(self) -> None:
+        """End it at once; nothing happens to one that has ended."""
+
+    def join(self) -> None:
+        """Wait until it has ended."""
+
+
+StartRank = Callable[[Callable[..., None], tuple[Any, ...]], RankProcess]
+"""(target, arguments) ▶ a process that calls ``target(*arguments)``."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +71,12 @@ class RankFailure:
 
 
 def run_on_ranks(
-    world_size: int, function: Callable[[Any], Any], items: Sequence[Any], *, timeout_seconds: float = 300.0
+    world_size: int,
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    *,
+    timeout_seconds: float = 300.0,
+    start: StartRank | None = None,
 ) -> list[list[Any] | RankFailure]:
     """Call ``function(item)`` for each item, in order, on ``world_size`` ranks of an initialised gloo world.
 
@@ -57,25 +87,32 @@ def run_on_ranks(
         function: importable, defined at the top of a module.
         items: picklable.
         timeout_seconds: longest that all items of one start may take.
+        start: starts the process of a rank; None: :func:`spawn_rank`.
 
     Returns:
         For each item the results by rank, or why there are none.
     """
     results: list[list[Any] | RankFailure] = []
     while len(results) < len(items):
-        results += _run_until_failure(world_size, function, items[len(results) :], timeout_seconds)
+        results += _run_until_failure(world_size, function, items[len(results) :], timeout_seconds, start)
     return results
 
 
 def call_on_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 300.0
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_seconds: float = 300.0,
+    start: StartRank | None = None,
 ) -> list[Any]:
     """Call ``function(*args)`` once on every rank; the results by rank. Arguments as for :func:`run_on_ranks`.
 
     Raises:
         RuntimeError: ranks failed or took too long, with what each of them reports.
     """
-    (results,) = run_on_ranks(world_size, partial(_apply, function), [args], timeout_seconds=timeout_seconds)
+    (results,) = run_on_ranks(
+        world_size, partial(_apply, function), [args], timeout_seconds=timeout_seconds, start=start
+    )
     if isinstance(results, RankFailure):
         raise RuntimeError(f"{results.summary}\n{results.report}")
     return results
@@ -85,19 +122,27 @@ def _apply(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return function(*args)
 
 
+def spawn_rank(target: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
+    """A new Python that calls ``target(*arguments)``; it ends with this process."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
 def _run_until_failure(
-    world_size: int, function: Callable[[Any], Any], items: Sequence[Any], timeout_seconds: float
+    world_size: int,
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    timeout_seconds: float,
+    start: StartRank | None,
 ) -> list[list[Any] | RankFailure]:
     with tempfile.TemporaryDirectory(prefix="megalm-ranks-") as name:
         folder = Path(name)
-        context = multiprocessing.get_context("spawn")
-        processes = [
-            context.Process(target=_rank_main, args=(rank, world_size, name, function, list(items)), daemon=True)
-            for rank in range(world_size)
-        ]
         with _one_thread_each():
-            for process in processes:
-                process.start()
+            processes = [
+                (start or spawn_rank)(_rank_main, (rank, world_size, name, function, list(items)))
+                for rank in range(world_size)
+            ]
         try:
             failure = _wait(processes, folder, timeout_seconds)
         finally:
@@ -127,7 +172,7 @@ def _one_thread_each() -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _wait(processes: Sequence[BaseProcess], folder: Path, timeout_seconds: float) -> RankFailure | None:
+def _wait(processes: Sequence[RankProcess], folder: Path, timeout_seconds: float) -> RankFailure | None:
     """Until all ranks have ended, one has failed, or time is up."""
     deadline = time.monotonic() + timeout_seconds
     while any(process.is_alive() for process in processes):

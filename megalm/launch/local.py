@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -84,6 +84,33 @@ def run_local(job: LocalJob, say: Callable[[str], None]) -> int:
         return ranks.wait(job.run_dir)
 
 
+def exec_rank(
+    module: str,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    *,
+    reads_plan: bool,
+    descriptors: tuple[int, ...],
+) -> subprocess.Popen[str]:
+    """Start one rank, in a session of its own.
+
+    Args:
+        module: what it runs, as ``python -m``.
+        arguments: of the module.
+        environment: all of it.
+        reads_plan: whether its standard input is a pipe from this process.
+        descriptors: open files that it keeps.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        stdin=subprocess.PIPE if reads_plan else subprocess.DEVNULL,
+        env=environment,
+        pass_fds=descriptors,
+        start_new_session=True,
+        text=True,
+    )
+
+
 class _Ranks:
     """The processes of a job."""
 
@@ -99,17 +126,17 @@ class _Ranks:
         environment = child_environment({**KEEPS_MEMORY, **os.environ, "OMP_NUM_THREADS": str(job.threads_per_rank)})
         environment.update(loopback_alone(environment))
         for rank in range(job.world_size):
-            command = [sys.executable, "-m", job.module, f"{rank}", f"{job.world_size}", f"{port}", f"{os.getpid()}"]
-            is_first = rank == 0
-            process = subprocess.Popen(
-                [*command, str(listener.fileno())] if is_first else command,
-                stdin=subprocess.PIPE if is_first else subprocess.DEVNULL,
-                env=environment,
-                pass_fds=(*job.inherited, *((listener.fileno(),) if is_first else ())),
-                start_new_session=True,
-                text=True,
+            arguments = [f"{rank}", f"{job.world_size}", f"{port}", f"{os.getpid()}"]
+            own = (listener.fileno(),) if rank == 0 else ()
+            self._processes.append(
+                exec_rank(
+                    job.module,
+                    [*arguments, *map(str, own)],
+                    environment,
+                    reads_plan=rank == 0,
+                    descriptors=(*job.inherited, *own),
+                )
             )
-            self._processes.append(process)
         listener.close()
         stdin = self._processes[0].stdin
         assert stdin is not None

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from cli_runs import Running
+from fork_server import run_megalm, server
 
 from megalm.launch.logs import log_path
 
@@ -47,22 +49,18 @@ class Run:
         ]
         self._output = folder / "output"
 
-    def start(self, *overrides: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, *overrides: str, launcher: tuple[str, ...] = (), **environment: str) -> Running:
+        arguments = ["train", *self.overrides, *overrides]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
         with self._output.open("wb") as output:
+            if not launcher:
+                return server().fork(run_megalm, arguments, environment=env, stdout=output, stderr=subprocess.STDOUT)
             return subprocess.Popen(
-                [
-                    *launcher,
-                    *([] if launcher else [sys.executable]),
-                    "-m",
-                    "megalm",
-                    "train",
-                    *self.overrides,
-                    *overrides,
-                ],
+                [*launcher, "-m", "megalm", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **environment},
+                env=env,
             )
 
     def finish(self, *overrides: str, launcher: tuple[str, ...] = ()) -> int:
@@ -144,7 +142,7 @@ def test_a_bug_in_one_rank_is_shown_once_and_ends_all(run, tmp_path):
         "if sys.argv[0] == '-m' and sys.orig_argv[3:4] == ['3']:\n"
         "    sys.modules['megalm.training.saving'] = None\n"
     )
-    process = run.start(PYTHONPATH=str(site))
+    process = run.start(launcher=(sys.executable,), PYTHONPATH=str(site))
     assert process.wait(timeout=90) == 70, run.output
     assert run.output.count("Traceback") == 1, run.output
     assert "rank 3 failed" in run.output and "logs/rank-3.log" in run.output

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from fork_server import ForkedProcess, run_megalm, server
+
 from megalm.runs.record import read_metrics, step_rows
 
 TINY = (
@@ -35,9 +37,20 @@ TWENTY_STEPS = ("parallel.tp=2", "parallel.pp=2", "train.steps=20", "checkpoint.
 MEGALM = (sys.executable, "-m", "megalm")
 
 
-def start(overrides: list[str], *, command: tuple[str, ...] = MEGALM) -> subprocess.Popen[str]:
-    """Start ``megalm train`` in a session of its own, so that all of it can be killed at once."""
+Running = subprocess.Popen[str] | ForkedProcess
+
+
+def start(overrides: list[str], *, command: tuple[str, ...] = MEGALM) -> Running:
+    """Start ``megalm train`` in a session of its own, so that all of it can be killed at once.
+
+    Without a launcher it is forked, and so are its ranks: see ``fork_server.py``.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if command == MEGALM:
+        arguments = ["train", *TINY, *overrides]
+        return server().fork(
+            run_megalm, arguments, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
     return subprocess.Popen(
         [*command, "train", *TINY, *overrides],
         env=environment,
@@ -60,7 +73,7 @@ def run(overrides: list[str], *, command: tuple[str, ...] = MEGALM, timeout_seco
     return process.returncode, output
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_seconds: float = 120) -> None:
+def wait_for_step(run_dir: Path, step: int, process: Running, timeout_seconds: float = 120) -> None:
     """Return once ``metrics.jsonl`` has a step; an end of the process before that is an error."""
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:

@@ -10,7 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from cli_runs import MEGALM, losses_of, run, steps_of
+from cli_runs import losses_of, run, steps_of
+from fork_server import run_megalm, server
 
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.runs.record import read_metrics, validation_rows
@@ -37,9 +38,10 @@ def tool(name: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
 
 
 def megalm(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run([*MEGALM, *arguments], capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    with server().fork(run_megalm, arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=150)
+    assert process.returncode == code, out + err
+    return out + err
 
 
 def evaluate(run_dir: Path, *overrides: str) -> dict[str, str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import subprocess
-import sys
 from pathlib import Path
 
 import hanging
 import pytest
 import wrong_layers
+from fork_server import run_megalm, server
 
 from megalm.cli.main import main
 from megalm.errors import ExitCode
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_sound_config_is_proven_without_a_word_besides(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megalm"]
-    command += ["verify", "experiment=quickstart", "parallel=tp2", f"run.dir={tmp_path}", "run.name=sound"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=250)
+    command = ["verify", "experiment=quickstart", "parallel=tp2", f"run.dir={tmp_path}", "run.name=sound"]
+    with server().fork(run_megalm, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=250)
     path = tmp_path / "sound" / "layout_certificate.json"
     report = path.read_text() if path.exists() else ""  # with the traceback of a rank that failed
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr + report
-    assert done.stdout.splitlines()[-1] == f"proven: layout certificate in {path}"
+    assert (process.returncode, err) == (0, ""), out + err + report
+    assert out.splitlines()[-1] == f"proven: layout certificate in {path}"
     certificate = json.loads(path.read_text())
     rows = {(row["layout"], row["dtype"]): row for row in certificate["rows"]}
     assert rows.keys() == {("one rank", "bf16"), ("tp2", "bf16"), ("dp2", "bf16"), ("tp2", "fp32")}
