@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup train test check format clean
+.PHONY: setup train test test-fast check docs mutations format clean
 
 setup: $(STAMP)
 
@@ -22,11 +22,24 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# For every save: what has no ranks and takes no ten seconds. Leaves out tests/dist, cli, slurm, gpu and what is marked slow.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest tests/unit -m "not slow" -x
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy megalm
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	$(BIN)/python tools/docs.py
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
+
+# Ten mistakes made on purpose, one in each package, in a copy of the checkout; each must make a test fail.
+mutations: $(STAMP)
+	$(BIN)/python tests/mutations.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -20,6 +20,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -254,6 +255,7 @@ def _initialise(model: nn.Module, groups: list[ParameterGroup], context: Paralle
         if context.device.type == "cpu":
             # DeepSpeed asks what the CPU is fast at; torch computes fp16 on any, which is enough to prove a layout.
             deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+        _import_muon()
         deepspeed.init_distributed(dist_backend=dist.get_backend())
         with _no_garbage_collection():
             engine, *_ = deepspeed.initialize(
@@ -263,6 +265,20 @@ def _initialise(model: nn.Module, groups: list[ParameterGroup], context: Paralle
                 mpu=_Mpu(context, groups[0].replicas),
             )
     return engine
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer, as its engine does, but without torch's compiler.
+
+    Its functions are decorated with ``torch.compile``, which imports inductor: most of a second and 40 MiB on each rank
+    for an optimizer that megalm does not offer.
+    """
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **_: function if function is not None else lambda f: f  # type: ignore[assignment]
+    try:
+        import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = compile_  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -144,12 +144,13 @@ class Comparison:
             rows.append(("contents of data.path", *(" ".join(run.data) for run in self.runs)))
         return rows
 
-    def save_picture(self, path: Path) -> None:
+    def save_picture(self, path: str | Path) -> None:
         """Draw training (lines) and validation losses (points) of all over tokens, to a PNG, SVG or PDF.
 
         Raises:
             ConfigError: the name does not say which of these it is to be, or the file cannot be written.
         """
+        path = Path(path)
         if path.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise ConfigError(f"--out {path}: must end with .png, .svg or .pdf")
         figure = new_figure((8, 4.5), dots_per_inch=160)

@@ -115,7 +115,7 @@ def test_wrong_overrides(megalm, command, override):
 def test_missing_dataset(megalm, tmp_path):
     result = megalm("train", "experiment=quickstart", f"data.path={tmp_path}/none", f"run.dir={tmp_path}/runs")
     assert result.code == 3
-    assert f"{tmp_path}/none" in result.err and "prepare_data.py" in result.err
+    assert f"{tmp_path}/none" in result.err and "megalm prepare" in result.err
     assert len(result.err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 

@@ -36,7 +36,10 @@ from typing import Any
 _MESSAGE_BYTES = 4096
 _PRELOADED = (
     "torch.distributed",
+    "torch._dynamo",  # by AdamW, when it is made
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # by DeepSpeed's engine, when it is made
+    "mpi4py",
     "megalm.cli.train",
     "megalm.cli.verify",
     "megalm.cli.evaluate",

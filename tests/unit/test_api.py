@@ -125,5 +125,5 @@ def test_training_that_cannot_begin_or_does_not_end_is_an_error(short_runs: tupl
 def test_runs_are_compared(short_runs: tuple[Path, Path], tmp_path: Path) -> None:
     found = megalm.compare(short_runs)
     assert ("steps", "4 of 4", "4 of 4") in found.table()
-    found.save_picture(tmp_path / "curves.png")
+    found.save_picture(str(tmp_path / "curves.png"))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
