@@ -14,11 +14,11 @@ class Run:
     """Identity of a run; ``dir/name`` is its folder."""
 
     name: str
-    """Stable name: running it again resumes it. Never a timestamp, or a requeued job would not find itself."""
+    """Name of the run: the same name resumes it. Not a timestamp, or a requeued job would not find its folder."""
     dir: str = "runs"
     """Folder that holds all runs."""
     seed: int = 1234
-    """Decides initial weights and data order, independently of the layout."""
+    """Seed of initial weights, data order and dropout; the layout does not change them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Launch:
     device: str = "auto"
     """``auto`` (CUDA when there is one device per local rank, else CPU), ``cpu`` or ``cuda``."""
     threads_per_rank: int = 1
-    """OMP threads of each rank that megalm starts itself; fixed, because sums depend on it in the last bit."""
+    """OpenMP threads of each rank that megalm starts itself. Fixed, because sums depend on it in the last bit."""
     timeout_seconds: int = 600
-    """Longest that one collective may take before the run is given up."""
+    """Timeout of one collective, after which the run fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,18 @@ class Parallel:
     """Degrees of parallelism; the data-parallel degree is ranks / (tp·pp·cp)."""
 
     tp: int = 1
+    """Tensor-parallel degree."""
     pp: int = 1
+    """Pipeline-parallel degree."""
     cp: int = 1
+    """Context-parallel degree."""
     virtual_stages: int = 1
-    """Stages per pipeline rank (Narayanan et al. 2021, interleaved schedule)."""
+    """Pipeline stages per rank (Narayanan et al. 2021, interleaved schedule)."""
     schedule: str = "1f1b"
     """Pipeline schedule: ``gpipe``, ``1f1b``, ``interleaved_1f1b`` (with virtual_stages above 1) or ``zb_h1`` (zero
     bubble, Qi et al. 2024)."""
     stage_layers: tuple[int, ...] | None = None
-    """Layers of each stage, in order; None: balanced by cost, embedding and head counted."""
+    """Number of layers of each stage; None: balanced by cost, embedding and head included."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel regions (Korthikanti et al. 2022)."""
     cp_attention: str = "ulysses"
@@ -61,8 +64,11 @@ class Model:
     """Architecture of a Transformer: a decoder (GPT), or an encoder (BERT)."""
 
     num_layers: int
+    """Transformer blocks."""
     hidden_size: int
+    """Width of the residual stream; divisible by num_heads."""
     num_heads: int
+    """Attention (query) heads."""
     num_kv_heads: int | None = None
     """Key/value heads (grouped-query attention, Ainslie et al. 2023); None: as many as ``num_heads``."""
     ffn_hidden_size: int | None = None
@@ -70,31 +76,34 @@ class Model:
     vocab_size: int | None = None
     """None: the vocabulary of the data."""
     sequence_length: int
+    """Tokens per training sequence: the context length."""
     causal: bool = True
-    """A token sees none after it (GPT); false: it sees the whole sequence (BERT)."""
+    """Causal attention (GPT); false: bidirectional (BERT)."""
     position: str = "learned"
     """``learned`` absolute positions (GPT-2) or ``rotary`` (Su et al. 2021)."""
     rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
     """Share of each head's elements that is rotated (GPT-NeoX: 0.25)."""
     rotary_scaling: str = "none"
-    """How a trained context is stretched: ``none``, ``linear`` (Chen et al. 2023), ``llama3`` or ``yarn`` (Peng et al.
-    2023)."""
+    """How rotary positions are scaled to a longer context: ``none``, ``linear`` (Chen et al. 2023), ``llama3`` or
+    ``yarn`` (Peng et al. 2023)."""
     rotary_factor: float = 1.0
-    """How many times longer than the original context the scaled one is."""
+    """Scaled context length / original context length."""
     rotary_original_length: int | None = None
-    """Context that the unscaled model was trained with; None: sequence_length / rotary_factor."""
+    """Original context length; None: sequence_length / rotary_factor."""
     rotary_low_frequency_factor: float = 1.0
-    """``llama3``: wavelengths above original_length / this are stretched in full."""
+    """``llama3``: wavelengths above original_length / this value are scaled by the full factor."""
     rotary_high_frequency_factor: float = 4.0
-    """``llama3``: wavelengths below original_length / this stay as they are."""
+    """``llama3``: wavelengths below original_length / this value are not scaled."""
     rotary_beta_fast: float = 32.0
-    """``yarn``: elements that turn more often than this within the original length stay as they are."""
+    """``yarn``: dimensions with more rotations than this within the original length are not scaled."""
     rotary_beta_slow: float = 1.0
-    """``yarn``: elements that turn less often than this are stretched in full."""
+    """``yarn``: dimensions with fewer rotations than this are scaled by the full factor."""
     attention_windows: tuple[int, ...] = (0,)
-    """Tokens that a query sees, itself included, by layer in rotation; 0: all before it. GPT-3's alternating dense and
-    locally banded layers are ``[0, 128]`` (Child et al. 2019; Brown et al. 2020 do not state the band's width)."""
+    """Attention window in tokens (the query included), per layer in rotation; 0: full attention. GPT-3's alternating
+    dense and locally banded layers are ``[0, 128]`` (Child et al. 2019; Brown et al. 2020 do not state the band's
+    width)."""
     qk_norm: bool = False
     """Normalise each query and key head before their product (Henry et al. 2020)."""
     residual: str = "pre_norm"
@@ -110,6 +119,7 @@ class Model:
     norm: str = "layernorm"
     """``layernorm`` or ``rmsnorm`` (Zhang & Sennrich 2019)."""
     norm_epsilon: float = 1e-5
+    """Added to the variance in norms."""
     activation: str = "gelu"
     """``gelu`` (tanh approximation, as GPT-2), ``gelu_erf`` (exact, as BERT) or ``swiglu`` (Shazeer 2020)."""
     bias: bool = True
@@ -117,9 +127,9 @@ class Model:
     qkv_bias: bool | None = None
     """Bias on query, key and value alone (Qwen2: true where bias is false); None: as ``bias``."""
     tie_embeddings: bool = True
-    """The output projection is the word embedding."""
+    """Share weights between word embedding and output projection."""
     head: str = "linear"
-    """What makes logits of the last hidden vectors: ``linear``; or ``masked_lm``, with a dense layer, GELU and norm
+    """Output head: ``linear``, or ``masked_lm``, with a dense layer, GELU and norm
     before it and a bias per word (Devlin et al. 2019)."""
     init_std: float = 0.02
     """Standard deviation of initial weights; residual projections use it divided by sqrt(2·num_layers) (GPT-2)."""
@@ -155,18 +165,18 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is learnt from the tokens."""
+    """Training objective."""
 
     name: str = "clm"
-    """``clm``: predict the next token; where the data have a loss mask, only what it names. ``sft``: the same, on data
-    that have a mask (completions of prompts). ``mlm``: recover masked tokens (Devlin et al. 2019)."""
+    """``clm``: next-token prediction, on masked tokens only if the data have a loss mask. ``sft``: the same, for data
+    that must have a loss mask (prompts and completions). ``mlm``: masked language modelling (Devlin et al. 2019)."""
     mask_probability: float = 0.15
-    """``mlm``: share of tokens that are to be recovered; of them 80 % are masked, 10 % replaced, 10 % left."""
+    """``mlm``: fraction of tokens to predict; of these 80 % become the mask token, 10 % a random token, 10 % stay."""
     whole_words: bool = False
-    """``mlm``: mask words instead of their parts."""
+    """``mlm``: whole-word masking: all subword tokens of a word together."""
     z_loss: float = 0.0
-    """Weight of the squared log-partition of the logits, which keeps them from drifting (Chowdhery et al. 2022: 1e-4).
-    Reported losses leave it out."""
+    """Weight of the z-loss, the squared log-partition of the logits (Chowdhery et al. 2022: 1e-4). Reported losses do
+    not include it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,26 +187,26 @@ class Data:
     """One or more prepared datasets, as ``megalm prepare`` writes them: a folder with ``train/`` and ``val/``,
     the ``http(s)://`` address of one, or ``pipe:COMMAND``, which prints the file whose name replaces ``{file}``."""
     weights: tuple[float, ...] = ()
-    """Share of each dataset in the samples, relative to the others; empty: as they are large."""
+    """Relative sampling weights of the datasets; empty: in proportion to their sizes."""
     max_epochs: tuple[float, ...] = ()
-    """How often the run may read each dataset at most (0: any number); empty: no limits."""
+    """Maximum epochs per dataset (0: unlimited); empty: no limits."""
     phase: int = 0
-    """Counts deliberate changes of the data: a resumed run whose phase is higher than its checkpoint's reads the new
-    data from their beginning. Within a phase a change is refused."""
+    """Increase it to change the data of a run deliberately: a resumed run with a higher phase than its checkpoint's
+    reads the new data from the beginning. Within a phase, changed data are refused."""
     reset_at_documents: bool = False
-    """A token sees its own document only, and positions begin anew with each, where a sequence holds several."""
+    """Restrict attention to the token's own document and restart positions at each document."""
     cache_dir: str | None = None
-    """Where shards that a ``pipe:`` fetches are kept; None: in the system's folder for temporary files."""
+    """Cache folder for shards that ``pipe:`` fetches; None: the system's temporary folder."""
     cache_gib: float = 50.0
-    """Most that the cache holds; the shards used longest ago go first."""
+    """Maximum size of the cache; the least recently used shards are deleted first."""
     block_sequences: int = 1
-    """Sequences read contiguously: the grain of shuffling and of input/output; 1 shuffles single sequences."""
+    """Sequences per block, read contiguously; blocks are shuffled. 1 shuffles single sequences."""
     lanes: int = 1
-    """Sample g belongs to lane ``g mod lanes``; each lane has its own stream of blocks."""
+    """Number of streams of blocks; sample g is read from stream ``g mod lanes``."""
     window_blocks: int = 1
-    """Blocks mixed together inside a lane."""
+    """Blocks whose sequences are shuffled together within a stream."""
     prefetch_batches: int = 2
-    """Batches that a background thread keeps ready."""
+    """Batches prefetched by a background thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,18 +216,22 @@ class Optim:
     lr: float
     """Peak learning rate."""
     beta1: float = 0.9
+    """Decay of AdamW's first moment."""
     beta2: float = 0.95
+    """Decay of AdamW's second moment."""
     epsilon: float = 1e-8
+    """AdamW's epsilon."""
     weight_decay: float = 0.1
-    """Applied to matrices only: norms and biases are spared."""
+    """Weight decay of matrices; norms and biases are not decayed."""
     clip_grad_norm: float = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Maximum global gradient norm; 0: no clipping."""
     schedule: str = "cosine"
     """``cosine``, ``linear``, ``constant`` or ``wsd`` (warm-up, stable, decay: Hu et al. 2024), after a linear
     warm-up."""
     warmup_tokens: int = 0
+    """Tokens of linear warm-up."""
     decay_tokens: int | None = None
-    """Tokens after which the decay ends, counted from the start; None: all tokens of the run."""
+    """Tokens from the start of the run to the end of the decay; None: all tokens of the run."""
     cooldown_tokens: int | None = None
     """``wsd``: length of the decay phase, which ends at ``decay_tokens``; None: a tenth of the run."""
     cooldown: str = "linear"
@@ -225,8 +239,8 @@ class Optim:
     min_lr_ratio: float = 0.1
     """Learning rate at the end of the decay, relative to the peak."""
     rewarm_tokens: int | None = None
-    """Of a run that is resumed: tokens over which the rate rises from where it stands to ``lr`` again; a decay is then
-    planned to the end of the run. It is done once: a checkpoint whose config has the same number has begun it."""
+    """Re-warm-up of a resumed run: tokens over which the rate rises from its current value to ``lr``; the decay is then
+    planned to the end of the run. Applied once: a checkpoint whose config has the same value has begun it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +250,7 @@ class Engine:
     dtype: str = "bf16"
     """``fp32``, or ``bf16`` or ``fp16`` with fp32 masters and fp32 gradient accumulation."""
     zero_stage: int = 1
+    """0: no partitioning (fp32); 1: optimizer state; 2: gradients too; 3: weights too."""
     offload_optimizer: bool = False
     """Keep masters and moments in host memory and update them there."""
     initial_loss_scale: float = 65536.0
@@ -243,16 +258,16 @@ class Engine:
     loss_scale_window: int = 1000
     """``fp16``: steps without an overflow after which the loss scale doubles."""
     bucket_mib: float = 32.0
-    """Gradients of at least this many MiB are reduced over replicas at once, while backward goes on."""
+    """Minimum size of a gradient bucket, which is reduced while backward continues."""
     recompute: str = "none"
-    """Activations that backward computes again instead of keeping them: ``none``, ``selective`` (the attention core)
-    or ``full`` (whole blocks; Chen et al. 2016, Korthikanti et al. 2022)."""
+    """Activation recomputation: ``none``, ``selective`` (the attention core) or ``full`` (whole blocks; Chen et al.
+    2016, Korthikanti et al. 2022)."""
     recompute_every: int = 1
     """Recompute every k-th block of a stage; 1: all."""
     compile: bool = False
     """``torch.compile`` each block."""
     loss_chunk_tokens: int = 2048
-    """Tokens whose fp32 logits exist at one time in the cross entropy; 0: all of a micro-batch."""
+    """Tokens per chunk of the cross-entropy, whose fp32 logits exist at one time; 0: the whole micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,22 +275,22 @@ class Checkpoint:
     """When to save, what to keep, and what to start from."""
 
     every: int = 1000
-    """Steps between checkpoints; the last step is always saved. 0: none for that reason."""
+    """Steps between checkpoints; the last step is always saved. 0: off."""
     every_minutes: float = 0.0
-    """A checkpoint after the step at which so many minutes have passed since the last one; 0: none for that reason."""
+    """Minutes between checkpoints, checked after each step; 0: off."""
     keep_last: int = 2
-    """Newest checkpoints kept; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 0
-    """Checkpoints whose step is a multiple of this are kept for good; 0: none for that reason."""
+    """Checkpoints whose step is a multiple of this are never deleted; 0: off."""
     keep_best: int = 0
-    """Checkpoints of the lowest validation loss kept, among those saved at a step that was validated."""
+    """Number of checkpoints with the lowest validation loss to keep, among those saved at a validated step."""
     asynchronous: bool = True
     """Training goes on while a checkpoint is written, from a copy in host memory: of one rank's share of masters and
     moments. False: training waits, and there is no copy."""
     on_failure: str = "continue"
-    """What a checkpoint that a full or failing disk does not take does to the run: ``continue`` trains on and the next
-    save tries again; ``stop`` ends it with exit code 3. Any other failure ends it, and so does that of the last
-    checkpoint, unless the job is to be queued again and there is an older one."""
+    """What to do when a save fails because the disk is full or broken: ``continue`` training and try again at the next
+    save, or ``stop`` with exit code 3. Any other failure stops the run, and so does a failure of the last checkpoint,
+    unless the job will be requeued and an older checkpoint exists."""
     resume: str = "auto"
     """``auto``: the newest complete checkpoint of this run, if it has any; ``never``: refuse a run that has some;
     or the path of a checkpoint, which must load. Later checkpoints of the run are then set aside; once it has saved
@@ -297,15 +312,17 @@ class Logging:
     wandb: str = "auto"
     """``auto`` (online where an API key is set, else offline), ``online``, ``offline`` or ``disabled``."""
     wandb_project: str = "megalm"
+    """W&B project."""
     wandb_entity: str | None = None
-    """User or team whose project it is; None: W&B's default for the API key."""
+    """W&B entity (user or team); None: the default of the API key."""
     wandb_group: str | None = None
-    """Name under which W&B shows several runs together."""
+    """W&B group."""
     wandb_tags: tuple[str, ...] | None = None
-    """Words by which W&B filters runs."""
+    """W&B tags."""
     wandb_notes: str | None = None
-    """Text that W&B shows beside the run."""
+    """W&B notes."""
     tensorboard: bool = True
+    """Write TensorBoard event files to ``tensorboard/``."""
     every: int = 1
     """Steps between lines on a console that is not a terminal; ``metrics.jsonl`` has every step."""
 
@@ -315,9 +332,11 @@ class Cluster:
     """The machine that a job is planned for; ``gpus`` is what ``megalm check`` validates a layout against."""
 
     name: str = "local"
+    """Name of the machine, for messages."""
     gpus: int = 0
     """Total GPUs of the job; 0: as many as ranks are started."""
     gpus_per_node: int = 8
+    """GPUs per node."""
     gpu: str | None = None
     """Key into ``hardware.yaml``; None: detected, and MFU is null when the device is unknown."""
 
@@ -327,6 +346,7 @@ class Train:
     """Length and batch of a run."""
 
     steps: int
+    """Optimizer steps of the run."""
     micro_batch_size: int
     """Sequences per forward pass of one replica."""
     global_batch_size: int
@@ -345,15 +365,18 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a finished run leaves for a human: a loss curve and a sample."""
+    """What a finished run leaves besides its checkpoint: a loss curve and a sample."""
 
     plot: bool = True
     """Write ``loss.png`` into the run folder."""
     prompt: str | None = None
     """Text that the finished model continues; None: no sample."""
     max_new_tokens: int = 120
+    """Maximum tokens of the sample."""
     temperature: float = 0.8
+    """Sampling temperature; 0: greedy."""
     top_k: int = 40
+    """Sample from this many most likely tokens; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One Transformer block: attention and network, each added to the residual stream.
+"""Transformer blocks: self-attention and MLP, each added to the residual stream.
 
 Shapes: B batch, S sequence (this rank's share under context parallelism), H hidden, T tensor-parallel degree.
 Under sequence parallelism every [B, S, H] here is [B, S/T, H].
@@ -81,14 +81,14 @@ class TransformerBlock(nn.Module):
         """[B, S, H] ▶ [B, S, H]."""
 
     def attend(self, x: Tensor, place: Place) -> Tensor:
-        """What attention adds to the stream: [B, S, H] ▶ [B, S, H]."""
+        """The attention sublayer's output: [B, S, H] ▶ [B, S, H]."""
         added: Tensor = self.attention_dropout(
             self.attention(x, place), place, self.tensor_parallel.own_tokens(place.positions)
         )
         return added
 
     def transform(self, x: Tensor, place: Place) -> Tensor:
-        """What the network adds to the stream: [B, S, H] ▶ [B, S, H]."""
+        """The MLP sublayer's output: [B, S, H] ▶ [B, S, H]."""
         added: Tensor = self.mlp_dropout(self.mlp(x), place, self.tensor_parallel.own_tokens(place.positions))
         return added
 

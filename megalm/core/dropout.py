@@ -1,4 +1,4 @@
-"""Dropout (Srivastava et al. 2014) whose masks are a pure function of what they fall on.
+"""Dropout (Srivastava et al. 2014) whose masks are a pure function of seed, layer, site, sample and position.
 
 Whether an element is kept is a hash of (seed, site, layer, sample, position, feature), not the next number of a
 generator. So the same element is dropped on every layout, in a recomputed forward, and after a resume, and no state has
@@ -24,7 +24,7 @@ _HALF = 1 << (_BITS - 1)
 
 
 class Dropout(nn.Module):
-    """Zeroes a share of an activation's elements and scales the rest.
+    """Dropout of an activation.
 
     Identity in evaluation, with probability 0, and where the place names no samples.
 

@@ -37,7 +37,7 @@ def output_loss(
     z_loss: float = 0.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The objective of a micro-batch from the last hidden vectors, without ever holding its logits.
+    """Cross-entropy (and z-loss) of a micro-batch from the last hidden vectors, without materialising all logits.
 
     Both gradients are computed here, in forward, and kept for backward: [B, S, H] and, in the model's dtype (fp16: in
     fp32), the size of ``embedding.weight``. The weight gradient is therefore no product that a zero-bubble schedule
@@ -77,7 +77,7 @@ def output_metrics(
     chunk_tokens: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """What an evaluation counts, from the last hidden vectors; arguments as :func:`output_loss`.
+    """Loss and accuracy sums for evaluation, from the last hidden vectors; arguments as :func:`output_loss`.
 
     Returns:
         [2] in fp64, the same on every rank of the group: the weighted sums of token losses in nats, and of labels that

@@ -1,4 +1,4 @@
-"""The position-wise network of a block, its inner width split over a tensor-parallel group.
+"""The MLP of a block, its inner width split over a tensor-parallel group.
 
 Shapes: B batch, S sequence, H hidden, F inner width, T tensor-parallel degree.
 """
@@ -85,7 +85,7 @@ def make_mlp(
     projection_std: float,
     bias: bool,
 ) -> GeluMLP | SwigluMLP:
-    """The network that a config names: ``gelu``, ``gelu_erf`` or ``swiglu``."""
+    """The MLP that a config names: ``gelu``, ``gelu_erf`` or ``swiglu``."""
     if activation not in _MAKERS:
         raise ValueError(f"activation={activation!r}: {' or '.join(_MAKERS)}")
     return _MAKERS[activation](

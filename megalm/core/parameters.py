@@ -93,7 +93,7 @@ class ParallelModule(nn.Module):
             split_over=(("tp",) if shard.is_sharded else ()) if split_over is None else split_over,
             partial_over=("tp",) if partial else (),
             replicated_over=replicated_over,
-            # Matrices decay; norms and biases are spared (Brown et al. 2020, GPT-2).
+            # Weight decay applies to matrices, not to norms and biases (Brown et al. 2020, GPT-2).
             decays=len(shard.full_shape) > 1,
             per_word=per_word,
         )
@@ -177,7 +177,7 @@ def _declared(module: nn.Module, prefix: str) -> Iterator[DeclaredTensor]:
 
 @dataclass(frozen=True)
 class StatePiece:
-    """A contiguous run of one tensor's flattened local tensor, in the possession of this rank.
+    """A contiguous run of one tensor's flattened local tensor that this rank holds.
 
     ZeRO cuts the flattened local tensor without regard to rows, so a piece is described by the slice of the full tensor
     that the local tensor is (the record's ``shard``), where in the flattened local tensor it begins, and its values.

@@ -17,12 +17,12 @@ from megalm.core.dropout import attention_keep_mask, stream_key
 
 
 class AttentionCore(nn.Module):
-    """What a query sees, and what is dropped of it; it has no parameters.
+    """Scaled dot-product attention with causal, window and document masks, and dropout; it has no parameters.
 
     Args:
-        causal: a query sees no later key.
-        window: a query sees this many keys, its own included; 0: all.
-        dropout: share of attention probabilities that is dropped.
+        causal: causal attention; False: bidirectional.
+        window: attention window in tokens, the query's own included; 0: full attention.
+        dropout: dropout probability of attention probabilities.
         seed: of the run.
         layer: number of the block in the whole model.
     """
@@ -77,11 +77,11 @@ class AttentionCore(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, enable_gqa=grouped)
 
     def drops(self, samples: Tensor | None) -> bool:
-        """Whether probabilities are dropped now."""
+        """Whether dropout is active."""
         return self.dropout > 0.0 and self.training and samples is not None
 
     def sees(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """[Q] and [K] positions ▶ [Q, K] bool: which keys a query may look at."""
+        """[Q] and [K] positions ▶ [Q, K] bool: which keys a query attends to."""
         distance = query_positions[:, None] - key_positions[None, :]
         seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window:

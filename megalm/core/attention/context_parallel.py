@@ -1,4 +1,4 @@
-"""Context parallelism: the sequence of one sample split over ranks, and attention that sees all of it.
+"""Context parallelism: each sequence is split over ranks, and attention covers the whole sequence.
 
 Shapes: B batch, S whole sequence, C context-parallel degree, s = S/C a rank's share, N query heads, K key/value heads,
 D head dim.
@@ -29,7 +29,7 @@ from megalm.mesh.groups import ALONE, Group
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """How a sequence is split over ranks, and how attention sees all of it.
+    """How a sequence is split over ranks, and how attention over the whole sequence is computed.
 
     Attributes:
         group: the context-parallel group, of degree C.

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 _QUERY_BLOCK = 128
-"""Queries at once: of the products with the last block of keys, half is computed only to be masked."""
+"""Queries per block. Of the products with a block's own keys half is computed only to be masked."""
 
 _BLOCK_SCORES = 3 * 2**19
-"""Scores held at once, about: fewer and calls cost more than their arithmetic, more and they leave the caches."""
+"""Approximate number of scores in memory at once: with fewer, the calls cost more than their arithmetic; with more,
+they leave the caches."""
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

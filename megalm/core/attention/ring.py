@@ -118,14 +118,14 @@ class _RingAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries and keys that meet: rows of this rank's tokens, rows of the travelling block, and their positions."""
+    """A tile of the attention matrix: rows of this rank's tokens, rows of the travelling block, and their positions."""
 
     queries: slice
     keys: slice
     query_positions: Tensor
     key_positions: Tensor
     is_whole: bool
-    """Whether every query sees every key."""
+    """Whether no score of the tile is masked."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _meet(ring: _Ring, tile: _Tile, query: Tensor, key: Tensor, value: Tensor, m
     scores = _scores(ring, tile, query, key)
     old = lse[:, :, tile.queries]
     new = torch.logaddexp(old, scores.logsumexp(dim=-1, keepdim=True))
-    # Rows that have seen nothing yet: minus infinity less itself would be NaN.
+    # Rows without any key so far: minus infinity less itself would be NaN.
     safe = new.masked_fill(new == float("-inf"), 0.0)
     probabilities = (scores - safe).exp_()
     kept = ring.keeps(tile)
@@ -245,7 +245,7 @@ def _exact(x: Tensor) -> torch.dtype:
 
 
 class _Pending:
-    """Tensors on their way from the rank before."""
+    """Tensors being received from the previous rank."""
 
     def __init__(self, tensors: list[Tensor], works: list[dist.Work], sent: list[Tensor]) -> None:
         self._tensors, self._works = tensors, works

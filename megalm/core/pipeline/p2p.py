@@ -17,22 +17,22 @@ from megalm.core.pipeline.schedule import Transfer
 from megalm.mesh.groups import Group
 
 Key = tuple[bool, int, int]
-"""(are they gradients, stage that consumes them, micro-batch) of tensors on their way."""
+"""Key of a pending transfer: (is it a gradient, stage that consumes it, micro-batch)."""
 
 Tensors = Mapping[str, Tensor]
-"""What a stage hands to the next, or back, by name."""
+"""Tensors that travel between stages, by name."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a receiver must know of a tensor before it comes."""
+    """Shape and dtype that a receiver allocates."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Mailbox:
-    """What a pipeline rank has sent and has been promised.
+    """The pending sends and receives of a pipeline rank.
 
     The transfers of one tick are issued together (``batch_isend_irecv``), which is what makes an order with sends in
     both directions safe on NCCL. A receive is waited for only when its tensor is taken; a sent tensor is kept alive

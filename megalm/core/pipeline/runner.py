@@ -43,7 +43,7 @@ class Stages(Protocol[MicroBatchIn]):
 
 
 class Gradients(Protocol):
-    """Where the gradients of a pass go, and who wants to know when a stage's are complete.
+    """Receives the gradients of a pass, and is told when those of a stage are complete.
 
     Autograd adds to each parameter's ``grad``, whose hooks may move it elsewhere; products that a schedule postponed
     come through :meth:`add`.
@@ -89,7 +89,7 @@ class PipelineResult:
 
     @property
     def bubble_fraction(self) -> float:
-        """Share of the pass in which this rank waited for others."""
+        """Fraction of the pass that this rank spent waiting."""
         return max(0.0, 1.0 - self.busy_seconds / self.total_seconds) if self.total_seconds else 0.0
 
 

@@ -26,9 +26,9 @@ class Kind(Enum):
     BACKWARD = "B"
     """The gradients of the stage's input and of its weights."""
     INPUT_GRADIENT = "I"
-    """The first half of a backward: what the stage before waits for."""
+    """The input-gradient half of a backward, which the previous stage waits for."""
     WEIGHT_GRADIENT = "W"
-    """The second half: what nobody waits for."""
+    """The weight-gradient half of a backward, which no other stage waits for."""
 
     @property
     def sends_gradient(self) -> bool:
@@ -50,7 +50,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A tensor on its way: the activation or gradient that stage ``stage`` needs.
+    """A transfer: the activation or gradient that stage ``stage`` needs.
 
     Attributes:
         is_gradient: whether it is a gradient, on its way back, or an activation, on its way forth.
@@ -224,7 +224,7 @@ def plan(schedule: Schedule, shape: Shape) -> list[tuple[Tick, ...]]:
 
 
 def peak_live_activations(actions: list[Action]) -> int:
-    """Most (stage, micro-batch) pairs whose activations are held at one time.
+    """Maximum number of (stage, micro-batch) pairs whose activations are in memory at one time.
 
     They are held from the forward to the backward, or to the weight gradient where the backward is split.
     """
@@ -263,7 +263,7 @@ class Durations:
 
 
 def bubble_fraction(schedule: Schedule, shape: Shape, durations: Durations | None = None) -> float:
-    """Idle share of the step, averaged over ranks: 1 − busy time / (p · time of the last rank to finish).
+    """Idle fraction of the step, averaged over ranks: 1 − busy time / (p · time of the last rank to finish).
 
     Found by replaying the schedule with the given durations. With all three equal to 1 it is, for whole rounds of
     micro-batches and m of at least p: GPipe and 1F1B 3(p − 1) / (3m + 3(p − 1)); interleaved that with (p − 1)/v for
