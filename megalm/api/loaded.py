@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megalm.checkpoint.store import COMPLETE_FILE
 from megalm.config.schema import Config
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError
 from megalm.generate.run import continue_text
 from megalm.generate.sampling import Sampling
 from megalm.models.transformer import Transformer
+from megalm.runs.folder import run_folder_of
 from megalm.runs.load import TrainedModel, load_full_model
 
 
@@ -27,16 +29,20 @@ def load(run: str | Path, overrides: Sequence[str] = ()) -> LoadedModel:
     """The model of a run, whole and in this process, whatever layout trained it.
 
     Args:
-        run: folder of the run; its newest complete checkpoint is taken.
-        overrides: changes to the run's config, such as ``"checkpoint.resume=PATH"`` for another checkpoint,
-            ``"launch.device=cpu"`` or ``"engine.dtype=fp32"``.
+        run: folder of the run or its name in ``runs/``: its newest complete checkpoint is taken; or one of its
+            checkpoints, ``runs/NAME/checkpoints/step-00000200``.
+        overrides: changes to the run's config, such as ``"launch.device=cpu"`` or ``"engine.dtype=fp32"``.
 
     Raises:
         ConfigError: the folder is no run, or an override is wrong.
         CheckpointError: there is no complete checkpoint, or it is damaged.
         DataError: the run's tokenizer is missing or damaged.
     """
-    return LoadedModel(load_full_model(run, overrides))
+    folder = run_folder_of(run)
+    if (folder / COMPLETE_FILE).is_file():
+        of_run = folder.resolve().parent.parent  # runs/NAME/checkpoints/step-…
+        return LoadedModel(load_full_model(of_run, [*overrides, f"checkpoint.resume={folder.resolve()}"]))
+    return LoadedModel(load_full_model(folder, overrides))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from megalm.config.arguments import user_path
 from megalm.launch.guard import check_text
@@ -48,12 +47,6 @@ def add_run(parser: argparse.ArgumentParser, name: str = "run") -> None:
     """The argument RUN."""
     help_text = "folder of a run, such as runs/quickstart, or its name in runs/"
     parser.add_argument(name, type=user_path, metavar="RUN", help=help_text)
-
-
-def run_folder_of(run: str) -> Path:
-    """The folder of a run that is given as one, or by its name where that is no folder but ``runs/NAME`` is."""
-    folder, by_name = Path(run), Path("runs") / run
-    return by_name if not folder.exists() and by_name.is_dir() else folder
 
 
 def tell_unused(command: str, overrides: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from megalm.cli.command import run_folder_of
 from megalm.config.arguments import LineParser, user_path
 from megalm.errors import ExitCode
 from megalm.runs.compare import Comparison
+from megalm.runs.folder import run_folder_of
 
 _DESCRIPTION = "What two or more runs have reached, what differs in their configs and data, and their loss curves."
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from megalm.cli.command import parse, run_folder_of
+from megalm.cli.command import parse
 from megalm.config.arguments import user_path
 from megalm.data.shards.store import is_remote
 from megalm.errors import ConfigError, ExitCode
-from megalm.runs.folder import CONFIG_FILE
+from megalm.runs.folder import CONFIG_FILE, run_folder_of
 
 _DESCRIPTION = (
     "Of a dataset: its text, document by document, as a model sees it. Of a run: which documents a step read, and "

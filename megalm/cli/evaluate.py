@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megalm.cli.command import add_run, parse, run_folder_of, tell_unused
+from megalm.cli.command import add_run, parse, tell_unused
 from megalm.errors import ExitCode
+from megalm.runs.folder import run_folder_of
 
 _DESCRIPTION = "Loss and perplexity of a run over its whole validation split."
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megalm.cli.command import add_run, parse, run_folder_of, tell_unused
+from megalm.cli.command import add_run, parse, tell_unused
 from megalm.errors import ExitCode
+from megalm.runs.folder import run_folder_of
 
 _DESCRIPTION = "Let a run continue a prompt."
 

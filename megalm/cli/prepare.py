@@ -119,6 +119,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         val_inputs=tuple(options.val_input),
         chunk_tokens=options.chunk_tokens,
         pack=options.pack,
+        license=options.license,
     )
 
 
@@ -206,6 +207,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default="local",
         help="processes of this machine, or ranks of an MPI job",
     )
+    add("--license", metavar="TEXT", help="of the texts (cc-by-sa-4.0), for the data card and the cards of models")
     add("--overwrite", action="store_true", help="replace DIR if it was prepared differently")
     add("--verify", type=user_path, metavar="DIR", help="read all of a dataset and name each corrupt chunk")
 

@@ -13,6 +13,8 @@ layout_certificate.json    what ``megalm verify`` found
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER
 from megalm.config.compose import CONFIG_FILE
 from megalm.data.tokenization.tokenizer import TOKENIZER_FILE
@@ -36,4 +38,11 @@ __all__ = [
     "TENSORBOARD_FOLDER",
     "TOKENIZER_FILE",
     "WANDB_ID_FILE",
+    "run_folder_of",
 ]
+
+
+def run_folder_of(run: str | Path) -> Path:
+    """The folder of a run that is given as one, or by its name where that is no folder but ``runs/NAME`` is."""
+    folder, by_name = Path(run), Path("runs") / run
+    return by_name if not folder.exists() and by_name.is_dir() else folder

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from cli_runs import TINY
 
-from megalm.cli.command import run_folder_of
 from megalm.cli.main import main
+from megalm.runs.folder import run_folder_of
 from tests.unit.config.random_invalid import SOUND, overrides_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -71,6 +72,26 @@ def test_a_run_is_loaded_and_asked(short_runs: tuple[Path, Path]) -> None:
     assert m.checkpoint.name == "step-00000004"
     once = m.generate("def ", max_new_tokens=8, temperature=0.0)
     assert once and once == m.generate("def ", max_new_tokens=8, temperature=0.0)
+
+
+def test_a_run_is_named_and_a_checkpoint_is_taken_as_it_is(
+    short_runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two checkpoints the older one, in a folder with a name that Hydra's grammar would have its own reading of."""
+    run = tmp_path / "runs" / "try, a=1 [b] {c}"
+    shutil.copytree(short_runs[0], run)
+    newer = run / "checkpoints" / "step-00000004"
+    older = newer.rename(newer.with_name("step-00000002"))
+    shutil.copytree(short_runs[1] / "checkpoints" / "step-00000004", newer)
+    monkeypatch.chdir(tmp_path)
+    assert megalm.load(run.name).checkpoint == Path("runs") / run.name / "checkpoints" / newer.name
+    loaded = megalm.load(older.relative_to(tmp_path))
+    assert loaded.checkpoint.name == older.name
+    assert (
+        loaded.loss("def f(x):") == megalm.load(short_runs[0]).loss("def f(x):") != megalm.load(run).loss("def f(x):")
+    )
+    shutil.copytree(short_runs[1], tmp_path / "runs" / "fast")
+    assert megalm.compare([run.name, "fast"]).names() == ["slow", "fast"]
 
 
 def test_a_long_text_is_read_in_pieces_and_every_token_but_the_first_counts_once(short_runs: tuple[Path, Path]) -> None:

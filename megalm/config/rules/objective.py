@@ -34,7 +34,7 @@ def completions_are_marked(job: Job) -> Iterator[Violation]:
             "objective.name",
             "sft",
             "no dataset of data.path has a loss mask, so prompts would carry loss like completions",
-            "data of prepare_data.py --corpus sft",
+            "data of `megalm prepare --corpus sft`",
             fixes=(Fix("objective.name", ("clm",)),),
         )
 

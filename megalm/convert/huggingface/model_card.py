@@ -1,7 +1,8 @@
 """The model card of an exported folder, from what a run's checkpoint and its data card say. No torch.
 
-The YAML at its beginning is what the model hub reads (https://huggingface.co/docs/hub/model-cards). megalm knows no
-licence of a text, so the card says that none is stated.
+The YAML at its beginning is what the model hub reads (https://huggingface.co/docs/hub/model-cards). It names no
+license of the weights: that is for who publishes them to say. The text lists the licenses of the datasets, as their
+data cards state them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def model_card(manifest: Manifest, model: Model, *, architecture: str, dtype: st
         "library_name": "transformers",
         "pipeline_tag": "text-generation" if model.causal else "fill-mask",
         "tags": ["megalm", "pytorch", "safetensors"],
+        **_results(manifest, name, model),
     }
+    cards = {corpus["path"]: _data_card(Path(corpus["path"]).parent) for corpus in _corpora(manifest)}
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
@@ -45,8 +48,8 @@ def model_card(manifest: Manifest, model: Model, *, architecture: str, dtype: st
         _use(architecture, model),
         _table("## Model", _model_rows(model, dtype)),
         _table("## Training", _training_rows(manifest)),
-        _data(manifest),
-        "## Licence\n\nNone is stated. What may be done with these weights depends on the licences of the texts above.",
+        _data(manifest, cards),
+        _license(cards),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -85,8 +88,6 @@ def _training_rows(manifest: Manifest) -> dict[str, str]:
         return {}
     optim, train = config.get("optim", {}), config.get("train", {})
     degrees = {key: manifest.topology.get(key, 1) for key in ("tp", "pp", "cp", "dp", "virtual_stages")}
-    validation = manifest.training.get("validation") or {}
-    loss = validation.get("val_loss")
     rows = {
         "objective": str(config.get("objective", {}).get("name", "clm")),
         "steps": f"{manifest.step:,}",
@@ -104,32 +105,78 @@ def _training_rows(manifest: Manifest) -> dict[str, str]:
         ).describe(),
         "seed": str(config.get("run", {}).get("seed")),
     }
-    if isinstance(loss, float) and isfinite(loss):
+    loss, validation = _validation_loss(manifest), manifest.training.get("validation") or {}
+    if loss is not None:
         what = "the whole validation split" if validation.get("whole_split") else "part of the validation split"
         rows["validation loss"] = f"{loss:.4f} nats per token (perplexity {exp(loss):,.2f}), on {what}"
     return rows
 
 
-def _data(manifest: Manifest) -> str:
-    corpora = manifest.data.get("corpora") or []
-    lines = []
-    for corpus in corpora:
-        lines.append(
-            f"- `{corpus['path']}`: {corpus['tokens']:,} tokens read, {corpus['epochs']:.2f} epochs; contents "
-            f"`{str(corpus['contents'])[:16]}`{_of_card(Path(corpus['path']).parent)}"
-        )
+def _results(manifest: Manifest, name: str, model: Model) -> dict[str, Any]:
+    """The validation result as the hub's ``model-index`` has it; empty where there is none."""
+    loss, corpora = _validation_loss(manifest), _corpora(manifest)
+    if loss is None or not corpora:
+        return {}
+    dataset = {"type": "text", "name": ", ".join(Path(corpus["path"]).parent.name for corpus in corpora)}
+    result = {
+        "task": {"type": "text-generation" if model.causal else "fill-mask"},
+        "dataset": {**dataset, "split": "validation"},
+        "metrics": [{"type": "perplexity", "name": "validation perplexity", "value": round(exp(loss), 4)}],
+    }
+    return {"model-index": [{"name": name, "results": [result]}]}
+
+
+def _validation_loss(manifest: Manifest) -> float | None:
+    """In nats per token; None where the checkpoint has none that is finite."""
+    loss = (manifest.training.get("validation") or {}).get("val_loss")
+    return loss if isinstance(loss, float) and isfinite(loss) else None
+
+
+def _corpora(manifest: Manifest) -> list[dict[str, Any]]:
+    """What was read of each dataset, in the order of the phases."""
+    return list(manifest.data.get("corpora") or ())
+
+
+def _data(manifest: Manifest, cards: dict[str, dict[str, Any] | None]) -> str:
+    lines = [
+        f"- `{corpus['path']}`: {corpus['tokens']:,} tokens read, {corpus['epochs']:.2f} epochs; contents "
+        f"`{str(corpus['contents'])[:16]}`{_of_card(cards[corpus['path']])}"
+        for corpus in _corpora(manifest)
+    ]
     return "## Data\n\n" + "\n".join(lines) if lines else ""
 
 
-def _of_card(dataset: Path) -> str:
-    """What the dataset's own card says of it, where it is still there."""
+def _license(cards: dict[str, dict[str, Any] | None]) -> str:
+    lines = [f"- `{path}`: {_stated_license(card) or 'not stated'}" for path, card in cards.items()]
+    stated = ["Licenses of the texts, as their data cards state them:", "", *lines, ""] if lines else []
+    return "\n".join(["## License", "", *stated, "No license of these weights is stated."])
+
+
+def _data_card(dataset: Path) -> dict[str, Any] | None:
+    """The dataset's own card; None where it is no longer there, or is none."""
     try:
-        card: dict[str, Any] = json.loads((dataset / DATA_CARD_FILE).read_text(encoding="utf-8"))
+        card = json.loads((dataset / DATA_CARD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return card if isinstance(card, dict) else None
+
+
+def _of_card(card: dict[str, Any] | None) -> str:
+    """Where the texts are from and what was kept of them; empty where the card does not say."""
+    if card is None:
+        return ""
+    try:
         removed = ", ".join(f"{count:,} {rule}" for rule, count in card["removed"].items()) or "none"
         kept = f"{card['documents']:,} of {card['read']:,} documents kept (removed: {removed})"
         return f". Source: {card['source']}; {kept}, prepared by `{card['command']}`"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return ""
+
+
+def _stated_license(card: dict[str, Any] | None) -> str | None:
+    recipe = (card or {}).get("recipe")
+    stated = recipe.get("license") if isinstance(recipe, dict) else None
+    return " ".join(stated.split()) if isinstance(stated, str) else None
 
 
 def _table(title: str, rows: dict[str, str]) -> str:

@@ -37,6 +37,7 @@ def card_text(recipe: Recipe, summary: Summary, command: str) -> str:
         command,
         "```",
         "",
+        *([] if recipe.license is None else [f"License of the texts: {_cell(recipe.license)}.", ""]),
         *_amounts(summary),
         "| split | documents | tokens | with loss | shards |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -39,6 +39,7 @@ class Recipe:
         chunk_tokens: tokens per chunk; sequence lengths must divide it.
         chunks_per_shard: chunks per tar file.
         pack: sequence length to pack whole documents for (best fit); 0: concatenate them.
+        license: of the texts, for the data card and the cards of models; None: not stated.
     """
 
     corpus: str
@@ -55,6 +56,7 @@ class Recipe:
     chunk_tokens: int = 8192
     chunks_per_shard: int = 4096
     pack: int = 0
+    license: str | None = None
 
     @property
     def masked(self) -> bool:
@@ -119,7 +121,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-_LATER = frozenset({"add_bos", "encoding", "scrub_secrets", "undecodable", "val_inputs"})
+_LATER = frozenset({"add_bos", "encoding", "license", "scrub_secrets", "undecodable", "val_inputs"})
 """Options that older datasets were made without: at their defaults they leave a signature as it was."""
 
 

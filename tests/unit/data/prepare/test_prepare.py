@@ -57,6 +57,15 @@ def run(corpus: Path, out: Path, workers: int = 1, *, overwrite: bool = False, p
         )
 
 
+def test_the_license_of_the_texts_is_in_both_cards(corpus: Path, tmp_path: Path) -> None:
+    run(corpus, tmp_path / "stated", license="CC BY-SA 4.0")
+    run(corpus, tmp_path / "unstated")
+    assert "License of the texts: CC BY-SA 4.0." in (tmp_path / "stated" / "data_card.md").read_text()
+    assert "License" not in (tmp_path / "unstated" / "data_card.md").read_text()
+    card = json.loads((tmp_path / "stated" / "data_card.json").read_text())
+    assert card["recipe"]["license"] == "CC BY-SA 4.0"
+
+
 def side(text: str, val_fraction: float) -> str:
     return "val" if is_validation(text, val_fraction) else "train"
 
