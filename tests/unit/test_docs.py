@@ -231,6 +231,9 @@ def test_both_first_pages_have_the_same_commands() -> None:
 
     assert rows(english) == rows(chinese)
     assert len(rows(english)) > 12
+    printed = [block for _, block in FENCE.findall(english) if block.startswith("$ make train")]
+    assert len(printed) == 1
+    assert printed == [block for _, block in FENCE.findall(chinese) if block.startswith("$ make train")]
     launch = [block for _, block in FENCE.findall(english) if block.startswith(("torchrun", "make "))]
     strip = lambda block: re.sub(r" *#.*", "", block)  # noqa: E731 - comments are translated
     assert {strip(block) for block in launch if not block.startswith("make train\n")} <= {
