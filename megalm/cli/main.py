@@ -25,8 +25,8 @@ class Command:
 
     Attributes:
         help: what it does, in one line.
-        works: whether it leaves something on the disk, so that it goes on when nobody watches it any more; the others
-            only print.
+        works: whether its result is on the disk, so that it goes on after its terminal or pipe is closed; the others
+            only print, and end then.
     """
 
     help: str
@@ -37,12 +37,12 @@ COMMANDS = {
     "train": Command(
         "Train a run, or resume it; starts its own ranks unless torchrun, srun or mpirun has.", works=True
     ),
-    "check": Command("Validate a configuration in a second, by itself, for cluster.gpus GPUs."),
+    "check": Command("Check a configuration for cluster.gpus GPUs, in a second, without starting anything."),
     "verify": Command(
         "Prove that a config's layout trains like one process: shrunk, on this machine's CPU, in a minute.", works=True
     ),
     "evaluate": Command("Loss and perplexity of a run over its whole validation split."),
-    "generate": Command("Let a run continue a prompt."),
+    "generate": Command("Generate text from a prompt with a run's model."),
     "compare": Command("What two or more runs have reached, in a table and a picture, and what differs between them."),
     "tokenizer": Command("Train a tokenizer on a corpus, or take one that is there.", works=True),
     "prepare": Command("Prepare a corpus for training: documents to tokens to shards.", works=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -35,6 +37,37 @@ def test_the_wheel_holds_code_configs_and_types_and_nothing_else(built: Path) ->
     assert package | configs | {"megalm/py.typed"} <= names
     assert not [name for name in names if not name.startswith(("megalm/", "megalm-"))]
     assert "megalm = megalm.cli.main:main" in entry_points
+
+
+@pytest.mark.slow
+def test_from_an_empty_folder_the_quickstart_says_how_to_prepare_its_data_and_then_trains(
+    built: Path, tmp_path: Path
+) -> None:
+    """With the wheel's files alone: no checkout, no ``conf/`` beside the user."""
+    (wheel,) = built.glob("*.whl")
+    site, user = tmp_path / "site", tmp_path / "user"
+    user.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+
+    def megalm(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "megalm", *arguments]
+        return subprocess.run(command, cwd=user, env=environment, capture_output=True, text=True, check=False)
+
+    where = [sys.executable, "-c", "import megalm; print(megalm.__file__)"]
+    found = subprocess.run(where, cwd=user, env=environment, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(str(site))
+    train = ["train", "experiment=quickstart", "parallel=single", "train.steps=2", "train.validate_every=0"]
+    train += ["optim.warmup_tokens=0", "report.prompt=null", "logging.wandb=disabled"]
+    refused = megalm(*train)
+    assert refused.returncode == 3
+    (printed,) = (line.strip() for line in refused.stderr.splitlines() if line.startswith("  megalm "))
+    prepared = megalm(*shlex.split(printed)[1:])
+    assert prepared.returncode == 0, prepared.stderr
+    trained = megalm(*train)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert (user / "runs" / "quickstart" / "checkpoints" / "step-00000002").is_dir()
 
 
 def test_the_source_archive_builds_without_git(built: Path) -> None:

@@ -117,7 +117,8 @@ def _results(manifest: Manifest, name: str, model: Model) -> dict[str, Any]:
     loss, corpora = _validation_loss(manifest), _corpora(manifest)
     if loss is None or not corpora:
         return {}
-    dataset = {"type": "text", "name": ", ".join(Path(corpus["path"]).parent.name for corpus in corpora)}
+    names = dict.fromkeys(Path(corpus["path"]).parent.name for corpus in corpora)  # a dataset of two phases once
+    dataset = {"type": "text", "name": ", ".join(names)}
     result = {
         "task": {"type": "text-generation" if model.causal else "fill-mask"},
         "dataset": {**dataset, "split": "validation"},
