@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megalm.cli.command import parse_config
 from megalm.errors import ExitCode
 
-_DESCRIPTION = "Validate a configuration in a second, by itself, for cluster.gpus GPUs."
+_DESCRIPTION = "Check a configuration for cluster.gpus GPUs, in a second, without starting anything."
 
 
 def main(arguments: Sequence[str], prog: str) -> int:

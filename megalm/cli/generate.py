@@ -9,7 +9,7 @@ from megalm.cli.command import add_run, parse, tell_unused
 from megalm.errors import ExitCode
 from megalm.runs.folder import run_folder_of
 
-_DESCRIPTION = "Let a run continue a prompt."
+_DESCRIPTION = "Generate text from a prompt with a run's model."
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
