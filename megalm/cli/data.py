@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from megalm.cli.command import parse
 from megalm.config.arguments import user_path
@@ -27,30 +28,34 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
 
 def _lines(options: argparse.Namespace) -> Iterator[str]:
+    of_run = [name for name in _OF_RUN if getattr(options, name) is not None]
+    of_dataset = [name for name in _OF_DATASET if getattr(options, name)]
     run = run_folder_of(options.what)
-    if is_remote(options.what) or not (run / CONFIG_FILE).exists():
-        if given := [name for name in _OF_RUN if getattr(options, name) is not None]:
-            raise ConfigError(
-                f"--{given[0]}: {options.what} is no run (it has no {CONFIG_FILE}), and a question about what was read "
-                "is one about a run, such as runs/quickstart; of a dataset --find TEXT finds documents"
-            )
-        from megalm.cli.data_of_dataset import dataset_lines
+    is_run = (run / CONFIG_FILE).exists()
+    is_dataset = is_remote(options.what) or (Path(options.what) / "train").is_dir()
+    if is_dataset and of_run:
+        raise ConfigError(
+            f"--{of_run[0]}: {options.what} is a dataset, and this is an option for a run, such as runs/quickstart; "
+            "--find TEXT finds documents of a dataset"
+        )
+    if is_run and of_dataset:
+        raise ConfigError(f"--{of_dataset[0]}: {options.what} is a run; give a dataset, such as the run's data.path")
+    if is_run or of_run:
+        from megalm.cli.data_of_run import show_lines
 
-        yield from dataset_lines(
-            options.what,
-            split=options.split or "train",
-            listed=options.documents,
-            find=options.find,
-            limit=options.limit,
-            as_json=options.json,
+        yield from show_lines(
+            run, step=options.step, document=options.document, as_json=options.json, overrides=options.overrides
         )
         return
-    if given := [name for name in _OF_DATASET if getattr(options, name)]:
-        raise ConfigError(f"--{given[0]}: {options.what} is a run; give a dataset, such as the run's data.path")
-    from megalm.cli.data_of_run import show_lines
+    from megalm.cli.data_of_dataset import dataset_lines
 
-    yield from show_lines(
-        run, step=options.step, document=options.document, as_json=options.json, overrides=options.overrides
+    yield from dataset_lines(
+        options.what,
+        split=options.split or "train",
+        listed=options.documents,
+        find=options.find,
+        limit=options.limit,
+        as_json=options.json,
     )
 
 

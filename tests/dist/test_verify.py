@@ -61,8 +61,8 @@ def test_a_rank_that_dies_costs_its_own_item_alone() -> None:
 
 
 def test_ranks_that_hang_are_ended_and_their_stacks_shown() -> None:
-    (hung,) = run_on_ranks(1, hanging.act, ["hang"], timeout_seconds=20)
+    (hung,) = run_on_ranks(1, hanging.act, ["hang"], timeout_seconds=10)
     assert isinstance(hung, RankFailure)
-    assert hung.summary == "no result after 20 s"
+    assert hung.summary == "no result after 10 s"
     assert "rank 0: stack" in hung.report and "_rank_main" in hung.report
     assert not multiprocessing.active_children()

@@ -205,8 +205,8 @@ def check_folder(store: Store) -> None:
         hint = f" ({unfinished} was left by a preparation that was cut off)" if unfinished.exists() else ""
         several = f", or several as data.path=[{folder}]" if "," in str(folder) else ""
         raise DataError(
-            f"data.path={folder}: no such folder{_looked_for(folder)}{hint}; prepare it with\n"
-            f"  {prepare_command(folder)}\nor name another as data.path=FOLDER{several}"
+            f"data.path={folder}: no such folder{_looked_for(folder)}{hint}; prepare it with "
+            f"`{prepare_command(folder)}`, or name another as data.path=FOLDER{several}"
         )
     if not any((folder / split).exists() for split in SPLITS):
         raise DataError(

@@ -70,7 +70,7 @@ def test_what_is_learnt_of_a_pair_is_marked(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_mistakes_are_lines(tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "is no run" in show(capsys, tiny_dataset, "--step", 3, code=2)
+    assert "this is an option for a run" in show(capsys, tiny_dataset, "--step", 3, code=2)
     assert "--limit 0: must be at least 1" in show(capsys, tiny_dataset, "--limit", 0, code=2)
     assert "none of the" in show(capsys, tiny_dataset, "--find", "no such thing", code=3)
     assert "no such folder" in show(capsys, tmp_path / "none", code=3)

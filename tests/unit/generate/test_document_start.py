@@ -112,6 +112,6 @@ def test_perplexity_on_data_that_begin_otherwise_says_so(given: Path, tmp_path: 
     result = run_evaluate(run, [f"data.path=[{data}]", "train.micro_batch_size=4"])
     assert result["note"] == (
         "these documents begin with nothing and end with </s>, the model's with <s> and </s>: the perplexity is "
-        "of documents as they are in these data; prepare_data.py --add-bos, --no-add-bos and --eos make them as the "
+        "of documents as they are in these data; megalm prepare --add-bos, --no-add-bos and --eos make them as the "
         "model's"
     )

@@ -1,4 +1,5 @@
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -125,6 +126,9 @@ def test_the_real_client_writes_offline_and_says_nothing(make_context, make_step
     log.close()
     run_id = (tmp_path / "wandb_id").read_text().strip()
     (record,) = (tmp_path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
+    deadline = time.monotonic() + 30  # the client's own process writes it
+    while b"grad_norm" not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"grad_norm" in record.read_bytes()
     assert capfd.readouterr() == ("", "")
 

@@ -31,7 +31,7 @@ def test_a_sound_dataset(dataset: Path) -> None:
 
 
 def test_a_missing_folder_names_the_command(tmp_path: Path) -> None:
-    refused(tmp_path / "x", "no such folder; prepare it with\n  megalm prepare --corpus text .* --out .*/x")
+    refused(tmp_path / "x", "no such folder; prepare it with `megalm prepare --corpus text .* --out .*/x")
 
 
 def test_other_folders_are_no_dataset(tmp_path: Path) -> None:
