@@ -43,6 +43,7 @@ from torch.nn import functional as F
 from megalm.core.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
 from megalm.core.parameters import Init, ParallelModule
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.groups import Group
 from megalm.mesh.slices import ShardSpec, even_range
 
@@ -53,7 +54,24 @@ Linear = Callable[[Tensor, nn.Parameter, nn.Parameter | None], Tensor]
 """(input, weight, bias) ▶ output."""
 
 
-class ColumnParallelLinear(ParallelModule):
+class ParallelLinear(ParallelModule):
+    """What both kinds have: the product, and where its weight gradient goes under a zero-bubble schedule."""
+
+    _linear: Linear
+
+    def postpone_into(self, weight_gradients: WeightGradients) -> None:
+        """Leave weight gradients in a store while a schedule records, instead of computing them in backward."""
+        raise NotImplementedError
+
+
+def postpone_weight_gradients(module: nn.Module, weight_gradients: WeightGradients) -> None:
+    """Have all parallel linear layers below ``module`` leave their weight gradients in a store."""
+    for child in module.modules():
+        if isinstance(child, ParallelLinear):
+            child.postpone_into(weight_gradients)
+
+
+class ColumnParallelLinear(ParallelLinear):
     """``y = x Wᵀ + b`` with the rows of ``W`` [O, I] split: [B, S, I] on every rank ▶ [B, S, O/T].
 
     Under sequence parallelism the input is [B, S/T, I].
@@ -62,7 +80,7 @@ class ColumnParallelLinear(ParallelModule):
         in_features: I.
         out_features: sizes of the outputs that are fused into one matrix product, such as (query, key, value); each is
             split over the group on its own, so that a rank's slice of one does not reach into another.
-        tp: tensor-parallel group, and how activations are split outside it.
+        tensor_parallel: the group, and how activations are split outside it.
         std: standard deviation of initial weights.
         bias: whether there is a bias; it is split as the outputs are, and starts at zero.
     """
@@ -90,6 +108,10 @@ class ColumnParallelLinear(ParallelModule):
         self.weight = self.declare("weight", ShardSpec.along(weight, 0, rows), Init.normal(std))
         self.bias = self.declare("bias", ShardSpec.along((offset,), 0, rows), Init.constant(0.0)) if bias else None
 
+    def postpone_into(self, weight_gradients: WeightGradients) -> None:
+        """See the base class."""
+        self._linear = _outside_graphs(_ColumnLinear, self.tensor_parallel, weight_gradients)
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, I], or [B, S/T, I] under sequence parallelism ▶ [B, S, O/T]."""
         return self._linear(x, self.weight, self.bias)
@@ -100,7 +122,7 @@ class ColumnParallelLinear(ParallelModule):
         return f"{in_features} ▶ {out_features}, rows over {self.tensor_parallel.group.size}"
 
 
-class RowParallelLinear(ParallelModule):
+class RowParallelLinear(ParallelLinear):
     """``y = x Wᵀ + b`` with the columns of ``W`` [O, I] split: [B, S, I/T] ▶ [B, S, O] on every rank.
 
     Under sequence parallelism the output is [B, S/T, O]. The bias is replicated, and added once, after the reduction:
@@ -112,17 +134,17 @@ class RowParallelLinear(ParallelModule):
     ) -> None:
         super().__init__()
         self.tensor_parallel = tensor_parallel
-        # Alone, rows and columns are split alike: not at all.
-        self._linear = (
-            column_linear(tensor_parallel)
-            if tensor_parallel.group.size == 1
-            else _outside_graphs(_RowLinear, tensor_parallel)
-        )
+        self._linear = F.linear if tensor_parallel.group.size == 1 else _outside_graphs(_RowLinear, tensor_parallel)
         group = tensor_parallel.group
         ranges = (even_range(in_features, group.index, group.size),)
         self.weight = self.declare("weight", ShardSpec.along((out_features, in_features), 1, ranges), Init.normal(std))
         shard, partial = ShardSpec.replicated(out_features), tensor_parallel.splits_sequence
         self.bias = self.declare("bias", shard, Init.constant(0.0), partial=partial) if bias else None
+
+    def postpone_into(self, weight_gradients: WeightGradients) -> None:
+        """See the base class. On one rank rows and columns are split alike: not at all."""
+        function = _ColumnLinear if self.tensor_parallel.group.size == 1 else _RowLinear
+        self._linear = _outside_graphs(function, self.tensor_parallel, weight_gradients)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, I/T] ▶ [B, S, O], or [B, S/T, O] under sequence parallelism."""
@@ -136,27 +158,34 @@ class RowParallelLinear(ParallelModule):
 
 def column_linear(tensor_parallel: TensorParallel) -> Linear:
     """``x Wᵀ + b`` with a rank's rows of ``W`` [O/T, I]; shapes as in :meth:`ColumnParallelLinear.forward`."""
-    if tensor_parallel.group.size == 1 and not tensor_parallel.weight_gradients.enabled:
-        return F.linear
-    return _outside_graphs(_ColumnLinear, tensor_parallel)
+    return F.linear if tensor_parallel.group.size == 1 else _outside_graphs(_ColumnLinear, tensor_parallel)
 
 
-def _outside_graphs(function: type[torch.autograd.Function], tensor_parallel: TensorParallel) -> Linear:
+def _outside_graphs(
+    function: type[torch.autograd.Function],
+    tensor_parallel: TensorParallel,
+    weight_gradients: WeightGradients | None = None,
+) -> Linear:
     """A function that ``torch.compile`` is not to trace.
 
     A traced backward would decide once, when it is compiled, whether it postpones, and would order its collectives
     anew on each rank.
     """
-    return partial(torch.compiler.disable(function.apply), tensor_parallel)
+    return partial(torch.compiler.disable(function.apply), tensor_parallel, weight_gradients)
 
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tensor_parallel: TensorParallel, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None
+        ctx: Any,
+        tensor_parallel: TensorParallel,
+        weight_gradients: WeightGradients | None,
+        x: Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.parameter = tensor_parallel, weight
+        ctx.tensor_parallel, ctx.weight_gradients, ctx.parameter = tensor_parallel, weight_gradients, weight
         whole = start_all_gather(x, tensor_parallel.group, SEQUENCE).wait() if tensor_parallel.splits_sequence else x
         return F.linear(whole, weight, bias)
 
@@ -164,28 +193,33 @@ class _ColumnLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        tensor_parallel, (_, needs_input, needs_weight, needs_bias) = ctx.tp, ctx.needs_input_grad
+        tensor_parallel, (_, _, needs_input, needs_weight, needs_bias) = ctx.tensor_parallel, ctx.needs_input_grad
         product = _WeightProduct(
             _Whole(gradient), _Share(x, tensor_parallel.group) if tensor_parallel.splits_sequence else _Whole(x)
         )
-        postpones = tensor_parallel.weight_gradients.postpones
-        if needs_weight and not postpones:
+        store = ctx.weight_gradients if ctx.weight_gradients and ctx.weight_gradients.postpones else None
+        if needs_weight and store is None:
             product.start()
         reduction: Pending | None = None
         if needs_input:
             reduction = _start_reduction(gradient @ weight, tensor_parallel)
-        weight_gradient = _now_or_later(product, ctx.parameter, tensor_parallel) if needs_weight else None
+        weight_gradient = _now_or_later(product, ctx.parameter, store) if needs_weight else None
         bias_gradient = _bias_gradient(gradient) if needs_bias else None
-        return None, None if reduction is None else reduction.wait(), weight_gradient, bias_gradient
+        return None, None, None if reduction is None else reduction.wait(), weight_gradient, bias_gradient
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tensor_parallel: TensorParallel, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None
+        ctx: Any,
+        tensor_parallel: TensorParallel,
+        weight_gradients: WeightGradients | None,
+        x: Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.parameter = tensor_parallel, weight
+        ctx.tensor_parallel, ctx.weight_gradients, ctx.parameter = tensor_parallel, weight_gradients, weight
         y = _start_reduction(F.linear(x, weight), tensor_parallel).wait()
         return y if bias is None else y.add_(bias)
 
@@ -193,17 +227,17 @@ class _RowLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        tensor_parallel, (_, needs_input, needs_weight, needs_bias) = ctx.tp, ctx.needs_input_grad
-        postpones = tensor_parallel.weight_gradients.postpones
+        tensor_parallel, (_, _, needs_input, needs_weight, needs_bias) = ctx.tensor_parallel, ctx.needs_input_grad
+        store = ctx.weight_gradients if ctx.weight_gradients and ctx.weight_gradients.postpones else None
         share = _Share(gradient, tensor_parallel.group) if tensor_parallel.splits_sequence else _Whole(gradient)
         share.start()
         bias_gradient = _bias_gradient(gradient) if needs_bias else None
         whole = share.whole()
         input_gradient = whole @ weight if needs_input else None
         # A postponed product keeps the share and gathers it again, so that memory does not grow with what waits.
-        product = _WeightProduct(share if postpones else _Whole(whole), _Whole(x))
-        weight_gradient = _now_or_later(product, ctx.parameter, tensor_parallel) if needs_weight else None
-        return None, input_gradient, weight_gradient, bias_gradient
+        product = _WeightProduct(_Whole(whole) if store is None else share, _Whole(x))
+        weight_gradient = _now_or_later(product, ctx.parameter, store) if needs_weight else None
+        return None, None, input_gradient, weight_gradient, bias_gradient
 
 
 class _Whole:
@@ -265,10 +299,10 @@ def _start_reduction(part: Tensor, tensor_parallel: TensorParallel) -> Pending:
     )
 
 
-def _now_or_later(product: _WeightProduct, parameter: nn.Parameter, tensor_parallel: TensorParallel) -> Tensor | None:
-    if not tensor_parallel.weight_gradients.postpones:
+def _now_or_later(product: _WeightProduct, parameter: nn.Parameter, store: WeightGradients | None) -> Tensor | None:
+    if store is None:
         return product()
-    tensor_parallel.weight_gradients.postpone(parameter, product)
+    store.postpone(parameter, product)
     return None
 
 

@@ -1,12 +1,11 @@
-"""How the layers of a rank are split over its tensor-parallel group: one argument instead of three."""
+"""How the layers of a rank are split over its tensor-parallel group."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.groups import ALONE, Group
 
 
@@ -18,12 +17,10 @@ class TensorParallel:
         group: the tensor-parallel group, of degree T.
         sequence_parallel: activations between column-parallel inputs and row-parallel outputs are split along the
             sequence, [B, S/T, H] (Korthikanti et al. 2022), instead of being whole on every rank.
-        weight_gradients: where layers leave products that a zero-bubble schedule postpones.
     """
 
     group: Group = ALONE
     sequence_parallel: bool = False
-    weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
     @property
     def splits_sequence(self) -> bool:

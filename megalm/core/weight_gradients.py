@@ -1,8 +1,10 @@
 """Weight-gradient products that a zero-bubble schedule postpones (Qi et al. 2024, "B" and "W").
 
 The backward of a linear layer is two independent products: the gradient of its input, which the stage before waits
-for, and the gradient of its weight, which nobody waits for. A layer that is given a :class:`WeightGradients` leaves the
-second one there while a schedule records, and computes it at once otherwise.
+for, and the gradient of its weight, which nobody waits for. A layer that is given a :class:`WeightGradients`
+(:func:`megalm.core.linear.postpone_weight_gradients`) leaves the second one there while a schedule records, and
+computes it at once otherwise. Without one, a layer that needs no communication is a plain ``F.linear``, which
+``torch.compile`` sees through.
 """
 
 from __future__ import annotations
@@ -25,22 +27,16 @@ class Product(Protocol):
 
 
 class WeightGradients:
-    """The postponed products of one rank, by the (stage, micro-batch) whose backward recorded them.
+    """The postponed products of one rank, by the (stage, micro-batch) whose backward recorded them."""
 
-    Args:
-        enabled: whether the rank's schedule postpones at all. Where it does not, a layer that needs no communication
-            is a plain ``F.linear``, which ``torch.compile`` sees through.
-    """
-
-    def __init__(self, *, enabled: bool = False) -> None:
-        self.enabled = enabled
+    def __init__(self) -> None:
         self._recording: list[tuple[nn.Parameter, Product]] | None = None
         self._postponed: dict[Hashable, list[tuple[nn.Parameter, Product]]] = {}
 
     @property
     def postpones(self) -> bool:
         """Whether a backward that runs now is to leave its weight gradients here."""
-        return self.enabled and self._recording is not None
+        return self._recording is not None
 
     def postpone(self, parameter: nn.Parameter, product: Product) -> None:
         """Leave the computation of one contribution to ``parameter``'s gradient for later."""

@@ -89,7 +89,7 @@ class DeepSpeedEngine:
             context,
             schedule=_schedule(config),
             between_stages=model.between_stages(config.train.micro_batch_size, config.model.sequence_length),
-            weight_gradients=model.tensor_parallel.weight_gradients,
+            weight_gradients=model.weight_gradients,
         )
 
     def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:

@@ -21,6 +21,7 @@ from megalm.config.schema import Config, Engine, Model
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.block import BLOCKS
 from megalm.core.embedding import VocabParallelEmbedding
+from megalm.core.linear import postpone_weight_gradients
 from megalm.core.parameters import DeclaredTensor, declared_tensors
 from megalm.core.pipeline.p2p import Tensors, TensorSpec
 from megalm.core.pipeline.schedule import splits_backward
@@ -95,6 +96,7 @@ class Transformer(nn.Module):
         self.tied, self.hidden_size = model.tie_embeddings, model.hidden_size
         self.recompute = Recompute(engine.recompute, engine.recompute_every)
         self.loss_chunk_tokens, self.objective = engine.loss_chunk_tokens, objective
+        self.weight_gradients: WeightGradients | None = None
         rotary = RotaryPosition(model, device=device) if model.position == "rotary" else None
         with device:
             self.input = self.output = None
@@ -251,11 +253,7 @@ def build_transformer(
         config.model,
         vocab_size,
         part=Part({stage: layers[stage] for stage in context.stages}, context.topology.num_stages),
-        tensor_parallel=TensorParallel(
-            context.tp_group,
-            config.parallel.sequence_parallel,
-            WeightGradients(enabled=splits_backward(config.parallel.schedule)),
-        ),
+        tensor_parallel=TensorParallel(context.tp_group, config.parallel.sequence_parallel),
         context_parallel=ContextParallel(context.cp_group, config.parallel.cp_attention),
         engine=config.engine,
         objective=objective,
@@ -263,6 +261,9 @@ def build_transformer(
         device=context.device,
     ).to(dtype)
     initialise(model.tensors(), config.run.seed)
+    if splits_backward(config.parallel.schedule):
+        model.weight_gradients = WeightGradients()
+        postpone_weight_gradients(model.blocks, model.weight_gradients)
     if config.engine.compile:
         # Blocks that differ in their weights alone share one compiled graph.
         for block in model.blocks.values():

@@ -69,7 +69,7 @@ def probe(cases: list[Case]) -> list[dict[str, dict[str, Tensor]]]:
 
 def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
     from megalm.core.embedding import VocabParallelEmbedding
-    from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
+    from megalm.core.linear import ColumnParallelLinear, RowParallelLinear, postpone_weight_gradients
     from megalm.core.loss import output_loss, output_metrics
     from megalm.core.tensor_parallel import TensorParallel
     from megalm.core.weight_gradients import WeightGradients
@@ -77,8 +77,8 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
     from megalm.mesh.topology import Topology
 
     group = ALONE if case.tp == 1 else ParallelContext.create(Topology(tp=case.tp, dp=4 // case.tp)).tp_group
-    weight_gradients = WeightGradients(enabled=case.zero_bubble)
-    tp = TensorParallel(group, case.sequence_parallel, weight_gradients)
+    weight_gradients = WeightGradients()
+    tp = TensorParallel(group, case.sequence_parallel)
 
     def outside(x: Tensor) -> Tensor:
         """What a rank has of an activation outside tensor-parallel regions."""
@@ -97,6 +97,8 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
         """Forward and backward; with zero bubble the weights' gradients come from what was postponed."""
         for module_name, module in modules.items():
             fill(module, module_name)
+            if case.zero_bubble:
+                postpone_weight_gradients(module, weight_gradients)
         x = None if x is None else x.clone().requires_grad_()
         y = function(x)
         loss = loss_of(y, weight)
@@ -276,7 +278,7 @@ def trace() -> dict[str, list]:
 
     from megalm.core.collectives import Pending
     from megalm.core.embedding import VocabParallelEmbedding
-    from megalm.core.linear import ColumnParallelLinear, RowParallelLinear
+    from megalm.core.linear import ColumnParallelLinear, RowParallelLinear, postpone_weight_gradients
     from megalm.core.loss import output_loss
     from megalm.core.tensor_parallel import TensorParallel
     from megalm.core.weight_gradients import WeightGradients
@@ -310,10 +312,12 @@ def trace() -> dict[str, list]:
     found: dict[str, list] = {}
     for sequence_parallel in (False, True):
         for zero_bubble in (False, True):
-            tp = TensorParallel(context.tp_group, sequence_parallel, WeightGradients(enabled=zero_bubble))
+            tp, store = TensorParallel(context.tp_group, sequence_parallel), WeightGradients()
             name = ("sp" if sequence_parallel else "whole") + ("·zb" if zero_bubble else "")
             column = ColumnParallelLinear(H, (FFN,), tensor_parallel=tp, std=1.0, bias=True)
             row = RowParallelLinear(FFN, H, tensor_parallel=tp, std=1.0, bias=True)
+            if zero_bubble:
+                postpone_weight_gradients(nn.ModuleList([column, row]), store)
             parameters = {p.data_ptr() for layer in (column, row) for p in layer.parameters()}
             saved: list[tuple[int, ...]] = []
 
@@ -330,14 +334,14 @@ def trace() -> dict[str, list]:
                 found[f"{name} forward"] = log.copy()
                 log.clear()
                 if zero_bubble:
-                    with tp.weight_gradients.record(0):
+                    with store.record(0):
                         y.backward(torch.ones_like(y))
                 else:
                     y.backward(torch.ones_like(y))
                 found[f"{name} backward"] = log.copy()
                 log.clear()
                 if zero_bubble:
-                    list(tp.weight_gradients.compute(0))
+                    list(store.compute(0))
                     found[f"{name} later"] = log.copy()
                     log.clear()
         rows = VocabParallelEmbedding(V, H, tensor_parallel=tp, std=1.0)

@@ -231,7 +231,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gradient):
         inputs, weight = ctx.saved_tensors
         product = _PostponedProduct(gradient, inputs)
-        if ctx.weight_gradients.postpones:
+        if ctx.weight_gradients is not None and ctx.weight_gradients.postpones:
             ctx.weight_gradients.postpone(ctx.weight, product)
             return gradient @ weight, None, None
         return gradient @ weight, product(), None
@@ -240,7 +240,7 @@ class _Linear(torch.autograd.Function):
 class _Stages(nn.Module):
     """Stages of one linear layer each; the last one gives the objective."""
 
-    def __init__(self, stages: int, weight_gradients: WeightGradients) -> None:
+    def __init__(self, stages: int, weight_gradients: WeightGradients | None) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)
         self.weights = nn.ParameterList(torch.randn(4, 4, generator=generator) for _ in range(stages))
@@ -261,7 +261,7 @@ class _Stages(nn.Module):
 
 
 def _runner(name: str, v: int) -> tuple[_Stages, PipelineRunner]:
-    weight_gradients = WeightGradients(enabled=splits_backward(name))
+    weight_gradients = WeightGradients() if splits_backward(name) else None
     stages = _Stages(v, weight_gradients)
     context = replace(ParallelContext.single(), topology=Topology(virtual_stages=v))
     return stages, PipelineRunner(
