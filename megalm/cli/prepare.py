@@ -211,6 +211,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace DIR if it was prepared differently")
     add("--verify", type=user_path, metavar="DIR", help="read all of a dataset and name each corrupt chunk")
 
+    _add_corpus_options(parser)
+    _add_cleaning_options(parser)
+    _add_token_options(parser)
+    return parser
+
+
+def _add_corpus_options(parser: argparse.ArgumentParser) -> None:
     corpus = parser.add_argument_group("what a document is")
     defaults = CorpusOptions()
     add = corpus.add_argument
@@ -228,6 +235,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--hf-config", metavar="NAME", help="hf: configuration of a named dataset")
     add("--hf-split", default=defaults.hf_split, metavar="NAME", help="hf: its split (default: train)")
 
+
+def _add_cleaning_options(parser: argparse.ArgumentParser) -> None:
     cleaning = parser.add_argument_group("cleaning (all of it is counted in data_card.md)")
     add = cleaning.add_argument
     add("--normalise", choices=_NORMAL_FORMS, help="Unicode normal form")
@@ -246,6 +255,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--ngram", type=int, default=Cleaning.ngram, metavar="N", help="words that make an overlap (default: 13)")
     add("--max-document-bytes", type=int, metavar="N", help="remove longer documents")
 
+
+def _add_token_options(parser: argparse.ArgumentParser) -> None:
     tokens = parser.add_argument_group("tokens")
     add = tokens.add_argument
     add(
@@ -266,4 +277,3 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--val-input", nargs="+", default=[], type=user_path, metavar="PATH", help="a validation corpus instead")
     add("--chunk-tokens", type=int, default=Recipe.chunk_tokens, help="tokens per chunk; sequence lengths divide it")
     add("--pack", type=int, default=0, metavar="LENGTH", help="fit whole documents into sequences of this length")
-    return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,10 +11,13 @@ from megalm.config.job import topology_of
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
 from megalm.data.shards.dataset import open_datasets, tokenizer_of, with_validation
+from megalm.data.stream.batch import MakeBatch
 from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.loader import TrainLoader
 from megalm.data.stream.sequences import Corpora
+from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
+from megalm.engine.lr_schedule import LearningRate
 from megalm.errors import ConfigError, DivergedError, ExitCode
 from megalm.launch import RankInfo
 from megalm.launch.signals import StopRequest
@@ -66,6 +69,49 @@ def run_training(
     return _OUTCOMES[outcome]
 
 
+@dataclass(frozen=True)
+class _Data:
+    """What a run reads, and how its rows become batches.
+
+    Attributes:
+        train: the training splits.
+        val: the validation splits; None: there are none.
+        tokenizer: that made them.
+        make_batch: of the objective.
+    """
+
+    train: Corpora
+    val: Corpora | None
+    tokenizer: Tokenizer
+    make_batch: MakeBatch
+
+    @classmethod
+    def open(cls, config: Config, objective: Objective) -> _Data:
+        """Open the datasets that a config names."""
+        datasets = open_datasets(config.data)
+        length, each = config.model.sequence_length, objective.sequences_per_example
+        validating = [dataset.below("val") for dataset in with_validation(datasets)]
+        tokenizer = tokenizer_of(datasets)
+        return cls(
+            train=Corpora.open([dataset.below("train") for dataset in datasets], length, each),
+            val=Corpora.open(validating, length, each) if validating else None,
+            tokenizer=tokenizer,
+            make_batch=objective.make_batch(tokenizer, config.run.seed),
+        )
+
+    def loader(self, config: Config, context: ParallelContext) -> TrainLoader:
+        """This rank's training batches."""
+        return TrainLoader(
+            self.train,
+            config.data,
+            make_batch=self.make_batch,
+            batch_size=BatchSize.of(config.train, config.model.sequence_length),
+            dp_rank=context.coordinates.dp,
+            dp_size=context.topology.dp,
+            seed=config.run.seed,
+        )
+
+
 def build_trainer(
     config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint, claim: Claim | None = None
 ) -> tuple[Trainer, CallbackList]:
@@ -82,72 +128,84 @@ def build_trainer(
     context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
     objective = make_objective(config.objective)
     _check_micro_batch(config, objective)
-    datasets = open_datasets(config.data)
-    length, each = config.model.sequence_length, objective.sequences_per_example
-    train_data = Corpora.open([dataset.below("train") for dataset in datasets], length, each)
-    validating = [dataset.below("val") for dataset in with_validation(datasets)]
-    val_data = Corpora.open(validating, length, each) if validating else None
-    tokenizer = tokenizer_of(datasets)
-    make_batch = objective.make_batch(tokenizer, config.run.seed)
-    vocab_size = config.model.vocab_size or train_data.vocab_size
+    data = _Data.open(config, objective)
+    vocab_size = config.model.vocab_size or data.train.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-
-    model = build_transformer(
-        config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=objective
-    )
     parameters = parameter_count(config.model, vocab_size).total + objective.head_parameters(config.model)
-    _assert_nothing_lost(context, model, parameters)
-    engine = DeepSpeedEngine(model, context, config)
-    loader = TrainLoader(
-        train_data,
-        config.data,
-        make_batch=make_batch,
-        batch_size=BatchSize.of(config.train, config.model.sequence_length),
-        dp_rank=context.coordinates.dp,
-        dp_size=context.topology.dp,
-        seed=config.run.seed,
-    )
+    engine = _build_engine(config, vocab_size, context, objective, parameters)
+    loader = data.loader(config, context)
     restored = restore(start, engine, loader, context, seed=config.run.seed)
     schedule = schedule_for(config, None if restored.resumed is None else history_of(restored.resumed))
-
-    lineage = {**restored.lineage, TOKENIZER: tokenizer_record(tokenizer)}
-    peak_name = _peak_name(config, context.device)
-    peak = peak_flops(peak_name, config.engine.dtype)
-    callbacks = CallbackList(_make_callbacks(config, claim) if context.rank == 0 else [])
     if context.rank == 0:
-        if claim is not None:
-            claim.check()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(run_dir)  # the folder is whole in itself: config and tokenizer lie beside the weights
-    callbacks.on_start(
-        RunContext(
-            config=config,
-            run_dir=run_dir,
-            start_step=restored.progress.step,
-            total_steps=config.train.steps,
-            total_tokens=schedule.total_tokens,
-            attempt=_begin_attempt(config, run_dir, start, restored, rank.world_size) if context.rank == 0 else None,
-            topology=context.topology.describe(),
-            device=_device_in_words(context.device),
-            parameters=parameters,
-            loaded=restored.words,
-            mfu_peak=None if peak is None else f"{peak / 1e12:.0f} TFLOP/s ({peak_name}, {config.engine.dtype}, dense)",
-        )
-    )
+        _begin_folder(run_dir, data.tokenizer, claim)
+    callbacks = CallbackList(_make_callbacks(config, claim) if context.rank == 0 else [])
+    attempt = _begin_attempt(config, run_dir, start, restored, rank.world_size) if context.rank == 0 else None
+    callbacks.on_start(_run_context(config, context, restored, schedule, attempt, parameters))
+    lineage = {**restored.lineage, TOKENIZER: tokenizer_record(data.tokenizer)}
     trainer = Trainer(
         config,
         context=context,
         engine=engine,
         loader=loader,
-        validator=None if val_data is None else Validator(config, context, val_data, objective, make_batch),
+        validator=None if data.val is None else Validator(config, context, data.val, objective, data.make_batch),
         saver=Saver(config, context, run_dir, lineage=lineage, start=start, claim=claim),
         callbacks=callbacks,
         learning_rate=schedule,
-        utilisation=Utilisation(flops_per_token(config.model, vocab_size), peak),
+        utilisation=Utilisation(flops_per_token(config.model, vocab_size), _peak(config, context)[1]),
         stop=stop,
         progress=restored.progress,
     )
     return trainer, callbacks
+
+
+def _build_engine(
+    config: Config, vocab_size: int, context: ParallelContext, objective: Objective, parameters: int
+) -> DeepSpeedEngine:
+    """The model with its initial weights, under its optimizer; ``parameters`` is how many the whole model has."""
+    model = build_transformer(
+        config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=objective
+    )
+    _assert_nothing_lost(context, model, parameters)
+    return DeepSpeedEngine(model, context, config)
+
+
+def _begin_folder(run_dir: Path, tokenizer: Tokenizer, claim: Claim | None) -> None:
+    """The run's folder, whole in itself: config and tokenizer lie beside the weights."""
+    if claim is not None:
+        claim.check()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(run_dir)
+
+
+def _run_context(
+    config: Config,
+    context: ParallelContext,
+    restored: Restored,
+    schedule: LearningRate,
+    attempt: Attempt | None,
+    parameters: int,
+) -> RunContext:
+    """What callbacks are told when the run begins."""
+    name, peak = _peak(config, context)
+    return RunContext(
+        config=config,
+        run_dir=run_folder(config),
+        start_step=restored.progress.step,
+        total_steps=config.train.steps,
+        total_tokens=schedule.total_tokens,
+        attempt=attempt,
+        topology=context.topology.describe(),
+        device=_device_in_words(context.device),
+        parameters=parameters,
+        loaded=restored.words,
+        mfu_peak=None if peak is None else f"{peak / 1e12:.0f} TFLOP/s ({name}, {config.engine.dtype}, dense)",
+    )
+
+
+def _peak(config: Config, context: ParallelContext) -> tuple[str | None, float | None]:
+    """Name of the device, and its peak FLOP/s in the run's number format; None where it is unknown."""
+    name = _peak_name(config, context.device)
+    return name, peak_flops(name, config.engine.dtype)
 
 
 def _check_micro_batch(config: Config, objective: Objective) -> None:
