@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_from_an_empty_folder_the_quickstart_says_how_to_prepare_its_data_and_th
     train += ["optim.warmup_tokens=0", "report.prompt=null", "logging.wandb=disabled"]
     refused = megalm(*train)
     assert refused.returncode == 3
-    (printed,) = (line.strip() for line in refused.stderr.splitlines() if line.startswith("  megalm "))
+    (printed,) = re.findall(r"`(megalm prepare [^`]+)`", refused.stderr)
     prepared = megalm(*shlex.split(printed)[1:])
     assert prepared.returncode == 0, prepared.stderr
     trained = megalm(*train)

@@ -290,7 +290,7 @@ def test_what_the_data_ask_for() -> None:
     assert lines(tuned, Dataset(), Dataset(masked=True)) == [], "plain text may be mixed in"
     assert lines(tuned, Dataset()) == [
         "objective.name=sft: no dataset of data.path has a loss mask, so prompts would carry loss like completions; "
-        "data of prepare_data.py --corpus sft, or objective.name=clm"
+        "data of `megalm prepare --corpus sft`, or objective.name=clm"
     ]
 
 
