@@ -20,7 +20,7 @@ train: $(STAMP)
 	$(BIN)/megalm train experiment=quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 # For every save: what has no ranks and takes no ten seconds. Leaves out tests/dist, cli, slurm, gpu and what is marked slow.
 test-fast: $(STAMP)

@@ -9,14 +9,6 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``make test`` has two workers, which take a file at a time: the longest first, so that both end together."""
-    order = {"dist": 0, "slurm": 1, "cli": 2, "gpu": 3, "unit": 4}
-    items.sort(key=lambda item: order[item.path.relative_to(REPOSITORY / "tests").parts[0]])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def twenty_local_steps(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
     """Losses and gradient norms of ``TWENTY_STEPS`` on ranks that megalm started itself."""
