@@ -22,9 +22,13 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-# For every save: what has no ranks and takes no ten seconds. Leaves out tests/dist, cli, slurm, gpu and what is marked slow.
+# For every save, in two processes: the unit tests but for those that start processes, prepare data or convert models.
+# Leaves out tests/dist, cli, slurm, gpu, what is marked slow, and the folders below; property tests try 10 examples.
+SLOWER := launch data/prepare convert cli tools test_docs.py test_wheel.py test_api.py test_ownership.py \
+          checkpoint/test_inspect_tool.py config/test_sweep.py
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest tests/unit -m "not slow" -x
+	$(BIN)/python -m pytest tests/unit -m "not slow" -n 2 --dist loadfile --hypothesis-profile=fast \
+	    $(SLOWER:%=--ignore=tests/unit/%)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# For `make test-fast`: a tenth of the examples, where a test does not say how many it needs.
+settings.register_profile("fast", max_examples=10)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
