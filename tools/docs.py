@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from structure import imports_of, layers_of, modules_of
 
-from megalm.cli.main import COMMANDS
 from megalm.cli.main import main as megalm
+from megalm.cli.table import COMMANDS
 from megalm.config.support import BOUNDS, CHOICES
 
 MADE = "<!-- made by tools/docs.py; change the code instead -->"
@@ -186,7 +186,7 @@ ROOMS = {
 
 
 def drawing() -> str:
-    """Packages by layer, and who imports whom; an arrow that follows from others is left out."""
+    """Packages by layer, and their imports; an arrow that follows from others is left out."""
     modules = modules_of(ROOT)
     layers = layers_of(ROOT)
     rooms = [room for row in layers for room in row if f"{room}" != "megalm.__main__"]

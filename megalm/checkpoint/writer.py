@@ -38,9 +38,8 @@ from megalm.checkpoint.manifest import (
 )
 from megalm.checkpoint.store import TEMPORARY_PREFIX, remove_folder, replaced_folder, step_folder
 from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, as_bytes
-from megalm.core.parameters import StatePiece
+from megalm.core.parameters import Recorded, StatePiece
 from megalm.errors import CheckpointError
-from megalm.mesh.parameter import ParameterRecord
 from megalm.version import __version__
 
 CANCELLED = "cancelled"
@@ -62,7 +61,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class PieceToWrite:
+class PieceToWrite(Recorded):
     """A piece whose values are fetched when its turn comes, so that a writer holds one at a time.
 
     Attributes:
@@ -71,7 +70,6 @@ class PieceToWrite:
         load: gives the values: one-dimensional, fp32, contiguous, on the CPU.
     """
 
-    record: ParameterRecord
     kind: str
     flat_start: int
     length: int
@@ -83,15 +81,10 @@ class PieceToWrite:
 
         def load() -> Tensor:
             found = (piece.values if values is None else values).detach().to("cpu")
-            # What is trained has a master in fp32; what is not is kept in the model's dtype, which fp32 includes.
+            # Trained parameters have fp32 masters; frozen ones and buffers have the model's dtype, which fp32 includes.
             return (found if piece.record.trainable else found.to(torch.float32)).contiguous()
 
         return cls(piece.record, piece.kind, piece.flat_start, piece.values.numel(), load)
-
-    @property
-    def name(self) -> str:
-        """Layout-independent name of the tensor."""
-        return self.record.name
 
     @property
     def key(self) -> str:

@@ -7,14 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from megalm.cli.command import parse_config
+from megalm.cli.table import COMMANDS
 from megalm.errors import ExitCode
-
-_DESCRIPTION = "Check a configuration for cluster.gpus GPUs, in a second, without starting anything."
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """Run the command; ``prog`` is what it was called as. Returns its exit code."""
-    options = parse_config(prog, _DESCRIPTION, arguments, _add_options)
+    options = parse_config(prog, COMMANDS["check"].help, arguments, _add_options)
     if options is None:
         return ExitCode.DONE
     from megalm.config.compose import composition

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megalm.cli.command import add_run, parse, tell_unused
+from megalm.cli.table import COMMANDS
 from megalm.errors import ExitCode
 from megalm.runs.folder import run_folder_of
-
-_DESCRIPTION = "Loss and perplexity of a run over its whole validation split."
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """Run the command; ``prog`` is what it was called as. Returns its exit code."""
-    options = parse(prog, _DESCRIPTION, arguments, add_run)
+    options = parse(prog, COMMANDS["evaluate"].help, arguments, add_run)
     tell_unused("evaluate", options.overrides)
     from megalm.evaluate.perplexity import run_evaluate
 

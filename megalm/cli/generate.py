@@ -6,15 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 from megalm.cli.command import add_run, parse, tell_unused
+from megalm.cli.table import COMMANDS
 from megalm.errors import ExitCode
 from megalm.runs.folder import run_folder_of
-
-_DESCRIPTION = "Generate text from a prompt with a run's model."
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """Run the command; ``prog`` is what it was called as. Returns its exit code."""
-    options = parse(prog, _DESCRIPTION, arguments, _add_options)
+    options = parse(prog, COMMANDS["generate"].help, arguments, _add_options)
     tell_unused("generate", options.overrides)
     from megalm.generate.run import run_generate
 

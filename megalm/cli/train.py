@@ -7,14 +7,13 @@ import os
 from collections.abc import Sequence
 
 from megalm.cli.command import parse_config
+from megalm.cli.table import COMMANDS
 from megalm.errors import ConfigError, ExitCode
-
-_DESCRIPTION = "Train a run, or resume it; starts its own ranks unless torchrun, srun or mpirun has."
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """Run the command; ``prog`` is what it was called as. Returns its exit code."""
-    options = parse_config(prog, _DESCRIPTION, arguments, _add_options)
+    options = parse_config(prog, COMMANDS["train"].help, arguments, _add_options)
     if options is None:
         return ExitCode.DONE
     from megalm.launch.run import run_job, run_on_own_ranks

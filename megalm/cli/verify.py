@@ -6,15 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 from megalm.cli.command import parse_config
+from megalm.cli.table import COMMANDS
 from megalm.config.arguments import user_path
 from megalm.errors import ExitCode
-
-_DESCRIPTION = "Prove that a config's layout trains like one process: shrunk, on this machine's CPU, in a minute."
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
     """Run the command; ``prog`` is what it was called as. Returns its exit code."""
-    options = parse_config(prog, _DESCRIPTION, arguments, _add_options)
+    options = parse_config(prog, COMMANDS["verify"].help, arguments, _add_options)
     if options is None:
         return ExitCode.DONE
     from megalm.verify.run import run_verify

@@ -55,13 +55,22 @@ Linear = Callable[[Tensor, nn.Parameter, nn.Parameter | None], Tensor]
 
 
 class ParallelLinear(ParallelModule):
-    """What both kinds have: the product, and where its weight gradient goes under a zero-bubble schedule."""
+    """A linear layer split by columns or rows, whose weight gradient a zero-bubble schedule can postpone.
 
-    _linear: Linear
+    Args:
+        tensor_parallel: the group, and how activations are split outside it.
+        function: the product and its backward where the layer is split, or postpones.
+    """
+
+    def __init__(self, tensor_parallel: TensorParallel, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.tensor_parallel = tensor_parallel
+        self._function = function
+        self._linear = _alone_or(function, tensor_parallel)
 
     def postpone_into(self, weight_gradients: WeightGradients) -> None:
         """Leave weight gradients in a store while a schedule records, instead of computing them in backward."""
-        raise NotImplementedError
+        self._linear = _outside_graphs(self._function, self.tensor_parallel, weight_gradients)
 
 
 def postpone_weight_gradients(module: nn.Module, weight_gradients: WeightGradients) -> None:
@@ -94,9 +103,7 @@ class ColumnParallelLinear(ParallelLinear):
         std: float,
         bias: bool,
     ) -> None:
-        super().__init__()
-        self.tensor_parallel = tensor_parallel
-        self._linear = column_linear(tensor_parallel)
+        super().__init__(tensor_parallel, _ColumnLinear)
         group = tensor_parallel.group
         ranges, offset = [], 0
         for size in out_features:
@@ -107,10 +114,6 @@ class ColumnParallelLinear(ParallelLinear):
         weight, rows = (offset, in_features), tuple(ranges)
         self.weight = self.declare("weight", ShardSpec.along(weight, 0, rows), Init.normal(std))
         self.bias = self.declare("bias", ShardSpec.along((offset,), 0, rows), Init.constant(0.0)) if bias else None
-
-    def postpone_into(self, weight_gradients: WeightGradients) -> None:
-        """See the base class."""
-        self._linear = _outside_graphs(_ColumnLinear, self.tensor_parallel, weight_gradients)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, I], or [B, S/T, I] under sequence parallelism ▶ [B, S, O/T]."""
@@ -132,19 +135,13 @@ class RowParallelLinear(ParallelLinear):
     def __init__(
         self, in_features: int, out_features: int, *, tensor_parallel: TensorParallel, std: float, bias: bool
     ) -> None:
-        super().__init__()
-        self.tensor_parallel = tensor_parallel
-        self._linear = F.linear if tensor_parallel.group.size == 1 else _outside_graphs(_RowLinear, tensor_parallel)
+        # On one rank rows and columns are split alike: not at all.
+        super().__init__(tensor_parallel, _ColumnLinear if tensor_parallel.group.size == 1 else _RowLinear)
         group = tensor_parallel.group
         ranges = (even_range(in_features, group.index, group.size),)
         self.weight = self.declare("weight", ShardSpec.along((out_features, in_features), 1, ranges), Init.normal(std))
         shard, partial = ShardSpec.replicated(out_features), tensor_parallel.splits_sequence
         self.bias = self.declare("bias", shard, Init.constant(0.0), partial=partial) if bias else None
-
-    def postpone_into(self, weight_gradients: WeightGradients) -> None:
-        """See the base class. On one rank rows and columns are split alike: not at all."""
-        function = _ColumnLinear if self.tensor_parallel.group.size == 1 else _RowLinear
-        self._linear = _outside_graphs(function, self.tensor_parallel, weight_gradients)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, I/T] ▶ [B, S, O], or [B, S/T, O] under sequence parallelism."""
@@ -158,7 +155,12 @@ class RowParallelLinear(ParallelLinear):
 
 def column_linear(tensor_parallel: TensorParallel) -> Linear:
     """``x Wᵀ + b`` with a rank's rows of ``W`` [O/T, I]; shapes as in :meth:`ColumnParallelLinear.forward`."""
-    return F.linear if tensor_parallel.group.size == 1 else _outside_graphs(_ColumnLinear, tensor_parallel)
+    return _alone_or(_ColumnLinear, tensor_parallel)
+
+
+def _alone_or(function: type[torch.autograd.Function], tensor_parallel: TensorParallel) -> Linear:
+    """On one rank a plain ``F.linear``, which ``torch.compile`` sees through."""
+    return F.linear if tensor_parallel.group.size == 1 else _outside_graphs(function, tensor_parallel)
 
 
 def _outside_graphs(

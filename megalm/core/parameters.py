@@ -47,11 +47,6 @@ class Declaration:
         """The slice that this rank holds."""
         return self.record.shard
 
-    @property
-    def partial(self) -> bool:
-        """Whether ranks with equal slices see a part of the gradient each."""
-        return bool(self.record.partial_over)
-
 
 class ParallelModule(nn.Module):
     """A module that declares every parameter it owns, instead of creating it by hand."""
@@ -123,22 +118,28 @@ def freeze(module: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class DeclaredTensor:
-    """One parameter or buffer of a model: its record under its full name, how it starts, and the local tensor."""
+class Recorded:
+    """Something of a parameter or buffer, with its record."""
 
     record: ParameterRecord
-    init: Init = field(repr=False)
-    tensor: Tensor = field(repr=False)
 
     @property
     def name(self) -> str:
-        """Layout-independent."""
+        """Layout-independent name of the tensor."""
         return self.record.name
 
     @property
     def shard(self) -> ShardSpec:
-        """The slice that this rank holds."""
+        """The slice of the full tensor that the local tensor is."""
         return self.record.shard
+
+
+@dataclass(frozen=True)
+class DeclaredTensor(Recorded):
+    """One parameter or buffer of a model: its record under its full name, how it starts, and the local tensor."""
+
+    init: Init = field(repr=False)
+    tensor: Tensor = field(repr=False)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -156,11 +157,6 @@ def declared_tensors(module: nn.Module, prefix: str = "") -> list[DeclaredTensor
     return list(_declared(module, prefix))
 
 
-def declared_parameters(module: nn.Module) -> list[DeclaredTensor]:
-    """Every parameter below ``module``; see :func:`declared_tensors`."""
-    return [declared for declared in declared_tensors(module) if not declared.record.is_buffer]
-
-
 def _declared(module: nn.Module, prefix: str) -> Iterator[DeclaredTensor]:
     for path, child in module.named_modules():
         declarations = getattr(child, "declarations", {})
@@ -176,7 +172,7 @@ def _declared(module: nn.Module, prefix: str) -> Iterator[DeclaredTensor]:
 
 
 @dataclass(frozen=True)
-class StatePiece:
+class StatePiece(Recorded):
     """A contiguous run of one tensor's flattened local tensor that this rank holds.
 
     ZeRO cuts the flattened local tensor without regard to rows, so a piece is described by the slice of the full tensor
@@ -190,17 +186,6 @@ class StatePiece:
             and of a buffer the model's own, in its dtype.
     """
 
-    record: ParameterRecord
     kind: str
     flat_start: int
     values: Tensor = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """Layout-independent name of the tensor."""
-        return self.record.name
-
-    @property
-    def shard(self) -> ShardSpec:
-        """What the local tensor is of the full one."""
-        return self.record.shard

@@ -129,6 +129,6 @@ def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: Pa
 
 def _share(piece: StatePiece) -> int:
     """A piece's share of its tensor's fingerprint, as 64 bits with a sign hold it."""
-    # Of what is not trained the model's own dtype is kept; the checkpoint has it in fp32.
+    # Frozen parameters and buffers have the model's dtype here, and fp32 in the checkpoint.
     share = fingerprint(piece.name, piece.shard, piece.flat_start, piece.values.float())
     return share - (1 << 64) if share >= 1 << 63 else share

@@ -39,7 +39,7 @@ from megalm.objectives.clm import next_tokens
 from megalm.objectives.registry import make_objective
 
 _EOS_ID = 0
-"""Ends a document of the synthetic batches, where a config's attention begins anew with each."""
+"""Ends a document of the synthetic batches, where a config's attention restarts at each."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -80,7 +81,48 @@ class Request:
     new_session: bool
 
 
-class ForkedProcess:
+class _Process(ABC):
+    """What of ``subprocess.Popen`` and ``multiprocessing.Process`` follows from ``pid``, ``poll`` and ``wait``."""
+
+    pid: int
+
+    @abstractmethod
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs; minus the signal that killed it."""
+
+    @abstractmethod
+    def wait(self, timeout: float | None = None) -> int:
+        """Until it has ended."""
+
+    def send_signal(self, number: int) -> None:
+        """Nothing happens to one that has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        return self.poll() is None
+
+    @property
+    def exitcode(self) -> int | None:
+        """As :meth:`poll`."""
+        return self.poll()
+
+    def join(self) -> None:
+        """As :meth:`wait`."""
+        self.wait()
+
+
+class ForkedProcess(_Process):
     """A process that the server has forked, with the part of ``subprocess.Popen`` and ``Process`` that tests use."""
 
     def __init__(self, server: ForkServer, pid: int, stdout: Any, stderr: Any) -> None:
@@ -128,33 +170,6 @@ class ForkedProcess:
             for stream in (self.stdout, self.stderr)
         ]
         return texts[0], texts[1]
-
-    def send_signal(self, number: int) -> None:
-        """Nothing happens to one that has ended."""
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """End it at once."""
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-        self.send_signal(signal.SIGTERM)
-
-    def is_alive(self) -> bool:
-        """As of ``multiprocessing.Process``."""
-        return self.poll() is None
-
-    @property
-    def exitcode(self) -> int | None:
-        """As of ``multiprocessing.Process``."""
-        return self.poll()
-
-    def join(self) -> None:
-        """As of ``multiprocessing.Process``."""
-        self.wait()
 
     def __enter__(self) -> ForkedProcess:
         return self
@@ -278,7 +293,7 @@ def run_megalm(arguments: Sequence[str]) -> int:
 
 
 @dataclass
-class _Child:
+class _Child(_Process):
     """A fork of this process: the part of ``subprocess.Popen`` and ``Process`` that ``megalm.launch`` uses."""
 
     pid: int
@@ -292,27 +307,10 @@ class _Child:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def wait(self) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def is_alive(self) -> bool:
-        return self.poll() is None
-
-    @property
-    def exitcode(self) -> int | None:
-        return self.poll()
-
-    def join(self) -> None:
-        self.wait()
 
 
 _rank_zero_alone: list[int] = []

@@ -104,7 +104,7 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(tp=2, dp=2, zero_stage=2, dtype="bf16", model=BERT, name="bert"),
         Layout(cp=2, pp=2, cp_attention="ring", model=replace(BERT, tie_embeddings=False), name="bert untied"),
         Layout(dp=4, zero_stage=3, model=BERT, name="bert"),
-        # Attention and positions that begin anew with each document of a packed row.
+        # Attention and positions that restart at each document of a packed row.
         Layout(tp=2, sp=True, pp=2, recompute="selective", reset_at_documents=True),
         Layout(cp=2, pp=2, reset_at_documents=True, model=LLAMA, name="llama"),
         Layout(tp=2, dp=2, dtype="bf16", reset_at_documents=True),

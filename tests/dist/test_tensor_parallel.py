@@ -118,7 +118,7 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
                 full = torch.zeros(declaration.shard.full_shape, dtype=torch.float64)
                 declaration.shard.put(getattr(module, parameter).grad, full)
                 # Slices and parts add up to the gradient; replicas that see all of it must not be counted twice.
-                if not declaration.shard.is_sharded and not declaration.partial:
+                if not declaration.shard.is_sharded and not declaration.record.partial_over:
                     full /= group.size
                 found[f"{module_name}.{parameter}"] = full
         results[name] = found

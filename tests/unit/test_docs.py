@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from megalm.cli.command import add_run, parse
-from megalm.cli.main import COMMANDS, main
+from megalm.cli.main import main
+from megalm.cli.table import COMMANDS
 from megalm.config.compose import compose
 from megalm.config.schema import Config
 from megalm.errors import ExitCode

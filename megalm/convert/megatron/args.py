@@ -1,6 +1,6 @@
 """The architecture in the ``args`` of a Megatron-LM checkpoint, read and written.
 
-Megatron-LM's arguments are many and change; what is not named here does not alter what a GPT computes. From
+Megatron-LM's arguments are many and change; those that this module does not name do not alter what a GPT computes. From
 ``megatron/training/arguments.py`` and ``megatron/core/transformer/transformer_config.py``. Megatron-DeepSpeed has other
 names for a few, and one for which "off" is ``[1]``.
 """

@@ -185,8 +185,8 @@ def _left_out(totals: LeftOutTotals, read: int) -> list[str]:
     lines = [
         "## Left out of documents",
         "",
-        f"Words in what is not rendered as text, over all {read:,} documents read; the first {NAMES:,} names are "
-        "counted one by one, later ones together.",
+        f"Words in elements that are not rendered as text, over all {read:,} documents read; the first {NAMES:,} names "
+        "are counted one by one, later ones together.",
         "",
         "| what | times | words |",
         "| --- | ---: | ---: |",

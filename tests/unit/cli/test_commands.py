@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import megalm
-from megalm.cli.main import COMMANDS, main
+from megalm.cli.main import main
+from megalm.cli.table import COMMANDS
 from megalm.errors import ExitCode
 
 TOOLS = Path(__file__).parents[3] / "tools"
