@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalm.core.collectives import reduce_from_group, reduce_scatter
+from megalm.core.collectives import gather_for_matmul, reduce_from_group, reduce_scatter
 from megalm.core.linear import SEQUENCE, column_linear
 from megalm.core.parameters import Init, ParallelModule
 from megalm.core.tensor_parallel import TensorParallel
@@ -21,7 +21,7 @@ class VocabParallelEmbedding(ParallelModule):
 
     def __init__(self, vocab_size: int, hidden_size: int, *, tensor_parallel: TensorParallel, std: float) -> None:
         super().__init__()
-        self.tensor_parallel = tensor_parallel
+        self.tensor_parallel, self.vocab_size = tensor_parallel, vocab_size
         self._linear = column_linear(tensor_parallel)
         group = tensor_parallel.group
         (self.first_token, self.stop_token), padding = padded_range(vocab_size, group.index, group.size)
@@ -59,3 +59,8 @@ class VocabParallelEmbedding(ParallelModule):
             # Out of place, so that padding rows get no gradient either.
             logits = F.pad(logits[..., : self.local_vocab_size], (0, padding), value=float("-inf"))
         return logits
+
+    def whole_logits(self, x: Tensor, bias: nn.Parameter | None = None) -> Tensor:
+        """The logits of all words on every rank: [B, S, H] ▶ [B, S, V], without padding; for generation."""
+        logits = gather_for_matmul(self.logits(x, bias), self.tensor_parallel.group, dim=x.ndim - 1)
+        return logits[..., : self.vocab_size]

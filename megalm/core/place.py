@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from megalm.core.documents import Documents
+
+if TYPE_CHECKING:
+    from megalm.core.attention.attend import AttentionCore
+
+
+class Memory(Protocol):
+    """Keys and values of earlier tokens; see ``attention/cache.py``."""
+
+    def attend(self, layer: int, core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> Tensor:
+        """Store what a pass adds, and attend to it and to what is stored: [B, N, S, D] ▶ [B, N, S, D]."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +27,17 @@ class Place:
 
     Attributes:
         positions: [S] int64, the place of each of this rank's tokens in the whole sequence. S is the rank's share under
-            context parallelism; sequence parallelism splits activations further, not this.
+            context parallelism; sequence parallelism splits activations further, not this. [B, S] where rows differ, in
+            generation.
         samples: [B] int64, global number of each sample, the key of its dropout masks; None: no dropout (evaluation).
         documents: where documents begin, which attention does not look past; None: each row is one document.
+        memory: what earlier passes of a generation have stored; None: a pass has whole sequences.
     """
 
     positions: Tensor
     samples: Tensor | None = None
     documents: Documents | None = None
+    memory: Memory | None = None
 
     @property
     def within_documents(self) -> Tensor:

@@ -128,12 +128,29 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
         """Token ids [B, S] ▶ logits [B, S, V]; for a part that is the whole model on one rank."""
-        x: Tensor | None = None
-        micro_batch = MicroBatch(tokens, tokens, tokens, place)
+        return self.logits(self.through(tokens, None, place))
+
+    def through(self, tokens: Tensor, received: Tensor | None, place: Place | None = None) -> Tensor:
+        """The blocks of this rank's stages, one after the other, for passes without a loss.
+
+        Args:
+            tokens: ids, [B, S].
+            received: what the rank before gave, [B, S, H]; None on the first one, which reads the tokens.
+            place: positions, and keys and values of earlier tokens.
+
+        Returns:
+            The last block's output, [B, S, H].
+        """
+        x, micro_batch = received, MicroBatch(tokens, tokens, tokens, place)
         for stage in self.part.stages:
             x, _ = self._blocks(stage, x, None, micro_batch)
-        assert x is not None and self.output is not None
-        return self.output_embedding.logits(self.output(x), self.output.bias)
+        assert x is not None, "a rank runs a stage"
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The last block's output [B, S, H] ▶ logits of all words on every tensor-parallel rank, [B, S, V]."""
+        assert self.output is not None, "only the last stage computes logits"
+        return self.output_embedding.whole_logits(self.output(x), self.output.bias)
 
     def between_stages(self, micro_batch_size: int, sequence_length: int) -> dict[str, TensorSpec]:
         """What travels between stages, by name; see the module.

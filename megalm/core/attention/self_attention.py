@@ -58,6 +58,7 @@ class SelfAttention(nn.Module):
         recompute_core: bool,
     ) -> None:
         super().__init__()
+        self.layer = layer
         self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
         self.head_dim = model.head_dim
         self.shared_kv_head: int | None = None
@@ -111,6 +112,8 @@ class SelfAttention(nn.Module):
         return y
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, place: Place) -> Tensor:
+        if place.memory is not None:
+            return place.memory.attend(self.layer, self.core, query, key, value, self.heads)
         return self.context_parallel.attend(self.core, query, key, value, self.heads, place)
 
     def _heads(self, x: Tensor) -> Tensor:
