@@ -93,6 +93,31 @@ def output_metrics(
     return totals
 
 
+def token_scores(
+    x: Tensor, embedding: VocabParallelEmbedding, labels: Tensor, *, chunk_tokens: int, bias: Tensor | None = None
+) -> Tensor:
+    """How likely single tokens are, for evaluation; arguments as :func:`output_loss`, for M hidden vectors.
+
+    Args:
+        x: output of the final norm where each token is predicted, [1, M, H].
+        embedding: the rows that logits are computed with.
+        labels: the tokens, [1, M].
+        chunk_tokens: C; 0: all at once.
+        bias: added to the logits; None: there is none.
+
+    Returns:
+        [M, 2] in fp64, the same on every rank of the group: each token's log-probability, and 1 where it is the
+        likeliest, else 0.
+    """
+    chunks = OutputChunks.of(embedding, chunk_tokens)
+    found = []
+    for chunk, chunk_labels in chunks.iterate(x.flatten(0, 1), labels):
+        logits = F.linear(chunk, embedding.weight, bias)
+        losses = token_losses(logits, chunk_labels, chunks)
+        found.append(torch.stack((-losses.double(), (most_likely(logits, chunks) == chunk_labels).double()), dim=1))
+    return torch.cat(found)
+
+
 def sequence_log_probabilities(
     x: Tensor,
     embedding: VocabParallelEmbedding,

@@ -22,6 +22,7 @@ from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.block import BLOCKS
 from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.linear import postpone_weight_gradients
+from megalm.core.loss import token_scores
 from megalm.core.parameters import DeclaredTensor, declared_tensors
 from megalm.core.pipeline.p2p import Tensors, TensorSpec
 from megalm.core.pipeline.schedule import splits_backward
@@ -151,6 +152,26 @@ class Transformer(nn.Module):
         """The last block's output [B, S, H] ▶ logits of all words on every tensor-parallel rank, [B, S, V]."""
         assert self.output is not None, "only the last stage computes logits"
         return self.output_embedding.whole_logits(self.output(x), self.output.bias)
+
+    def token_scores(self, x: Tensor, labels: Tensor) -> Tensor:
+        """How likely tokens are; see :func:`megalm.core.loss.token_scores`.
+
+        Args:
+            x: the last block's output where each is predicted, [M, H].
+            labels: the tokens, [M].
+
+        Returns:
+            [M, 2] fp64: log-probability, and 1 where the token is the likeliest.
+        """
+        assert self.output is not None, "only the last stage computes logits"
+        hidden = self.output(x.unsqueeze(0))
+        return token_scores(
+            hidden,
+            self.output_embedding,
+            labels.unsqueeze(0),
+            chunk_tokens=self.loss_chunk_tokens,
+            bias=self.output.bias,
+        )
 
     def between_stages(self, micro_batch_size: int, sequence_length: int) -> dict[str, TensorSpec]:
         """What travels between stages, by name; see the module.

@@ -44,6 +44,7 @@ class KeyValueCache:
         """Make room for more rows or positions; what is stored stays."""
         self.rows, self.capacity = max(rows, self.rows), max(capacity, self.capacity)
 
+    @torch.inference_mode()
     def move(self, sources: Sequence[int]) -> None:
         """Row i becomes what row ``sources[i]`` is; rows after the last source keep nothing of use."""
         moved = [row for row, source in enumerate(sources) if row != source]

@@ -1,0 +1,107 @@
+"""Passes of a model over the ranks that hold it, several under way at a time.
+
+A rank runs its stages, hands the activation to the next pipeline rank, and goes on with another pass; the last one turns
+the activation into what was asked for and tells all ranks of the model. Activations travel in one direction only and
+results by a broadcast over a group of their own, so that no two transfers wait for each other. With as many passes
+under way as there are pipeline ranks, all of them compute.
+
+Per pass and rank: one activation received and one sent, and one broadcast; with tensor parallelism also the
+collectives of its layers. None of these depends on the number of replicas.
+
+Shapes: B rows of a pass, S tokens of each, H hidden, M rows of a result, C columns.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalm.core.place import Place
+from megalm.mesh.groups import ParallelContext
+from megalm.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is computed.
+
+    Attributes:
+        tokens: ids, [B, S], on the device.
+        place: their positions, and keys and values of earlier tokens.
+        finish: the last block's output [B, S, H] ▶ the result, [M, C] fp64; called on the last stage's ranks.
+        shape: of the result, (M, C).
+    """
+
+    tokens: Tensor
+    place: Place
+    finish: Callable[[Tensor], Tensor]
+    shape: tuple[int, int]
+
+
+class Passes:
+    """Starts passes and gives their results in the same order, on every rank of the model alike.
+
+    Args:
+        model: this rank's part.
+        context: its groups; ``parallel.cp`` and ``virtual_stages`` are 1.
+    """
+
+    def __init__(self, model: Transformer, context: ParallelContext) -> None:
+        self._model, self._context = model, context
+        pipeline = context.pp_group
+        self._before = pipeline.ranks[pipeline.index - 1] if pipeline.index else None
+        self._after = pipeline.ranks[pipeline.index + 1] if pipeline.index + 1 < pipeline.size else None
+        here, last = context.coordinates, context.topology.pp - 1
+        self._speaker = context.topology.rank_at(pp=last, dp=here.dp, cp=here.cp, tp=0)
+        self._under_way: deque[tuple[Tensor, dist.Work | None]] = deque()
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+
+    @property
+    def at_once(self) -> int:
+        """How many passes under way keep all ranks busy."""
+        return self._context.topology.pp
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._context.device
+
+    @torch.inference_mode()
+    def start(self, each: Pass) -> None:
+        """Do this rank's part of a pass; :meth:`result` gives what comes of it."""
+        received = None if self._before is None else self._receive(each.tokens)
+        x = self._model.through(each.tokens, received, each.place)
+        if self._after is None:
+            result = each.finish(x)
+        else:
+            self._send(x)
+            result = torch.empty(each.shape, dtype=torch.float64, device=self.device)
+        group = self._context.model_group
+        work = None
+        if group.size > 1:
+            work = dist.broadcast(result, self._speaker, group=group.handle, async_op=True)
+        self._under_way.append((result, work))
+
+    def result(self) -> Tensor:
+        """The result of the oldest pass under way, [M, C] fp64 on the CPU; waits for it."""
+        result, work = self._under_way.popleft()
+        if work is not None:
+            work.wait()
+        return result.cpu()
+
+    def _receive(self, tokens: Tensor) -> Tensor:
+        weight = next(self._model.parameters())
+        x = torch.empty((*tokens.shape, self._model.hidden_size), dtype=weight.dtype, device=self.device)
+        dist.recv(x, self._before, group=self._context.pp_group.handle)
+        return x
+
+    def _send(self, x: Tensor) -> None:
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        work = dist.isend(x.contiguous(), self._after, group=self._context.pp_group.handle)
+        self._sending.append((work, x))
