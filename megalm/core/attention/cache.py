@@ -137,8 +137,23 @@ class Decode:
         seen = min(max(self._positions) + 1, places)
         # The G query heads of a key head are G rows of one product: its keys are read once.
         grouped = query.reshape(rows, kv_heads, -1, query.shape[-1])
+        if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+            return self._products(grouped, both[:, :rows]).reshape_as(query)
         keys, values = both[0, :rows, :, :seen], both[1, :rows, :, :seen]
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(seen)).reshape_as(query)
+
+    def _products(self, query: Tensor, both: Tensor) -> Tensor:
+        """[B, K, G, D], [2, B, K, C, D] ▶ [B, K, G, D] as two products over all places.
+
+        Measured with one query per row, bf16 products of contiguous operands take a fifth of the time of torch's fused
+        attention, so that even many places that hold nothing yet are worth it.
+        """
+        query = query * query.shape[-1] ** -0.5
+        scores = torch.bmm(query.flatten(0, 1), both[0].flatten(0, 1).mT).view(*query.shape[:3], -1)
+        if (mask := self._mask(both.shape[3])) is not None:
+            scores = scores.masked_fill_(~mask, float("-inf"))
+        probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        return torch.bmm(probabilities.flatten(0, 1), both[1].flatten(0, 1)).view_as(query)
 
     def _store(self, both: Tensor, key: Tensor, value: Tensor) -> None:
         rows, places = key.shape[0], both.shape[3]
