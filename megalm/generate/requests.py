@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megalm.config.schema import Config
 from megalm.config.violation import format_value
@@ -183,6 +184,21 @@ class Score:
     def is_greedy(self) -> bool:
         """Whether greedy decoding would give it."""
         return all(self.likeliest)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A payload.
+
+    Attributes:
+        requests: of one kind.
+        batch_size: rows that a replica computes together.
+        streams: whether text is reported as it grows.
+    """
+
+    requests: tuple[Any, ...]
+    batch_size: int
+    streams: bool = False
 
 
 Progress = Callable[[int], object]

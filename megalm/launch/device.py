@@ -32,7 +32,7 @@ def choose_device(wanted: str, meeting: Meeting) -> tuple[str, str | None]:
             f"launch.device=cuda: {line or 'another machine has fewer GPUs than ranks'}; "
             "start one rank per GPU, or launch.device=cpu"
         )
-    return "cpu", f"{line}: training on the CPU" if line and gpus else None
+    return "cpu", f"{line}: computing on the CPU" if line and gpus else None
 
 
 def slow_format(device: str, dtype: str) -> str | None:

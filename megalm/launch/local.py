@@ -57,6 +57,7 @@ class LocalJob:
         plan: what rank 0 reads from its standard input and tells the others: an ``Assignment``.
         module: what each rank runs, as ``python -m``.
         inherited: open files that ranks keep open: the lock of the run's folder is free when all of them have ended.
+        output: descriptor that they print to; None: this process's standard output.
     """
 
     world_size: int
@@ -65,6 +66,7 @@ class LocalJob:
     plan: str
     module: str = WORKER_MODULE
     inherited: tuple[int, ...] = ()
+    output: int | None = None
 
 
 def run_local(job: LocalJob, say: Callable[[str], None]) -> int:
@@ -77,7 +79,7 @@ def run_local(job: LocalJob, say: Callable[[str], None]) -> int:
     Returns:
         0 when all ranks ended well, or else the exit code of the rank that failed first (128 + N where signal N did).
     """
-    ranks = _Ranks(say)
+    ranks = LocalRanks(say)
     with _forwarding(ranks.forward):
         with _blocked_signals():
             ranks.start(job)
@@ -91,6 +93,7 @@ def exec_rank(
     *,
     reads_plan: bool,
     descriptors: tuple[int, ...],
+    output: int | None = None,
 ) -> subprocess.Popen[str]:
     """Start one rank, in a session of its own.
 
@@ -100,10 +103,12 @@ def exec_rank(
         environment: all of it.
         reads_plan: whether its standard input is a pipe from this process.
         descriptors: open files that it keeps.
+        output: descriptor that it prints to; None: this process's standard output.
     """
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE if reads_plan else subprocess.DEVNULL,
+        stdout=output,
         env=environment,
         pass_fds=descriptors,
         start_new_session=True,
@@ -111,8 +116,12 @@ def exec_rank(
     )
 
 
-class _Ranks:
-    """The processes of a job."""
+class LocalRanks:
+    """The processes of a job.
+
+    Args:
+        say: shows a line to the user.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -135,6 +144,7 @@ class _Ranks:
                     environment,
                     reads_plan=rank == 0,
                     descriptors=(*job.inherited, *own),
+                    output=job.output,
                 )
             )
         listener.close()
@@ -149,7 +159,7 @@ class _Ranks:
             self._interrupts += 1
             if self._interrupts >= INTERRUPTS_TO_KILL:
                 self._say("ended without saving")
-                self._kill()
+                self.kill()
                 return
             again = "once more" if self._interrupts == INTERRUPTS_TO_KILL - 1 else "twice more"
             self._say(f"stopping after this step, then saving; Ctrl-C {again} ends at once, without saving")
@@ -172,7 +182,7 @@ class _Ranks:
             self._wait_until(time.monotonic() + _GRACE_SECONDS)
             return code if code >= 0 else 128 - code
         finally:
-            self._kill()
+            self.kill()
 
     def _wait_for_end_or_failure(self) -> int | None:
         """The first rank that fails; None when all have ended well."""
@@ -192,7 +202,19 @@ class _Ranks:
     def _running(self) -> list[subprocess.Popen[str]]:
         return [process for process in self._processes if process.poll() is None]
 
-    def _kill(self) -> None:
+    def first_failure(self) -> str | None:
+        """What became of the first rank that has failed, in words; None: all run, or have ended well."""
+        self._running()
+        for rank, process in enumerate(self._processes):
+            if process.returncode is not None and process.returncode not in _ORDERLY:
+                return f"rank {rank} {_in_words(process.returncode)}"
+        return None
+
+    def wait_until_ended(self, seconds: float) -> None:
+        """Wait for all ranks to end by themselves, so long at most."""
+        self._wait_until(time.monotonic() + seconds)
+
+    def kill(self) -> None:
         """End what still runs, and what it has started."""
         for process in self._running():
             with contextlib.suppress(ProcessLookupError):

@@ -1,28 +1,29 @@
-"""A run's weights as one whole model in one process, whatever layout wrote them."""
+"""A run's weights in this process: the whole model, or one rank's part of it, whatever layout wrote them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megalm.checkpoint.manifest import BUFFER, WEIGHT, read_manifest
+from megalm.checkpoint.manifest import BUFFER, WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.checkpoint.store import locate
-from megalm.config.compose import load_run_config
-from megalm.config.schema import Config
+from megalm.config.schema import Config, Engine
+from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.dtype import DTYPES
-from megalm.data.shards.dataset import TOKENIZER_FILE
+from megalm.core.tensor_parallel import TensorParallel
 from megalm.data.shards.vocabulary import Vocabulary
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError, DataError
-from megalm.models.counts import resolve_vocab_size
-from megalm.models.transformer import Transformer, build_full_model
+from megalm.mesh.groups import ParallelContext
+from megalm.models.balance import split_layers
+from megalm.models.transformer import Part, Transformer
 from megalm.objectives.base import Objective
 from megalm.objectives.registry import make_objective
-from megalm.runs.vocabulary import check_own_tokenizer
+from megalm.runs.find import FoundModel, find_model
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,41 @@ class TrainedModel:
     """A model ready to be asked.
 
     Attributes:
-        model: token ids [B, S] ▶ logits [B, S, V]; with the heads of its objective.
+        model: token ids [B, S] ▶ logits [B, S, V]; with the heads of its objective. On several ranks, this one's part.
         objective: what it was trained for.
-        tokenizer: the one that it was trained with.
-        config: of the run, overrides applied.
-        device: where the model is.
-        checkpoint: the folder that the weights are from.
-        vocabulary: the tokenizer, as data are compared with it.
+        found: where it is from, its config and its tokenizer.
+        context: this rank's place and groups.
     """
 
     model: Transformer
     objective: Objective
-    tokenizer: Tokenizer
-    config: Config
-    device: torch.device
-    checkpoint: Path
-    vocabulary: Vocabulary
+    found: FoundModel
+    context: ParallelContext
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one that it was trained with."""
+        return self.found.tokenizer
+
+    @property
+    def config(self) -> Config:
+        """Of the run, overrides applied."""
+        return self.found.config
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder that the weights are from."""
+        return self.found.checkpoint
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer, as data are compared with it."""
+        return self.found.vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.context.device
 
     def check_tokens(self, largest: int, what: str) -> None:
         """Refuse ids that the model has no embedding of: a tokenizer may have more words than its model.
@@ -53,7 +73,7 @@ class TrainedModel:
         Raises:
             DataError: naming the token.
         """
-        rows = self.model.output_embedding.weight.shape[0]
+        rows = self.found.vocab_size
         if largest >= rows:
             raise DataError(
                 f"{what}: has token {largest} ({self.tokenizer.name_of(largest)}), and the model has {rows:,} rows; "
@@ -62,41 +82,44 @@ class TrainedModel:
             )
 
 
-def load_full_model(run_dir: str | Path, overrides: Sequence[str] = ()) -> TrainedModel:
-    """The model of a run, from its newest complete checkpoint; ``checkpoint.resume=PATH`` names another.
+def load_full_model(run: str | Path, overrides: Sequence[str] = ()) -> TrainedModel:
+    """The whole model of a run in one process; arguments and errors as for :func:`megalm.runs.find.find_model`."""
+    found = find_model(run, overrides, world_size=1)
+    return load_part(found, ParallelContext.single(device_of_one_process(found.config.launch.device)))
 
-    Args:
-        run_dir: folder of the run.
-        overrides: ``field=value`` changes to the run's config.
+
+def load_part(found: FoundModel, context: ParallelContext) -> TrainedModel:
+    """One rank's part of a model, filled from the checkpoint one tensor at a time: no rank holds more than its own
+    part and the tensor that it reads.
 
     Raises:
-        ConfigError: the folder is no run, or an override is wrong.
-        CheckpointError: there is no complete checkpoint, or it does not fit the config.
-        DataError: the run's tokenizer is missing.
+        CheckpointError: the checkpoint does not fit the config, or is damaged.
     """
-    run_dir = Path(run_dir)
-    # What the run itself was resumed from is not what it has learnt since.
-    config = load_run_config(run_dir, ["checkpoint.resume=auto", *overrides])
-    tokenizer = Tokenizer.load(run_dir / TOKENIZER_FILE)
-    resume = config.checkpoint.resume
-    checkpoint = locate(run_dir if resume in ("auto", "never") else resume).path
-    vocabulary = Vocabulary.of(tokenizer, run_dir / TOKENIZER_FILE)
-    check_own_tokenizer(checkpoint, read_manifest(checkpoint), vocabulary)
-    device = device_of_one_process(config.launch.device)
-    vocab_size = resolve_vocab_size(config.model, tokenizer.vocab_size)
+    config, vocab_size = found.config, found.vocab_size
+    layers = split_layers(config, vocab_size)
     objective = make_objective(config.objective)
-    model = build_full_model(
-        config.model, vocab_size, objective=objective, dtype=DTYPES[config.engine.dtype], device=str(device)
-    )
-    load_weights(model, checkpoint)
-    return TrainedModel(model.eval(), objective, tokenizer, config, device, checkpoint, vocabulary)
+    with _default_dtype(DTYPES[config.engine.dtype]):
+        model = Transformer(
+            config.model,
+            vocab_size,
+            part=Part({stage: layers[stage] for stage in context.stages}, context.topology.num_stages),
+            tensor_parallel=TensorParallel(context.tp_group),
+            context_parallel=ContextParallel(),
+            engine=Engine(),
+            objective=objective,
+            seed=config.run.seed,
+            device=context.device,
+        )
+    load_weights(model, found.checkpoint)
+    return TrainedModel(model.eval(), objective, found, context)
 
 
 def load_weights(model: Transformer, checkpoint: Path) -> None:
-    """Fill every parameter of a whole model from a checkpoint, in place, one tensor at a time."""
+    """Fill every parameter of a model, or of a rank's part of one, from a checkpoint, in place."""
     reader = CheckpointReader(checkpoint)
     tensors = model.tensors()
-    reader.check_parameters({t.name: t.shard.full_shape for t in tensors}, whole_model=True)
+    whole = len(model.part.stages) == model.part.num_stages
+    reader.check_parameters({t.name: t.shard.full_shape for t in tensors}, whole_model=whole)
     with torch.no_grad():
         for t in tensors:
             t.tensor.copy_(reader.read_local(t.name, BUFFER if t.record.is_buffer else WEIGHT, t.shard))
@@ -109,3 +132,14 @@ def device_of_one_process(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("launch.device=cuda: this machine has no CUDA device; launch.device=cpu")
     return torch.device(name)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters made meanwhile have this dtype from the first: never twice the memory for a cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

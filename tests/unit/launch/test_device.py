@@ -49,7 +49,7 @@ def test_one_gpu_per_rank(monkeypatch):
 
 
 def test_too_few_gpus_are_said_so(monkeypatch):
-    assert choose(monkeypatch, "auto", [2]) == [("cpu", "2 GPUs for 4 ranks: training on the CPU")] * 4
+    assert choose(monkeypatch, "auto", [2]) == [("cpu", "2 GPUs for 4 ranks: computing on the CPU")] * 4
 
 
 def test_none_at_all_is_no_news(monkeypatch):
