@@ -68,7 +68,8 @@ def _parser(
 
 def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args([_override_of(argument) for argument in arguments])
-    check_text([*options.overrides, *([options.prompt] if "prompt" in options else [])])
+    given = [value for values in vars(options).values() for value in (values if isinstance(values, list) else [values])]
+    check_text([value for value in given if isinstance(value, str)])
     return options
 
 

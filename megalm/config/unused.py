@@ -127,14 +127,16 @@ def unused_settings(job: Job, *, is_launched: bool) -> list[str]:
     return [*lines, *_unused_of_launch(job, is_launched=is_launched)]
 
 
-_ASKED = frozenset({"model", "engine.dtype", "launch.device", "checkpoint.resume"})
+_ASKED = frozenset(
+    {"model", "engine.dtype", "checkpoint.resume", "launch"}
+) | {f"parallel.{name}" for name in ("tp", "pp", "cp", "virtual_stages", "stage_layers")}
 _USED_BY = {
     "generate": _ASKED,
     "evaluate": _ASKED
     | {"objective", "run.seed", "train.micro_batch_size"}
     | {"data.path", "data.reset_at_documents", "data.cache_dir", "data.cache_gib"},
 }
-"""Fields and sections of a run's config that a command reads: it holds a whole model in one process."""
+"""Fields and sections of a run's config that a command reads, besides the layout in which it holds the model."""
 
 
 def unused_overrides(command: str, overrides: Sequence[str]) -> list[str]:

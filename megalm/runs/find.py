@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from megalm.checkpoint.manifest import COMPLETE_FILE, Manifest, read_manifest
+from megalm.checkpoint.manifest import COMPLETE_FILE, Manifest, combined_hash, read_manifest
 from megalm.checkpoint.store import locate
 from megalm.config.check import find_violations
 from megalm.config.compose import load_run_config
@@ -54,6 +54,12 @@ class FoundModel:
     def vocab_size(self) -> int:
         """Words of the model."""
         return resolve_vocab_size(self.config.model, self.tokenizer.vocab_size)
+
+    @property
+    def weights_hash(self) -> str | None:
+        """One hash of all weights, the same for every layout; None: the checkpoint is older than such hashes."""
+        fingerprints = self.manifest.fingerprints
+        return None if fingerprints is None else combined_hash(fingerprints)
 
     def check_causal(self) -> None:
         """Refuse a model that gives no probability of the next token.

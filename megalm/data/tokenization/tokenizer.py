@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalm.data.document import Document, Rejected
+from megalm.data.tokenization.chat import Message, TemplateRefusal
 from megalm.data.tokenization.chat_tokens import ChatTokens, chat_of, chatml_of, learnt_tokens
 from megalm.data.tokenization.roles import ENDS, MASKS, START_KEY, USUAL_START, Marks, RoleReader, Roles
 from megalm.data.tokenization.settings_files import (
@@ -244,6 +245,26 @@ class Tokenizer:
         ids = self.encode(text) if self.chat is None else self._as_text(self._marking(text).ids, self.chat.mark_ids)
         begun = self.chat is not None and tuple(ids[: len(self.before_ids)]) == self.before_ids
         return (ids if begun else [*self.before_ids, *ids]) or [self.eos_id]
+
+    def encode_conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant begins to speak, as documents of such data begin.
+
+        Args:
+            messages: each a mapping of ``role`` and ``content``.
+
+        Raises:
+            DataError: the tokenizer has no chat template and no marks of turns, or the template refuses the messages.
+        """
+        conversations = self.conversations
+        for message in messages:
+            if spelt := [mark for mark in conversations.template.marks if mark in message["content"]]:
+                raise DataError(f"a message spells {spelt[0]}, which marks turns; no message may hold it")
+        try:
+            text = conversations.template.text(messages, add_generation_prompt=True)
+        except TemplateRefusal as reason:
+            raise DataError(str(reason)) from None
+        ids = self._as_text(self._marking(text).ids, conversations.mark_ids)
+        return ids if tuple(ids[: len(self.before_ids)]) == self.before_ids else [*self.before_ids, *ids]
 
     @cached_property
     def chat(self) -> ChatTokens | None:
