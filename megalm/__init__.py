@@ -18,16 +18,22 @@ if TYPE_CHECKING:
     from megalm.api.training import Trained, TrainingError, train
     from megalm.config.schema import Config
     from megalm.errors import CheckpointError, ConfigError, DataError, MegalmError
+    from megalm.generate.prompts import Settings
+    from megalm.generate.requests import Completion, Sampling, Score
     from megalm.runs.compare import Comparison
 
 _HOMES = {
     "CheckpointError": "megalm.errors",
     "Comparison": "megalm.runs.compare",
+    "Completion": "megalm.generate.requests",
     "Config": "megalm.config.schema",
     "ConfigError": "megalm.errors",
     "DataError": "megalm.errors",
     "LoadedModel": "megalm.api.loaded",
     "MegalmError": "megalm.errors",
+    "Sampling": "megalm.generate.requests",
+    "Score": "megalm.generate.requests",
+    "Settings": "megalm.generate.prompts",
     "Trained": "megalm.api.training",
     "TrainingError": "megalm.api.training",
     "compare": "megalm.api.comparison",
@@ -40,11 +46,15 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "Comparison",
+    "Completion",
     "Config",
     "ConfigError",
     "DataError",
     "LoadedModel",
     "MegalmError",
+    "Sampling",
+    "Score",
+    "Settings",
     "Trained",
     "TrainingError",
     "__version__",

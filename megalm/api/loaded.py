@@ -7,71 +7,93 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from megalm.checkpoint.store import COMPLETE_FILE
 from megalm.config.schema import Config
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError
-from megalm.generate.run import continue_text
-from megalm.generate.sampling import Sampling
-from megalm.models.transformer import Transformer
-from megalm.runs.folder import run_folder_of
-from megalm.runs.load import TrainedModel, load_full_model
+from megalm.generate.asked import BATCH_SIZE, AskedModel
+from megalm.generate.open import start
+from megalm.generate.prompts import Settings, check_settings, requests_of, text_prompt
+from megalm.generate.requests import Completion, Sampling, Score, ScoreRequest
+from megalm.runs.find import find_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megalm.models.transformer import Transformer
 
 
-def load(run: str | Path, overrides: Sequence[str] = ()) -> LoadedModel:
-    """The model of a run, whole and in this process, whatever layout trained it.
+def load(run: str | Path, overrides: Sequence[str] = (), *, batch_size: int = BATCH_SIZE) -> LoadedModel:
+    """The model of a run, whatever layout trained it: whole in this process, or split over ranks of its own.
 
     Args:
         run: folder of the run or its name in ``runs/``: its newest complete checkpoint is taken; or one of its
             checkpoints, ``runs/NAME/checkpoints/step-00000200``.
-        overrides: changes to the run's config, such as ``"launch.device=cpu"`` or ``"engine.dtype=fp32"``.
+        overrides: changes to the run's config, such as ``"launch.device=cpu"``, ``"engine.dtype=fp32"``, or a layout:
+            ``"parallel.tp=2"``, ``"parallel.pp=2"``, ``"launch.ranks=4"``. With several ranks, which are processes that
+            this one starts, use it as a context manager, or call :meth:`LoadedModel.close`.
+        batch_size: prompts that are computed together.
 
     Raises:
         ConfigError: the folder is no run, or an override is wrong.
         CheckpointError: there is no complete checkpoint, or it is damaged.
         DataError: the run's tokenizer is missing or damaged.
     """
-    folder = run_folder_of(run)
-    if (folder / COMPLETE_FILE).is_file():
-        of_run = folder.resolve().parent.parent  # runs/NAME/checkpoints/step-…
-        return LoadedModel(load_full_model(of_run, [*overrides, f"checkpoint.resume={folder.resolve()}"]))
-    return LoadedModel(load_full_model(folder, overrides))
+    found = find_model(run, overrides)
+    return LoadedModel(AskedModel(found, start(found, overrides), batch_size=batch_size))
 
 
-@dataclass(frozen=True)
 class LoadedModel:
     """A trained model. ``model``, ``tokenizer`` and ``config`` are megalm's own objects, for whoever needs more."""
 
-    _trained: TrainedModel
+    def __init__(self, asked: AskedModel) -> None:
+        self._asked = asked
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the ranks that were started for it; a model in this process ends with it."""
+        self._asked.close()
 
     @property
     def model(self) -> Transformer:
-        """A ``torch.nn.Module``: token ids [B, S] ▶ logits [B, S, V]; S is at most ``model.sequence_length``."""
-        return self._trained.model
+        """A ``torch.nn.Module``: token ids [B, S] ▶ logits [B, S, V]; S is at most ``model.sequence_length``.
+
+        Raises:
+            ConfigError: the model is on several ranks, none of which is this process.
+        """
+        if self._asked.found.world_size > 1:
+            raise ConfigError(
+                f"the model is split over {self._asked.found.world_size} ranks, which generate and score; "
+                "without parallel.tp, parallel.pp and launch.ranks it is a module of this process"
+            )
+        whole: Transformer = self._asked.ranks.trained.model
+        return whole
 
     @property
     def tokenizer(self) -> Tokenizer:
         """``encode(text)`` ▶ ids, ``decode(ids)`` ▶ text."""
-        return self._trained.tokenizer
+        return self._asked.tokenizer
 
     @property
     def config(self) -> Config:
         """Of the run."""
-        return self._trained.config
+        return self._asked.config
 
     @property
     def checkpoint(self) -> Path:
         """The folder that the weights are from."""
-        return self._trained.checkpoint
+        return self._asked.found.checkpoint
 
-    @torch.inference_mode()
     def logits(self, text: str) -> Tensor:
         """Logits of every token of a text, after each of which the model says what comes next.
 
@@ -81,19 +103,24 @@ class LoadedModel:
             [S, V] fp32, on the CPU.
 
         Raises:
-            ConfigError: the text has no token, or more than ``model.sequence_length``.
+            ConfigError: the text has no token, or more than ``model.sequence_length``; or the model is on several ranks.
             DataError: the model has no embedding of one of them.
         """
+        import torch
+
         tokens, longest = self.tokens(text), self.config.model.sequence_length
         if not 0 < len(tokens) <= longest:
             raise ConfigError(f"a text of {len(tokens)} tokens: the model takes 1 to {longest} (model.sequence_length)")
-        return self._logits(tokens)
+        whole, trained = self.model, self._asked.ranks.trained
+        trained.check_tokens(max(tokens), "the text")
+        with torch.inference_mode():
+            logits: Tensor = whole(torch.tensor([tokens], device=trained.device))[0].float().cpu()
+        return logits
 
     def tokens(self, text: str) -> list[int]:
         """The ids of a text, after the token that begins a document where the run's documents have one."""
         return self.tokenizer.encode_prompt(text) if text else []
 
-    @torch.inference_mode()
     def loss(self, text: str) -> float:
         """Mean cross-entropy of a text's tokens in nats, each given those before it.
 
@@ -109,31 +136,68 @@ class LoadedModel:
         tokens, length = self.tokens(text), self.config.model.sequence_length
         if len(tokens) < 2:
             raise ConfigError(f"a text of {len(tokens)} tokens: the first is given, so at least 2 are needed")
-        total = torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(tokens) - 1, length):
-            piece = tokens[start : start + length + 1]
-            logits = self._logits(piece[:-1])
-            total += F.cross_entropy(logits, torch.tensor(piece[1:]), reduction="sum").double()
-        return float(total) / (len(tokens) - 1)
+        pieces = [tokens[start : start + length + 1] for start in range(0, len(tokens) - 1, length)]
+        requests = [ScoreRequest(context=tuple(piece[:1]), continuation=tuple(piece[1:])) for piece in pieces]
+        return -math.fsum(score.total for score in self._asked.score(requests)) / (len(tokens) - 1)
 
     def perplexity(self, text: str) -> float:
         """``exp`` of :meth:`loss`."""
         return math.exp(self.loss(text))
 
+    def score(self, context: str, continuation: str) -> Score:
+        """How likely a continuation is after a context; the two are tokenised apart.
+
+        Raises:
+            ConfigError: the model is an encoder, the continuation is empty, or both are too long.
+            DataError: the model has no embedding of a token.
+        """
+        tokens = tuple(self.tokenizer.encode(continuation))
+        request = ScoreRequest(context=tuple(self.tokenizer.encode_prompt(context)), continuation=tokens)
+        return self._asked.score([request])[0]
+
     def generate(
         self, prompt: str, *, max_new_tokens: int = 120, temperature: float = 0.8, top_k: int = 40, seed: int = 1234
     ) -> str:
-        """The text that follows a prompt, without the prompt; the arguments are those of ``megalm generate``.
+        """The text that follows a prompt, without the prompt; past the model's longest sequence it slides.
 
         Raises:
             ConfigError: the model is an encoder, or an argument is out of its range.
         """
-        if not self.config.model.causal:
-            raise ConfigError("model.causal=false: an encoder recovers masked tokens, it continues no text")
         sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
-        return continue_text(self._trained, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+        settings = Settings(max_new_tokens=max_new_tokens, sampling=sampling, slides=True)
+        return self.complete([prompt], settings)[0][0].text
 
-    def _logits(self, tokens: list[int]) -> Tensor:
-        self._trained.check_tokens(max(tokens), "the text")
-        ids = torch.tensor([tokens], device=self._trained.device)
-        return self.model(ids)[0].float().cpu()
+    def complete(self, prompts: Sequence[str], settings: Settings | None = None) -> list[list[Completion]]:
+        """Continue several prompts at once, with everything that ``megalm generate`` can do.
+
+        Args:
+            prompts: texts.
+            settings: :class:`megalm.Settings`: sampling, beams, stop texts, samples, log-probabilities.
+
+        Returns:
+            For each prompt its completions.
+
+        Raises:
+            ConfigError: the model is an encoder, a setting is wrong, or a prompt too long.
+        """
+        settings = settings or Settings()
+        check_settings(settings)
+        made = [text_prompt(self.tokenizer, prompt) for prompt in prompts]
+        return self._asked.generate(requests_of(self._asked.found, made, settings))
+
+    def chat(self, messages: Sequence[dict[str, str]], settings: Settings | None = None) -> str:
+        """The assistant's next turn of a conversation.
+
+        Args:
+            messages: ``{"role": "user", "content": "…"}``, the latest last.
+            settings: as for :meth:`complete`.
+
+        Raises:
+            ConfigError: as for :meth:`complete`.
+            DataError: the tokenizer has no chat template, or it refuses the messages.
+        """
+        settings = settings or Settings()
+        check_settings(settings)
+        tokens = self.tokenizer.encode_conversation(messages)
+        request = settings.request(tokens, self.config.model.sequence_length)
+        return self._asked.generate([request])[0][0].text

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from megalm.cli.command import add_run, parse, tell_unused
 from megalm.cli.table import COMMANDS
@@ -96,7 +97,7 @@ class Generate:
                 print(_table(model, completion))
 
     def _write(self, model: AskedModel) -> None:
-        path, settings = self.options.output, self.settings
+        path, settings = Path(self.options.output), self.settings
         made_by = {
             "checkpoint": str(self.found.checkpoint),
             "weights": self.found.weights_hash,
@@ -137,7 +138,7 @@ def read(arguments: Sequence[str], world_size: int | None) -> Generate:
     if options.chat:
         check_chat(found.tokenizer, settings, options.system)
     elif options.input is not None:
-        prompts = read_prompts(options.input, found.tokenizer)
+        prompts = read_prompts(Path(options.input), found.tokenizer)
     else:
         prompts = [text_prompt(found.tokenizer, options.prompt)]
     return Generate(found, options, settings, prompts, requests_of(found, prompts, settings))

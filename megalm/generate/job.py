@@ -20,6 +20,7 @@ from megalm.launch.discovery import discover
 from megalm.launch.job import Assignment, Prepared
 from megalm.launch.signals import StopRequest
 from megalm.runs.find import FoundModel
+from megalm.runs.folder import ASKED_FOLDER
 
 _COLLECTIVE_SECONDS = 24 * 3600
 
@@ -97,7 +98,7 @@ class AskingJob:
                 plan=json.dumps({"arguments": list(arguments), "world_size": ask.found.world_size}),
                 world_size=ask.found.world_size,
                 threads_per_rank=launch.threads_per_rank,
-                folder=ask.found.run / "asked",
+                folder=ask.found.run / ASKED_FOLDER,
                 device=launch.device,
                 dtype=ask.found.config.engine.dtype,
                 timeout_seconds=_COLLECTIVE_SECONDS,

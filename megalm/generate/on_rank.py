@@ -18,13 +18,15 @@ def generate(rank: OnRank, asked: Asked) -> list[list[Completion]]:
     def grew(number: int, sample: int, piece: str) -> None:
         rank.emit(("text", number, sample, piece))
 
-    units = []
+    units, found = [], dict[int, list[Completion]]()
     for number in numbers:
+        if requests[number].max_new_tokens == 0:
+            found[number] = [Completion(tokens=(), text="", finish="length")] * requests[number].samples
+            continue
         listener = None
         if asked.streams and rank.leads:
             listener = lambda sample, piece, number=number: grew(number, sample, piece)  # noqa: E731
         units.append(make_unit(number, requests[number], tokenizer, longest, listener))
-    found: dict[int, list[Completion]] = {}
     for unit in engine.generate(units):
         found[unit.number] = unit.completions()
         rank.emit(("done", unit.number, found[unit.number]))

@@ -52,6 +52,8 @@ class Unit(ABC):
         self.rows: list[Row] = [Row()]
         self.is_new = True
         self.stops = tokenizer.stop_ids if request.ends else frozenset[int]()
+        if request.slides and self.must_slide():  # a prompt that is longer than the model's sequences
+            self.slide()
 
     @property
     @abstractmethod

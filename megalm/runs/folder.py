@@ -6,6 +6,7 @@ metrics.jsonl              the record: a row per start, step, validation and che
 checkpoints/step-00000200  the complete checkpoints
 tokenizer.json             the tokenizer of the data, and its settings beside it
 logs/rank-0.log            what each rank wrote
+asked/logs/rank-0.log      what each rank of a launcher wrote while the model was asked (generate, evaluate)
 tensorboard/, wandb/       what those loggers keep; wandb_id is the run's id there
 loss.png                   the loss curve, drawn when the run ends
 layout_certificate.json    what ``megalm verify`` found
@@ -20,6 +21,7 @@ from megalm.config.compose import CONFIG_FILE
 from megalm.data.tokenization.tokenizer import TOKENIZER_FILE
 from megalm.launch.logs import LOGS_FOLDER
 
+ASKED_FOLDER = "asked"
 ATTEMPTS_FOLDER = "attempts"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -28,6 +30,7 @@ LOSS_CURVE_FILE = "loss.png"
 CERTIFICATE_FILE = "layout_certificate.json"
 
 __all__ = [
+    "ASKED_FOLDER",
     "ATTEMPTS_FOLDER",
     "CERTIFICATE_FILE",
     "CHECKPOINTS_FOLDER",

@@ -11,7 +11,6 @@ import tokenizers
 from foreign_models import GPT2, convert_quietly, write_random_run
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-import megalm.generate.run as generate_run
 from megalm.config.schema import Data
 from megalm.data.prepare.corpora import CorpusOptions
 from megalm.data.prepare.executors import Workers
@@ -22,6 +21,8 @@ from megalm.data.stream.loader import validation_batches
 from megalm.data.stream.sequences import Corpora
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.evaluate.perplexity import run_evaluate
+from megalm.generate.asked import AskedModel
+from megalm.generate.requests import Completion
 from megalm.generate.run import run_generate
 from megalm.objectives.clm import next_tokens
 
@@ -79,7 +80,10 @@ def test_data_generation_evaluation_and_export_begin_alike(
     run = tmp_path / "run"
     write_random_run(run, replace(GPT2, vocab_size=tokenizer.vocab_size, sequence_length=32), tokenizer=tokenizer)
     seen: list[list[int]] = []
-    monkeypatch.setattr(generate_run, "generate_tokens", lambda _, tokens, **__: seen.append(list(tokens)) or [])
+    nothing = [Completion(tokens=(), text="", finish="length")]
+    monkeypatch.setattr(
+        AskedModel, "generate", lambda _, requests, **__: [seen.append(list(each.tokens)) or nothing for each in requests]
+    )
     run_generate(run, PROMPT, max_new_tokens=1, temperature=0.0, top_k=0, seed=0)
     assert seen == [[*start, *tokenizer.encode(PROMPT)]]
     run_generate(run, "", max_new_tokens=1, temperature=0.0, top_k=0, seed=0)
