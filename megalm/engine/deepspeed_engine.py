@@ -35,6 +35,7 @@ from megalm.engine.global_mean import share_of_mean
 from megalm.engine.gradients import FlatLayout, GradientBuckets
 from megalm.engine.loss_scale import LossScale
 from megalm.engine.optimizer import ParameterGroup, make_adamw, parameter_groups
+from megalm.engine.validation import reported
 from megalm.engine.zero import PartitionedAdamW, ReplicatedAdamW, ZeroOptimizer
 from megalm.engine.zero3 import Root, Zero3AdamW
 from megalm.errors import ConfigError
@@ -107,7 +108,7 @@ class DeepSpeedEngine:
         return StepResult(
             terms={
                 name: share_of_mean(value, self.context.replica_group)
-                for name, value in self._reported(result, self.objective.terms).items()
+                for name, value in reported(result, self.objective.terms, self.context).items()
             },
             grad_norm=grad_norm,
             loss_scale=None if scale is None else scale.value,
@@ -117,7 +118,7 @@ class DeepSpeedEngine:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """This rank's part of each measure of the objective, by name, to be summed over all ranks."""
         self.model.eval()
-        return self._reported(self.runner.evaluate(micro_batches), self.objective.measures)
+        return reported(self.runner.evaluate(micro_batches), self.objective.measures, self.context)
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every tensor that this rank holds a slice of, by name."""
@@ -168,13 +169,6 @@ class DeepSpeedEngine:
                     values.copy_(local.view(-1)[start : start + values.numel()])
                 elif steps:
                     values.copy_(source.read_flat(t.name, kind, t.shard, start, values.numel()))
-
-    def _reported(self, result: PipelineResult, names: tuple[str, ...]) -> dict[str, float]:
-        """Sums over micro-batches by name, on one of the ranks that compute the same; zeros elsewhere."""
-        if not result.terms or self.context.tp_group.index:
-            return dict.fromkeys(names, 0.0)
-        totals = [torch.stack([terms[name] for terms in result.terms]).double().sum() for name in names]
-        return dict(zip(names, torch.stack(totals).tolist(), strict=True))
 
     def _fragments(self, t: DeclaredTensor) -> Iterator[tuple[str, int, Tensor]]:
         """(kind, offset in the flattened local tensor, live values) of what this rank holds of a tensor."""

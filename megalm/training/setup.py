@@ -18,6 +18,7 @@ from megalm.data.stream.sequences import Corpora
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.lr_schedule import LearningRate
+from megalm.engine.validation import Validator
 from megalm.errors import ConfigError, DivergedError, ExitCode
 from megalm.launch import RankInfo
 from megalm.launch.signals import StopRequest
@@ -42,7 +43,6 @@ from megalm.training.callbacks.wandb import WandbLog
 from megalm.training.restoring import Restored, restore
 from megalm.training.saving import Saver
 from megalm.training.trainer import Trainer, Utilisation
-from megalm.training.validation import Validator
 
 _OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
 

@@ -19,6 +19,7 @@ from megalm.data.stream.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine, StepResult
 from megalm.engine.lr_schedule import LearningRate
 from megalm.engine.micro_batches import training_micro_batches
+from megalm.engine.validation import Validator
 from megalm.errors import DivergedError
 from megalm.launch.signals import StopRequest
 from megalm.mesh.groups import ParallelContext
@@ -27,7 +28,6 @@ from megalm.training.metrics import StepTimer, mfu, peak_memory_gib, tokens_per_
 from megalm.training.progress import Progress
 from megalm.training.save_policy import SavePolicy
 from megalm.training.saving import RunState, Saver
-from megalm.training.validation import Validator
 
 _STOPS = (None, Outcome.REQUEUE, Outcome.INTERRUPTED)
 """What a stop request means, in ascending precedence; ranks agree on the largest index."""
@@ -212,7 +212,7 @@ class Trainer:
             step=self.progress.step,
             samples=self.progress.samples,
             tokens=self.progress.tokens,
-            scores=self._validator.scores(self._engine, samples),
+            scores=self._validator.scores(self._engine.evaluate, self._engine.model.context_parallel, samples),
         )
         self._callbacks.on_validation(self._validation)
         self._timer.restart()
