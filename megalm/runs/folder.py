@@ -9,6 +9,7 @@ logs/rank-0.log            what each rank wrote
 tensorboard/, wandb/       what those loggers keep; wandb_id is the run's id there
 loss.png                   the loss curve, drawn when the run ends
 layout_certificate.json    what ``megalm verify`` found
+results/                   what ``megalm evaluate --task`` found: a .json of each result, a .jsonl of its items
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID_FILE = "wandb_id"
 LOSS_CURVE_FILE = "loss.png"
 CERTIFICATE_FILE = "layout_certificate.json"
+RESULTS_FOLDER = "results"
 
 __all__ = [
     "ATTEMPTS_FOLDER",
@@ -35,6 +37,7 @@ __all__ = [
     "LOGS_FOLDER",
     "LOSS_CURVE_FILE",
     "METRICS_FILE",
+    "RESULTS_FOLDER",
     "TENSORBOARD_FOLDER",
     "TOKENIZER_FILE",
     "WANDB_ID_FILE",
