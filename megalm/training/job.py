@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megalm.errors import ExitCode
+from megalm.evaluate.tasks.of_config import tasks_of_config
 from megalm.launch import RankInfo
 from megalm.launch.job import Assignment, Prepared
 from megalm.launch.signals import StopRequest
@@ -29,6 +30,8 @@ class TrainJob:
     ) -> Iterator[Prepared]:
         """Check config, data and start point, and own the run's folder; see ``megalm.launch.job.Job``."""
         with owned_plan(arguments, world_size, say=say, cancelled=cancelled) as (plan, ownership):
+            if not plan.complete:
+                tasks_of_config(plan.config)  # what is wrong with them is said before a rank starts
             launch = plan.config.launch
             assignment = Assignment(
                 job=TRAIN,

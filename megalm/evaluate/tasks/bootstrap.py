@@ -6,6 +6,7 @@ from version to version, so that the same seed gives the same interval.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Difference:
         interval: of first − second.
         first_better: share of resamples in which the first is better (Koehn 2004).
         second_better: share in which the second is; the two are equal in the rest.
-        p_value: of both being equally good, two-sided.
+        p_value: of both being equally good, two-sided; NaN where a perplexity is beyond the range of numbers.
     """
 
     first: float
@@ -75,10 +76,11 @@ def difference(
         resamples: how many.
     """
     values = _values(metric, first, seed, resamples), _values(metric, second, seed, resamples)
-    differences = values[0] - values[1]
+    with np.errstate(invalid="ignore"):
+        differences = values[0] - values[1]
+        centred = np.abs(differences - differences.mean())
     sign = 1 if metric.higher_is_better else -1
     found = metric.value(first), metric.value(second)
-    centred = np.abs(differences - differences.mean())
     # Sums in another order differ in the last bit, which must not make a difference of nothing a rare one.
     extreme = int((centred >= abs(found[0] - found[1]) * (1 - 1e-9)).sum())
     return Difference(
@@ -87,7 +89,7 @@ def difference(
         interval=_percentiles(differences),
         first_better=float((sign * differences > 0).mean()),
         second_better=float((sign * differences < 0).mean()),
-        p_value=(extreme + 1) / (resamples + 1),
+        p_value=(extreme + 1) / (resamples + 1) if np.isfinite(centred).all() else math.nan,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megalm.errors import DataError
 from megalm.evaluate.tasks.bootstrap import Difference, difference
-from megalm.evaluate.tasks.results import shown
+from megalm.evaluate.tasks.results import finite_or_word, shown
 from megalm.evaluate.tasks.run import TaskResult
 
 HEADINGS = ("task", "metric", "A", "B", "A - B", "95 % interval", "A better", "B better", "p")
@@ -45,7 +45,10 @@ class MetricComparison:
 
     def as_json(self) -> dict[str, Any]:
         """In plain values."""
-        return {"task": self.task, "metric": self.metric, **asdict(self.difference)}
+        found = asdict(self.difference)
+        found["interval"] = {name: finite_or_word(value) for name, value in found["interval"].items()}
+        numbers = {name: finite_or_word(value) for name, value in found.items() if name != "interval"}
+        return {"task": self.task, "metric": self.metric, **numbers, "interval": found["interval"]}
 
 
 def compare_results(first: Sequence[TaskResult], second: Sequence[TaskResult]) -> list[MetricComparison]:

@@ -120,7 +120,7 @@ def items(result: TaskResult) -> Iterator[dict[str, Any]]:
         if result.raw:
             row |= {"output": result.raw[number].text, "finish": result.raw[number].finish}
         row |= _told(answer, asked.question.target)
-        yield {**row, "scores": {name: _number(found[number]) for name, found in values.items()}}
+        yield {**row, "scores": {name: finite_or_word(found[number]) for name, found in values.items()}}
 
 
 def save_results(run_dir: Path, results: Sequence[TaskResult], config: Config) -> list[Path]:
@@ -167,9 +167,9 @@ def checkpoint_hash(checkpoint: str) -> str | None:
 
 def _metric(found: MetricResult) -> dict[str, Any]:
     return {
-        "value": _number(found.value),
-        "low": _number(found.interval.low),
-        "high": _number(found.interval.high),
+        "value": finite_or_word(found.value),
+        "low": finite_or_word(found.interval.low),
+        "high": finite_or_word(found.interval.high),
         "higher_is_better": found.metric.higher_is_better,
         "signature": found.metric.signature,
     }
@@ -190,8 +190,8 @@ def _told(answer: Generated | Chosen | Completed, target: str) -> dict[str, Any]
     return {"choices": choices, "right": answer.right}
 
 
-def _number(value: float) -> float | str:
-    """As a run's record has numbers that JSON has not."""
+def finite_or_word(value: float) -> float | str:
+    """A number, or the word that a run's record has for one that JSON has not."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import isnan
+from math import isfinite
 from typing import Any
 
 from megalm.errors import DataError
@@ -129,8 +129,8 @@ def _likelihoods(model: LanguageModel, prepared: PreparedTask, progress: Progres
 
 def _answer(task: Task, asked: Asked, scores: dict[ScoreRequest, Score]) -> Answer:
     found = [scores[request] for request in asked.score]
-    if any(isnan(score.total) for score in found):
-        wrong = "the model's likelihood is not a number (NaN); another checkpoint"
+    if not all(isfinite(score.total) for score in found):
+        wrong = "the model's likelihood is not finite; another checkpoint"
         raise DataError(f"{asked.question.item.place}: {wrong} (task {task.name})")
     if task.kind == CLOZE:
         return Completed(found[0].total, len(found[0].log_probabilities), asked.question.target, found[0].is_greedy)

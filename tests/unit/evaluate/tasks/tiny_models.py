@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import tokenizers
@@ -64,7 +65,7 @@ class Bigrams(LanguageModel):
         self.config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         self.tokenizer, self.checkpoint = tokenizer, "runs/tiny/checkpoints/step-00000007"
         ids = tokenizer.encode(text)
-        self._pairs, self._firsts = Counter(zip(ids, ids[1:], strict=False)), Counter(ids[:-1])
+        self._pairs, self._firsts = Counter(pairwise(ids)), Counter(ids[:-1])
         self.asked: list[ScoreRequest | GenerateRequest] = []
 
     def log_probability(self, before: int, after: int) -> float:
@@ -82,7 +83,7 @@ class Bigrams(LanguageModel):
             assert request.context and request.continuation
             assert len(request.context) + len(request.continuation) <= self.config.model.sequence_length + 1
             ids = (request.context[-1], *request.continuation)
-            pairs = list(zip(ids, ids[1:], strict=False))
+            pairs = list(pairwise(ids))
             found = tuple(self.log_probability(*pair) for pair in pairs)
             scores.append(Score(log_probabilities=found, likeliest=tuple(self.likeliest(a) == b for a, b in pairs)))
             if progress is not None:
