@@ -5,6 +5,7 @@ They are Jinja's, in a sandbox, and strict: a name that neither the data nor the
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from megalm.evaluate.tasks.task import CLOZE, GENERATION, LETTER, MULTIPLE_CHOIC
 WHOLE = "item"
 """The name by which a template has the whole record, for fields that are no names: ``item["Best Answer"]``."""
 
+_IS_UNDEFINED = re.compile(r"^'(.+)' is undefined$")
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
@@ -115,9 +117,10 @@ class Templates:
         try:
             text = template.render(known)
         except UndefinedError as error:
-            raise Unusable(f"{name}: {error.message}; {_has(fields)}") from None
+            words = _IS_UNDEFINED.sub(r"there is no field \1", str(error.message))
+            raise Unusable(f"{name}: {words}; {_has(fields)}") from None
         except Exception as error:  # a template is a program, and may fail as one
-            words = " ".join(str(error).split())[:200]
+            words = " ".join(str(error).split())[:200].rstrip(".")
             raise Unusable(f"{name}: does not render ({type(error).__name__}: {words}); {_has(fields)}") from None
         return _checked(text, name)
 
@@ -177,7 +180,9 @@ def syntax_problem(source: str) -> str | None:
     try:
         compiled(source)
     except TemplateSyntaxError as error:
-        return f"no template: {error.message}" + (f" (its line {error.lineno})" if "\n" in source else "")
+        return f"no template: {str(error.message).rstrip('.')}" + (
+            f" (its line {error.lineno})" if "\n" in source else ""
+        )
     return None
 
 

@@ -102,7 +102,7 @@ class _Reader:
 
     def __init__(self, values: Mapping[Any, Any], places: Mapping[str, str]) -> None:
         self._values, self._places = values, places
-        self._problems: list[str] = []
+        self._problems: list[tuple[tuple[str, int], str]] = []
 
     def task(self, name: str) -> Task:
         """The task.
@@ -120,13 +120,15 @@ class _Reader:
             parsed["metrics"] = tuple(self._metrics(kind))
             self._consistent(parsed)
         if self._problems:
-            raise ConfigError(self._problems)
+            raise ConfigError([line for _, line in sorted(self._problems, key=lambda problem: problem[0])])
         given = {field: value for field, value in parsed.items() if value is not None or field in _NULLABLE}
         return Task(name=name, places=dict(self._places), **given)
 
     def _note(self, field: str, value: Any, wrong: str, right: str) -> None:
         place = self._places.get(field.partition(".")[0], self._places[""])
-        self._problems.append(f"{place}: {Violation(field, value, wrong, right)}")
+        file, _, line = place.rpartition(":")
+        order = (file, int(line)) if line.isdigit() else (place, 0)
+        self._problems.append((order, f"{place}: {Violation(field, value, wrong, right)}"))
 
     def _unknown(self) -> None:
         for key in self._values:
