@@ -105,7 +105,8 @@ def _lines(path: Path) -> list[Item]:
                 place = f"{name}:{number}"
                 record = read_record(place, line)
                 if isinstance(record, Rejected):
-                    problems.append(f"{place}: {record.rule}; one JSON object a line")
+                    rule = record.rule if _is_utf8(line) else "not UTF-8"
+                    problems.append(f"{place}: {rule}; one JSON object a line, in UTF-8")
                 else:
                     items.append(Item(len(items), place, record))
     except NotText as finding:
@@ -138,3 +139,11 @@ def _rows(source: Source) -> list[Item]:
         words = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{source.path} ({source.split}): cannot be loaded: {words}") from None
     return [Item(number, f"{source.path} ({source.split}) row {number}", row) for number, row in enumerate(rows)]
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -18,6 +18,7 @@ from megalm.evaluate.tasks.metrics import registry
 from megalm.evaluate.tasks.task_file import read_task, task_names
 from tests.unit.evaluate.tasks.tiny_models import written
 
+WORDS = "exact_match, f1, bleu, chrf, rouge1, rouge2, rougeL or rougeLsum"
 GOOD = 'kind: generation\nprompt: "{{ q }}"\ntarget: "{{ a }}"\nmetrics: [exact_match]\n'
 CHOOSE = 'kind: multiple_choice\nprompt: "{{ q }}"\nchoices: choices\nanswer: "{{ answer }}"\nmetrics: [accuracy]\n'
 
@@ -82,17 +83,20 @@ def test_everything_that_is_wrong_with_a_file_is_said_at_once() -> None:
         "settings: {item: 1}\n"
     )
     assert lines_of(text) == [
-        "mine.yaml:2: prompt=\"{{ q\": no template: unexpected end of template, expected 'end of print statement'; text with {{ field }} in it, as Jinja has it",
+        "mine.yaml:2: prompt=\"{{ q\": no template: unexpected end of template, expected 'end of print statement'; "
+        "text with {{ field }} in it, as Jinja has it",
         "mine.yaml:3: metric=bleu: there is no such field; did you mean metrics?",
         "mine.yaml:5: metrics=blue: there is no such metric; did you mean bleu?",
-        "mine.yaml:5: metrics=accuracy: does not score a task of kind generation; exact_match, f1, bleu, chrf, rouge1, rouge2, rougeL or rougeLsum",
+        f"mine.yaml:5: metrics=accuracy: does not score a task of kind generation; {WORDS}",
         "mine.yaml:5: metrics.chrf.word_order=7: not a value of it; 0, 1 or 2",
         "mine.yaml:5: metrics.chrf.lower=1: there is no such option; word_order or lowercase",
         "mine.yaml:5: metrics=exact_match: is there twice; each once",
         "mine.yaml:6: examples=-1: out of range; an integer, 0 to 2147483647",
-        'mine.yaml:7: stop=["x", ""]: not texts to stop at; a list of texts that are not empty, such as ["\\n"]; [] for none',
+        'mine.yaml:7: stop=["x", ""]: not texts to stop at; a list of texts that are not empty, such as ["\\n"]; '
+        "[] for none",
         "mine.yaml:8: choices=c: a task of kind generation has none; leave it out",
-        'mine.yaml:9: filters=["stripe", {"regex": "("}]: there is no such filter; strip, first_line or lower, or regex: PATTERN',
+        'mine.yaml:9: filters=["stripe", {"regex": "("}]: there is no such filter; '
+        "strip, first_line or lower, or regex: PATTERN",
         "mine.yaml:10: temperature=warm: not a temperature; 0 (the likeliest token) or above",
         "mine.yaml:11: seed=1.5: not an integer; an integer, 0 to 9223372036854775807",
         "mine.yaml:12: about=3: not text; text, in quotes if YAML takes it for something else",
@@ -111,7 +115,7 @@ def test_a_kind_asks_for_its_fields() -> None:
         "mine.yaml:1: kind=choose: there is no such choice; generation, multiple_choice or cloze"
     ]
     assert lines_of(GOOD.replace("[exact_match]", "[]")) == [
-        "mine.yaml:4: metrics=[]: not a list of metrics; exact_match, f1, bleu, chrf, rouge1, rouge2, rougeL or rougeLsum"
+        f"mine.yaml:4: metrics=[]: not a list of metrics; {WORDS}",
     ]
     assert lines_of(CHOOSE.replace("accuracy", "accuracy_unconditional")) == [
         "mine.yaml:5: metrics=accuracy_unconditional: there is no unconditional_prompt; unconditional_prompt: "
@@ -162,9 +166,9 @@ def test_data_that_are_missing_or_no_records() -> None:
     assert lines_of(GOOD, data=".") == [f".: is no file; {right}"]
     assert lines_of(GOOD, "", " ") == ["d.jsonl: has no records; one JSON object a line"]
     assert lines_of(GOOD, {"q": "x", "a": "y"}, "{oops", '{"q": 1, "q": 2}', "[1]") == [
-        "d.jsonl:2: malformed JSON; one JSON object a line",
-        "d.jsonl:3: a field twice in one JSON object; one JSON object a line",
-        "d.jsonl:4: JSON that is no object; one JSON object a line",
+        "d.jsonl:2: malformed JSON; one JSON object a line, in UTF-8",
+        "d.jsonl:3: a field twice in one JSON object; one JSON object a line, in UTF-8",
+        "d.jsonl:4: JSON that is no object; one JSON object a line, in UTF-8",
     ]
     assert lines_of(GOOD, "[", '{"q": "x"}', "]")[0].startswith("d.jsonl: a JSON array, not JSON Lines; ")
     many = lines_of(GOOD, *["{oops"] * 9)
@@ -173,7 +177,7 @@ def test_data_that_are_missing_or_no_records() -> None:
     Path("bad.jsonl.gz").write_bytes(gzip.compress(b'{"q": "x"}\n')[:-9])
     assert lines_of(GOOD, data="bad.jsonl.gz")[0].startswith("bad.jsonl.gz: damaged or cut short")
     Path("latin.jsonl").write_bytes('{"q": "é", "a": "e"}\n'.encode("latin-1"))
-    assert lines_of(GOOD, data="latin.jsonl") == ["latin.jsonl:1: malformed JSON; one JSON object a line"]
+    assert lines_of(GOOD, data="latin.jsonl") == ["latin.jsonl:1: not UTF-8; one JSON object a line, in UTF-8"]
     Path("binary.jsonl").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert lines_of(GOOD, data="binary.jsonl") == ["binary.jsonl: PNG image; JSON Lines in UTF-8"]
 
