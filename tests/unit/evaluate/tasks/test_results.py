@@ -27,7 +27,6 @@ from megalm.evaluate.tasks.results import (
     table,
 )
 from megalm.evaluate.tasks.run import TaskResult, evaluate_tasks
-from megalm.generate.requests import Score
 from megalm.runs.record import decode_row, encode_row
 from tests.unit.evaluate.tasks.tiny_models import Bigrams, Scripted, byte_level, written
 
@@ -177,9 +176,7 @@ def test_a_model_whose_likelihoods_are_no_numbers_is_refused() -> None:
     class Broken(Bigrams):
         def score(self, requests, *, progress=None):
             found = super().score(requests, progress=progress)
-            return [
-                replace(each, log_probabilities=(float("nan"),)) if isinstance(each, Score) else each for each in found
-            ]
+            return [replace(each, log_probabilities=(float("nan"),)) for each in found]
 
     with pytest.raises(DataError) as refused:
         results_of(Broken(TOKENIZER), "--task", "cloze", "--task-data", "texts.jsonl")
@@ -219,7 +216,7 @@ def test_the_tasks_of_a_config() -> None:
     assert check_tasks(config) == "tasks          arithmetic (5 items), cloze (5 items)"
     elsewhere = compose([*base, "evaluate.data=[sums.jsonl,/cluster/texts.jsonl]"])
     assert check_tasks(elsewhere) == "tasks          not checked: /cluster/texts.jsonl is not on this machine"
-    with pytest.raises(DataError, match="/cluster/texts.jsonl: there is no such file"):
+    with pytest.raises(DataError, match=r"/cluster/texts.jsonl: there is no such file"):
         tasks_of_config(elsewhere)
     with pytest.raises(ConfigError, match=r"data=null: the task arithmetic names no data; evaluate.data=\[FILE\], or"):
         tasks_of_config(compose(base))

@@ -1,9 +1,10 @@
-"""The tasks that megalm ships: each loads, renders, runs and is scored as its benchmark is; on real data where it is."""
+"""The tasks that megalm ships: each loads, renders, runs and is scored as its benchmark is; on real data, too."""
 
 from __future__ import annotations
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_cloze_and_choices_by_a_model_of_bigrams(data: dict[str, Path]) -> None:
     cloze, choice = evaluate_tasks(model, tasks)
     request = tasks[0].asked[0].score[0]
     ids = (request.context[-1], *request.continuation)
-    by_hand = sum(model.log_probability(a, b) for a, b in zip(ids, ids[1:], strict=False))
+    by_hand = sum(model.log_probability(a, b) for a, b in pairwise(ids))
     assert cloze.answers[0].log_probability == pytest.approx(by_hand)
     assert choice.metric("accuracy_per_byte").name == choice.metrics[0].name, "the headline"
     scores = choice.answers[0].scores
@@ -142,9 +143,8 @@ def test_gpt3s_own_arithmetic() -> None:
 
 @real
 def test_multi30k_is_translated(tmp_path: Path) -> None:
-    sides = [
-        gzip.open(REAL / "multi30k" / f"test_2016_flickr.{side}.gz", "rt").read().splitlines() for side in ("en", "de")
-    ]
+    files = [REAL / "multi30k" / f"test_2016_flickr.{side}.gz" for side in ("en", "de")]
+    sides = [gzip.decompress(file.read_bytes()).decode().splitlines() for file in files]
     pairs = [json.dumps({"source": en, "target": de}) for en, de in zip(*sides, strict=True)]
     data = tmp_path / "pairs.jsonl.gz"
     with gzip.open(data, "wt", encoding="utf-8") as file:
