@@ -31,7 +31,7 @@ def show_results(found: Sequence[TaskResult], config: Config, files: Sequence[Pa
         _print_json({"results": records, "files": [str(file) for file in files]})
         return
     _print_table(results.HEADINGS, results.table(found))
-    for line in (*results.signatures(found), *(note for each in found for note in each.prepared.notes())):
+    for line in (*results.signatures(found), *(note for each in found for note in each.notes())):
         print(line)
     for file in files:
         print(f"kept in  {file}, and its items in {file.with_suffix('.jsonl').name}")

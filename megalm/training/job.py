@@ -28,10 +28,9 @@ class TrainJob:
         say: Callable[[str], object],
         cancelled: Callable[[], bool],
     ) -> Iterator[Prepared]:
-        """Check config, data and start point, and own the run's folder; see ``megalm.launch.job.Job``."""
-        with owned_plan(arguments, world_size, say=say, cancelled=cancelled) as (plan, ownership):
-            if not plan.complete:
-                tasks_of_config(plan.config)  # what is wrong with them is said before a rank starts
+        """Check config, data, tasks and start point, and own the run's folder; see ``megalm.launch.job.Job``."""
+        planned = owned_plan(arguments, world_size, say=say, cancelled=cancelled, check=tasks_of_config)
+        with planned as (plan, ownership):
             launch = plan.config.launch
             assignment = Assignment(
                 job=TRAIN,

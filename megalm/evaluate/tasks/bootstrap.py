@@ -17,8 +17,8 @@ from megalm.evaluate.tasks.metrics.base import Array, Metric
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-_MOST_DRAWS = 2**24
-"""Drawn at once: 128 MiB."""
+_MOST_DRAWS = 2**22
+"""Drawn at once: 32 MiB."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,9 @@ def _lines(path: Path) -> list[Item]:
                 else:
                     items.append(Item(len(items), place, record))
     except NotText as finding:
-        raise DataError(f"{name}: {finding.reason}; JSON Lines in UTF-8") from None
+        # Advice may be of options that only megalm prepare has.
+        advice = finding.advice if finding.advice and "--" not in finding.advice else "JSON Lines in UTF-8"
+        raise DataError(f"{name}: {finding.reason}; {advice}") from None
     raise_all(problems)
     return items
 

@@ -195,7 +195,7 @@ def _checked(text: str, name: str) -> str:
 
 
 def _has(fields: Mapping[str, Any]) -> str:
-    return f"its fields are {spoken_list(map(str, fields), 'and')}" if fields else "it has no fields"
+    return f"the record has {spoken_list(map(str, fields), 'and')}" if fields else "the record has no fields"
 
 
 def _not_texts(field: str, found: Any) -> str:

@@ -98,6 +98,7 @@ def as_json(result: TaskResult, config: Config) -> dict[str, Any]:
         "seed": result.task.seed,
         "items_with_fewer_examples": sum(each.dropped > 0 for each in asked),
         "prompts_cut": sum(each.cut > 0 for each in asked),
+        "texts_unfinished": result.unfinished,
         "definition": result.task.definition(),
         "data_sha256": loaded.data_hash,
         "examples_sha256": loaded.examples_hash,

@@ -71,6 +71,19 @@ class TaskResult:
         """The task."""
         return self.prepared.task
 
+    @property
+    def unfinished(self) -> int:
+        """How many texts ended at ``max_new_tokens`` and nowhere else."""
+        return sum(completion.finish == "length" for completion in self.raw)
+
+    def notes(self) -> list[str]:
+        """What one should know of the values, in words."""
+        lines = self.prepared.notes()
+        if self.unfinished:
+            most = f"max_new_tokens={self.task.max_new_tokens}"
+            lines.append(f"{self.task.name}: {self.unfinished} of {len(self.raw)} texts ended at {most}")
+        return lines
+
     def metric(self, name: str) -> MetricResult:
         """One metric by its name, which the task must have."""
         return next(found for found in self.metrics if found.name == name)

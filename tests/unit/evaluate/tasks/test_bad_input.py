@@ -170,7 +170,9 @@ def test_data_that_are_missing_or_no_records() -> None:
         "d.jsonl:3: a field twice in one JSON object; one JSON object a line, in UTF-8",
         "d.jsonl:4: JSON that is no object; one JSON object a line, in UTF-8",
     ]
-    assert lines_of(GOOD, "[", '{"q": "x"}', "]")[0].startswith("d.jsonl: a JSON array, not JSON Lines; ")
+    assert lines_of(GOOD, "[", '{"q": "x"}', "]") == [
+        "d.jsonl: a JSON array, not JSON Lines; one record a line: jq -c '.[]' FILE > FILE.jsonl"
+    ]
     many = lines_of(GOOD, *["{oops"] * 9)
     assert len(many) == 6
     assert many[-1] == "and 4 more such lines"
@@ -185,14 +187,14 @@ def test_data_that_are_missing_or_no_records() -> None:
 def test_fields_that_are_missing_or_of_another_kind() -> None:
     good = {"q": "x", "a": "y"}
     assert lines_of(GOOD, good, {"q": "x", "b": "y"}) == [
-        "d.jsonl:2: target: there is no field a; its fields are q and b (task mine)"
+        "d.jsonl:2: target: there is no field a; the record has q and b (task mine)"
     ]
-    assert lines_of(GOOD, good, {}) == ["d.jsonl:2: prompt: there is no field q; it has no fields (task mine)"]
+    assert lines_of(GOOD, good, {}) == ["d.jsonl:2: prompt: there is no field q; the record has no fields (task mine)"]
     assert lines_of(GOOD.replace("{{ a }}", "{{ a.text }}"), good) == [
-        "d.jsonl:1: target: 'str object' has no attribute 'text'; its fields are q and a (task mine)"
+        "d.jsonl:1: target: 'str object' has no attribute 'text'; the record has q and a (task mine)"
     ]
     assert lines_of(GOOD.replace("{{ a }}", "{{ 1 / 0 }}"), good) == [
-        "d.jsonl:1: target: does not render (ZeroDivisionError: division by zero); its fields are q and a (task mine)"
+        "d.jsonl:1: target: does not render (ZeroDivisionError: division by zero); the record has q and a (task mine)"
     ]
     assert lines_of(GOOD, {"q": " \n", "a": "y"}) == [
         "d.jsonl:1: prompt: it is empty; a text of at least one token (task mine)"
@@ -200,13 +202,13 @@ def test_fields_that_are_missing_or_of_another_kind() -> None:
     assert lines_of(GOOD, '{"q": "\\ud800", "a": "y"}')[0].startswith("d.jsonl:1: prompt: holds half of a character")
     references = GOOD + "references: answers.text\n"
     assert lines_of(references, good)[0] == (
-        "d.jsonl:1: references: there is no field answers.text; its fields are q and a (task mine)"
+        "d.jsonl:1: references: there is no field answers.text; the record has q and a (task mine)"
     )
     assert lines_of(references, {**good, "answers": {"text": [1]}})[0].startswith(
         "d.jsonl:1: references: field answers.text is no list of texts; "
     )
     assert lines_of(GOOD + 'instruction: "{{ language }}"\n', good) == [
-        "mine.yaml:5: instruction: there is no field language; it has no fields"
+        "mine.yaml:5: instruction: there is no field language; the record has no fields"
     ]
 
 

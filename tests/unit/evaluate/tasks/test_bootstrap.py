@@ -80,6 +80,18 @@ def test_equal_systems_do_not_differ_and_different_ones_do() -> None:
     assert worse.second_better == 1.0, "a higher perplexity is worse"
 
 
+def test_the_p_value_is_that_of_sacrebleus_paired_test() -> None:
+    significance = pytest.importorskip("sacrebleu.significance")
+    random = np.random.default_rng(4)
+    first, second = random.random(50), random.random(50) + 0.1
+    (counts,) = _counts(50, seed=8, resamples=1000)
+    differences = (counts @ first - counts @ second) / 50
+    expected = significance._compute_p_value(
+        np.abs(differences - differences.mean()), abs(first.mean() - second.mean())
+    )
+    assert difference(MEAN, statistics(first), statistics(second), seed=8).p_value == pytest.approx(expected)
+
+
 def test_p_values_of_equal_systems_are_uniform() -> None:
     random = np.random.default_rng(9)
     found = [

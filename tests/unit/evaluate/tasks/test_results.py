@@ -79,6 +79,9 @@ def test_a_row_for_metrics_jsonl_and_a_table() -> None:
     assert all(len(each) == len(HEADINGS) for each in rows)
     assert rows[0][:5] == ("arithmetic", "30", "2", "exact_match", "0.3333")
     assert [each[0] for each in rows] == ["arithmetic", "cloze", "", "", ""]
+    assert results[0].notes() == []
+    unfinished = results_of(Bigrams(TOKENIZER, sequence_length=64), *SUMS, "--limit", "3")[0]
+    assert unfinished.notes() == ["arithmetic: 3 of 3 texts ended at max_new_tokens=16"]
     assert signatures(results)[0] == "arithmetic/exact_match: normalise:none"
 
 
