@@ -16,6 +16,8 @@ from megalm.evaluate.tasks import compare, results
 from megalm.evaluate.tasks.compare import MetricComparison
 from megalm.evaluate.tasks.run import TaskResult
 
+_LEAST_WIDTH = 120
+
 
 def show_results(found: Sequence[TaskResult], config: Config, files: Sequence[Path], *, as_json: bool) -> None:
     """Print what a run reached.
@@ -61,4 +63,5 @@ def _print_table(headings: Iterable[str], rows: Iterable[tuple[str, ...]]) -> No
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(highlight=False, soft_wrap=True).print(table)
+    # A narrower terminal wraps lines; rich would cut names and numbers short.
+    Console(highlight=False, soft_wrap=True, width=max(Console().width, _LEAST_WIDTH)).print(table)

@@ -228,7 +228,7 @@ def test_templates_run_in_a_sandbox() -> None:
         ("text", {"answer": "four"}, "answer=four: names none of the 3 choices; one, two or three"),
         ("number", {"answer": 0, "choices": ["one"]}, "choices: there are 1; at least 2"),
         ("number", {"answer": 0, "choices": ["one", ""]}, "choices: one is empty; texts whose likelihood is asked for"),
-        ("number", {"answer": 0, "choices": "ab"}, "choices: field choices is no list of texts; its fields are"),
+        ("number", {"answer": 0, "choices": "ab"}, "choices: field choices is no list of texts; the record has"),
     ],
 )
 def test_answers_that_name_no_choice(answer_is: str, record: dict, wrong: str) -> None:

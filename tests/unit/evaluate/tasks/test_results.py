@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megalm.cli.task_options import add_task_options, tasks_of_options
+from megalm.cli.task_results import show_comparison, show_results
 from megalm.config.compose import compose, save_config
 from megalm.errors import ConfigError, DataError
 from megalm.evaluate.tasks import compare
@@ -234,3 +235,26 @@ def test_a_config_of_before_there_were_tasks_loads(tmp_path: Path) -> None:
     text = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text[: text.index("evaluate:")])
     assert load_run_config(tmp_path) == config
+
+
+def test_tables_and_json_on_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = counting(2)
+    better, worse = results_of(model, *BOTH), results_of(counting(6), *BOTH)
+    files = save_results(tmp_path, better, model.config)
+    show_results(better, model.config, files, as_json=False)
+    out = capsys.readouterr().out
+    assert ["arithmetic", "60", "0", "exact_match", "0.5000"] in [line.split()[:5] for line in out.splitlines()]
+    assert "arithmetic/exact_match: normalise:none" in out
+    assert f"kept in  {files[0]}, and its items in {files[0].stem}.jsonl" in out
+    show_results(better, model.config, files, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["results"][0]["metrics"]["exact_match"]["value"] == 0.5
+    assert found["files"] == [str(file) for file in files]
+    compared = compare_results(better, worse)
+    show_comparison(("runs/a", "runs/b"), compared, as_json=False)
+    out = capsys.readouterr().out
+    assert out.startswith("A is runs/a, B is runs/b\n")
+    assert "100.0%" in out and "…" not in out
+    show_comparison(("runs/a", "runs/b"), compared, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["A"], found["comparison"][0]["first_better"]) == ("runs/a", 1.0)
