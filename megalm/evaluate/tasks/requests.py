@@ -8,6 +8,7 @@ the continuation, as in lm-evaluation-harness, since most tokenizers have it at 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -130,13 +131,17 @@ class _Maker:
         """A question with as many of its examples as fit, the later ones; cut only where the task says so."""
         task = self._task
         examples = self._loaded.pool.examples(question, task.examples) if task.examples else []
-        for dropped in range(len(examples) + 1):
+
+        def made(dropped: int) -> Asked:
             kept = examples[dropped:]
             asked = self._make(question, self._text(question, kept))
-            over = self._over(asked)
-            if over <= 0:
-                break
-        asked = replace(asked, examples=tuple(each.item.number for each in kept), dropped=dropped)
+            return replace(asked, examples=tuple(each.item.number for each in kept), dropped=dropped)
+
+        asked = made(0)
+        if self._over(asked) > 0 and examples:
+            fewest = bisect_left(range(len(examples)), True, lo=1, key=lambda dropped: self._over(made(dropped)) <= 0)
+            asked = made(fewest)
+        over = self._over(asked)
         return asked if over <= 0 else self._cut(asked, over)
 
     def _text(self, question: Question, examples: Sequence[Question]) -> str:
@@ -167,7 +172,7 @@ class _Maker:
         alone: list[ScoreRequest] = []
         if self._task.unconditional_prompt is not None:
             alone = split(self._tokenizer, self._task.unconditional_prompt, continuations)
-        return Asked(question, prompt, score=requests, unconditional=tuple(alone))
+        return Asked(question, prompt, score=requests, unconditional=self._not_empty(alone))
 
     @staticmethod
     def _not_empty(requests: Sequence[ScoreRequest]) -> tuple[ScoreRequest, ...]:

@@ -165,6 +165,9 @@ def test_examples_are_dropped_from_the_left_until_the_prompt_fits(tmp_path: Path
     assert 0 < asked.dropped < 6
     assert asked.prompt.split("\n\n") == whole[asked.dropped :]
     assert asked.examples == roomy.asked[0].examples[asked.dropped :]
+    for each, before in zip(tight.asked, roomy.asked, strict=True):
+        one_more = before.prompt.split("\n\n")[each.dropped - 1 :]
+        assert len(BYTES.encode("\n\n".join(one_more) + " mat")) > 61, "no more than needed are dropped"
     lengths = [len(each.score[0].context) + len(each.score[0].continuation) for each in tight.asked]
     assert max(lengths) <= 61
     dropped = sum(each.dropped for each in tight.asked)
