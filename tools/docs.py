@@ -163,7 +163,7 @@ ROOMS = {
     "api": "import megalm",
     "training": "loop, callbacks, saving",
     "verify": "proof of a layout",
-    "evaluate": "perplexity",
+    "evaluate": "perplexity, tasks",
     "convert": "other formats",
     "generate": "text from a run",
     "plan": "checks and sizes of a run",

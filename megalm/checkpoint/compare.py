@@ -37,7 +37,10 @@ class TensorDifference:
     what: str
 
 
-_LABELS = ("run.name", "run.dir", "megalm_version", "report.", "logging.", "launch.", "cluster.", "checkpoint.")
+_LABELS = (
+    *("run.name", "run.dir", "megalm_version"),
+    *("report.", "evaluate.", "logging.", "launch.", "cluster.", "checkpoint."),
+)
 """Settings, or whole sections, that name, show, place or keep a run."""
 
 

@@ -19,6 +19,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
     from megalm.config.compose import composition
     from megalm.config.job import planned_world_size_of
     from megalm.config.resolved import resolved_yaml
+    from megalm.evaluate.tasks.of_config import check_tasks
     from megalm.plan.preflight import check_config, check_data
     from megalm.plan.summary import note_lines, summary_lines
     from megalm.runs.source_model import source_model
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str], prog: str) -> int:
         print(*composed.notes, sep="\n", end="\n" if composed.notes else "", file=sys.stderr)
         print(resolved_yaml(composed), end="")
         return ExitCode.DONE
-    lines = [*summary_lines(config, world_size), check_data(config), *composed.notes, *note_lines(config, world_size)]
+    looked_at = [check_data(config), *([tasks] if (tasks := check_tasks(config)) is not None else [])]
+    lines = [*summary_lines(config, world_size), *looked_at, *composed.notes, *note_lines(config, world_size)]
     print(*lines, "ok", sep="\n")
     return ExitCode.DONE
 

@@ -16,6 +16,7 @@ from megalm.config.rules import (
     checkpoint,
     data,
     engine,
+    evaluate,
     fields,
     launch,
     logging,
@@ -42,6 +43,7 @@ RULES: tuple[Rule, ...] = (
     *logging.RULES,
     *data.RULES,
     *objective.RULES,
+    *evaluate.RULES,
 )
 """Every rule, in the order in which violations are told."""
 

@@ -25,6 +25,8 @@ PATHS = frozenset(
         "checkpoint.resume",
         "checkpoint.init_from",
         "checkpoint.finetune_from",
+        "evaluate.tasks",
+        "evaluate.data",
     }
 )
 """Fields that name places of this machine: ``~`` at their beginning is the home folder."""

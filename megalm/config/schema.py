@@ -380,6 +380,22 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Tasks that a run is evaluated on while it trains: see [evaluation](evaluation.md)."""
+
+    tasks: tuple[str, ...] | None = None
+    """Tasks by name (``conf/task/``), or task files (``NAME.yaml``); None: none."""
+    data: tuple[str, ...] | None = None
+    """A data file for each task, in their order; None: those that the task files name."""
+    every: int = 0
+    """Steps between evaluations; 0: only at the end."""
+    examples: int | None = None
+    """Worked examples before each item; None: as each task says."""
+    limit: int | None = None
+    """Only the first items of each task, as many as this; None: as each task says."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that a run is determined by."""
 
@@ -396,3 +412,4 @@ class Config:
     logging: Logging = field(default_factory=Logging)
     cluster: Cluster = field(default_factory=Cluster)
     report: Report = field(default_factory=Report)
+    evaluate: Evaluate = field(default_factory=Evaluate)

@@ -17,6 +17,9 @@ CONFIG_FILE = "config.yaml"
 OWN_FOLDER = Path("conf")
 """The user's own configs, in the working folder."""
 
+TASK_FOLDER = "task"
+"""The folder of task files, which are no options of a run's config."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -66,7 +69,11 @@ class SearchPath:
     def group_options(self) -> dict[str, list[str]]:
         """The groups that megalm has, and the names that each can be set to."""
         groups = sorted(folder.name for folder in self.folders[-1].path.iterdir() if folder.is_dir())
-        return {group: self._options(group) for group in groups}
+        return {group: self._options(group) for group in groups if group != TASK_FOLDER}
+
+    def tasks(self) -> list[str]:
+        """The evaluation tasks, by the names of their files."""
+        return self._options(TASK_FOLDER)
 
     def _options(self, group: str) -> list[str]:
         found = set()

@@ -101,6 +101,9 @@ _UNUSED = (
         "train.validate_every=0 validates at the end, on all",
     ),
     _Unused(
+        ("evaluate.every", "evaluate.examples", "evaluate.limit"), _is("evaluate.tasks", None), "evaluate.tasks=null"
+    ),
+    _Unused(
         ("report.max_new_tokens", "report.temperature", "report.top_k"),
         _is("report.prompt", None),
         "report.prompt=null",

@@ -97,6 +97,7 @@ def owned_plan(
     *,
     say: Callable[[str], object],
     cancelled: Callable[[], bool] = lambda: False,
+    check: Callable[[Config], object] = lambda _: None,
 ) -> Iterator[tuple[Plan, Ownership]]:
     """As :func:`make_plan`, in a run folder that is this run's alone while the block runs.
 
@@ -105,6 +106,7 @@ def owned_plan(
         world_size: ranks that a launcher has started; None: as many as the config asks for.
         say: told why one has to wait for the folder.
         cancelled: asked while waiting; ends it.
+        check: what else the config must pass, and raises if it does not, before there is a folder.
 
     Raises:
         ConfigError: as :func:`make_plan`; or another run is in the folder, or it cannot be written.
@@ -113,6 +115,7 @@ def owned_plan(
         ownerships: list[Ownership] = []
 
         def own(config: Config) -> Claim:
+            check(config)
             folder = run_folder(config)
             remedy = "wait for it to end, stop it, or choose another run.name"
             lock = owned(folder / OWNER_LOCK, f"run.name={config.run.name}", remedy, say=say, cancelled=cancelled)

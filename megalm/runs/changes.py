@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = frozenset(
 )
 """Fields that change nothing of what is trained or kept; the number of ranks is told as replicas."""
 
-_SECTIONS_WITHOUT_EFFECT = frozenset({"logging", "cluster", "report"})
+_SECTIONS_WITHOUT_EFFECT = frozenset({"logging", "cluster", "report", "evaluate"})
 
 
 @dataclass(frozen=True)

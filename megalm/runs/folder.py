@@ -10,6 +10,7 @@ asked/logs/rank-0.log      what each rank of a launcher wrote while the model wa
 tensorboard/, wandb/       what those loggers keep; wandb_id is the run's id there
 loss.png                   the loss curve, drawn when the run ends
 layout_certificate.json    what ``megalm verify`` found
+results/                   what ``megalm evaluate --task`` found: a .json of each result, a .jsonl of its items
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID_FILE = "wandb_id"
 LOSS_CURVE_FILE = "loss.png"
 CERTIFICATE_FILE = "layout_certificate.json"
+RESULTS_FOLDER = "results"
 
 __all__ = [
     "ASKED_FOLDER",
@@ -38,6 +40,7 @@ __all__ = [
     "LOGS_FOLDER",
     "LOSS_CURVE_FILE",
     "METRICS_FILE",
+    "RESULTS_FOLDER",
     "TENSORBOARD_FOLDER",
     "TOKENIZER_FILE",
     "WANDB_ID_FILE",

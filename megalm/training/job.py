@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megalm.errors import ExitCode
+from megalm.evaluate.tasks.of_config import tasks_of_config
 from megalm.launch import RankInfo
 from megalm.launch.job import Assignment, Prepared
 from megalm.launch.signals import StopRequest
@@ -27,8 +28,9 @@ class TrainJob:
         say: Callable[[str], object],
         cancelled: Callable[[], bool],
     ) -> Iterator[Prepared]:
-        """Check config, data and start point, and own the run's folder; see ``megalm.launch.job.Job``."""
-        with owned_plan(arguments, world_size, say=say, cancelled=cancelled) as (plan, ownership):
+        """Check config, data, tasks and start point, and own the run's folder; see ``megalm.launch.job.Job``."""
+        planned = owned_plan(arguments, world_size, say=say, cancelled=cancelled, check=tasks_of_config)
+        with planned as (plan, ownership):
             launch = plan.config.launch
             assignment = Assignment(
                 job=TRAIN,

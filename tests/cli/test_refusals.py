@@ -102,3 +102,32 @@ def test_what_only_checks_imports_no_torch(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_tasks_that_cannot_be_asked_stop_a_run_before_it_has_a_folder(tiny_dataset: Path, tmp_path: Path) -> None:
+    run = [*TINY, f"data.path={tiny_dataset}", f"run.dir={tmp_path}", "run.name=a"]
+    assert refused(2, "train", *run, "evaluate.tasks=[arithmatic]") == (
+        "evaluate.tasks=arithmatic: there is no such task; did you mean arithmetic?\n"
+    )
+    missing = refused(3, "train", *run, "evaluate.tasks=[arithmetic]", f"evaluate.data=[{tmp_path}/none.jsonl]")
+    assert (
+        missing == f"{tmp_path}/none.jsonl: there is no such file; JSON Lines, or hf:NAME of a Hugging Face dataset\n"
+    )
+    (tmp_path / "sums.jsonl").write_text('{"context": "Q", "completion": " 1"}\n{"context": "Q"}\n')
+    wrong = refused(3, "train", *run, "evaluate.tasks=[arithmetic]", f"evaluate.data=[{tmp_path}/sums.jsonl]")
+    assert wrong == (
+        f"{tmp_path}/sums.jsonl:2: target: there is no field completion; the record has context (task arithmetic)\n"
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def test_check_looks_at_the_tasks_whose_data_are_here(tiny_dataset: Path, tmp_path: Path) -> None:
+    run = [*TINY, f"data.path={tiny_dataset}", "evaluate.tasks=[cloze]"]
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat on the mat"}\n')
+    code, out, err = megalm("check", *run, f"evaluate.data=[{tmp_path}/texts.jsonl]")
+    assert (code, err) == (0, "")
+    assert "tasks          cloze (1 items)" in out
+    code, out, _ = megalm("check", *run, "evaluate.data=[/cluster/texts.jsonl]")
+    assert code == 0
+    assert "not checked: /cluster/texts.jsonl is not on this machine" in out
+    assert "task qa names no data" in refused(2, "check", *run[:-1], "evaluate.tasks=[qa]")

@@ -20,6 +20,7 @@ import pytest
 from megalm.cli.command import add_run, parse
 from megalm.cli.main import main
 from megalm.cli.table import COMMANDS
+from megalm.cli.task_options import add_task_options
 from megalm.config.compose import compose
 from megalm.config.schema import Config
 from megalm.errors import ExitCode
@@ -48,6 +49,7 @@ WRITTEN_BY_RUNS = {
         "wandb/",
         "train/",
         "val/",
+        "results/",
     )
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -117,7 +119,7 @@ def test_every_command_is_one(
     if name in ("train", "verify"):
         compose([re.sub(r"=([^\[]*?),.*", r"=\1", setting) for setting in arguments if not setting.startswith("-")])
     elif name == "evaluate":
-        parse(f"megalm {name}", "", arguments, add_run)
+        parse(f"megalm {name}", "", arguments, lambda parser: (add_run(parser), add_task_options(parser)))
     elif hasattr(module, "_add_options"):
         parse(f"megalm {name}", "", arguments, module._add_options)
     elif hasattr(module, "_parser"):
@@ -198,7 +200,9 @@ def test_files_and_fields_that_a_page_names_are_there(page: Path) -> None:
     for quoted in re.findall(r"`([^`\n]+)`", FENCE.sub("", _text(page))):
         for group, field in re.findall(r"(?<![\w./])([a-z]+)\.([a-z_]+)=", quoted):
             assert group not in groups or field in groups[group], f"{quoted}: no such field"
-        if re.fullmatch(r"[\w/]+\.(py|yaml|toml|sbatch)|[\w]+/[\w/]*", quoted) and quoted not in WRITTEN_BY_RUNS:
+        if quoted in WRITTEN_BY_RUNS or re.search(r"\b(NAME|TASK)\b", quoted):  # or of the user's naming
+            continue
+        if re.fullmatch(r"[\w/]+\.(py|yaml|toml|sbatch)|[\w]+/[\w/]*", quoted):
             tops = (REPOSITORY, REPOSITORY / "megalm", REPOSITORY / "tests", page.parent)
             assert any((top / quoted).exists() for top in tops), f"{quoted}: no such file"
 

@@ -54,6 +54,8 @@ def texts_are_not_empty(job: Job) -> Iterator[Violation]:
         "logging.wandb_entity": "a user or team, or logging.wandb_entity=null",
         "logging.wandb_group": "a name, or logging.wandb_group=null",
         "logging.wandb_tags": "words of which none is empty, or logging.wandb_tags=null",
+        "evaluate.tasks": "tasks of which none is empty, or evaluate.tasks=null",
+        "evaluate.data": "files of which none is empty, or evaluate.data=null",
         "cluster.name": "a name, such as cluster.name=local",
         "cluster.gpu": "a key of hardware.yaml such as cluster.gpu=a100_80gb, or cluster.gpu=null",
     }

@@ -15,6 +15,7 @@ from megalm.config.check import violations
 from megalm.config.compose import CONFIG_FILE, compose, conf_dir, group_options, load_run_config, save_config
 from megalm.config.job import planned_world_size_of
 from megalm.config.parse import config_from_dict, config_to_dict, field_paths
+from megalm.config.search_path import SearchPath
 from megalm.errors import ConfigError
 from megalm.models.counts import parameter_count
 from megalm.plan.hardware import device_violations, devices
@@ -67,7 +68,9 @@ def test_every_option_composes_and_says_what_it_is_for(group: str, name: str) ->
 
 def test_every_yaml_file_is_an_option() -> None:
     files = {path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*") if path.is_file()}
-    assert files == {CONFIG_FILE, *(f"{group}/{name}.yaml" for group, name in OPTIONS)}
+    tasks = {f"task/{name}.yaml" for name in SearchPath.of().tasks()}  # which are no options of a run
+    assert files == {CONFIG_FILE, *(f"{group}/{name}.yaml" for group, name in OPTIONS), *tasks}
+    assert len(tasks) == 6
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -220,7 +220,7 @@ def test_a_misspelt_option_hides_no_other_mistake(write: Write) -> None:
     assert lines_of("experiment=min", "train.steps=many", "parallel.tp=0", "optim.schedule=sine", "modle.x=1") == [
         "experiment=min: there is no such option; did you mean experiment=mine?",
         "modle.x=1: there is no such field; the sections are run, model, data, optim, train, launch, parallel, "
-        "objective, engine, checkpoint, logging, cluster and report",
+        "objective, engine, checkpoint, logging, cluster, report and evaluate",
         "train.steps=many: this is text; an integer",
         "parallel.tp=0: out of range; at least 1 and at most 2147483647",
         "optim.schedule=sine: there is no such choice; optim.schedule=cosine, linear, constant or wsd",

@@ -353,3 +353,23 @@ def test_what_is_no_folder_name_is_refused_with_one_that_is(name: str) -> None:
     offered = re.search(r"; run\.name=(.+)$", line)
     assert line.startswith("run.name=") and offered
     assert lines_of(run__name=offered[1]) == []
+
+
+def test_tasks_are_refused_with_the_known_ones_before_anything_starts() -> None:
+    assert lines_of(evaluate__tasks=["qa", "arithmetic"], evaluate__data=["a.jsonl", "b.jsonl"]) == []
+    assert only_line(evaluate__tasks="arithmatic") == (
+        "evaluate.tasks=arithmatic: there is no such task; did you mean arithmetic?"
+    )
+    assert only_line(evaluate__tasks="xyz") == (
+        "evaluate.tasks=xyz: there is no such task; arithmetic, cloze, multiple_choice, qa, summarisation or "
+        "translation, or a file NAME.yaml"
+    )
+    assert only_line(evaluate__tasks="none.yaml").endswith(": there is no such file; a task file, or a task's name")
+    assert only_line(evaluate__tasks=["qa", "qa"]).endswith(": a task is there twice; each task once")
+    assert only_line(evaluate__tasks="qa", evaluate__data=["a", "b"]) == (
+        'evaluate.data=["a", "b"]: 2 for the 1 of evaluate.tasks; one for each, in their order, or evaluate.data=null'
+    )
+    encoder = {"model__causal": False, "objective__name": "mlm"}
+    assert only_line(evaluate__tasks="qa", **encoder) == (
+        'evaluate.tasks=["qa"]: model.causal=false continues no text; evaluate.tasks=null'
+    )

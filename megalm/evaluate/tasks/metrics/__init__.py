@@ -1,0 +1,1 @@
+"""One file per family of metrics; each gives statistics of single items that add up. No torch."""
