@@ -27,7 +27,7 @@ COMMANDS = {
     "verify": Command(
         "Prove that a config's layout trains like one process: shrunk, on this machine's CPU, in a minute.", works=True
     ),
-    "evaluate": Command("Loss and perplexity of a run over its whole validation split."),
+    "evaluate": Command("Loss and perplexity of a run, or what it reaches in tasks; of two runs, which is better."),
     "generate": Command("Generate text from a prompt with a run's model."),
     "compare": Command("What two or more runs have reached, in a table and a picture, and what differs between them."),
     "tokenizer": Command("Train a tokenizer on a corpus, or take one that is there.", works=True),

@@ -119,7 +119,7 @@ def test_every_command_is_one(
     if name in ("train", "verify"):
         compose([re.sub(r"=([^\[]*?),.*", r"=\1", setting) for setting in arguments if not setting.startswith("-")])
     elif name == "evaluate":
-        parse(f"megalm {name}", "", arguments, lambda parser: (add_run(parser), add_task_options(parser)))
+        parse(f"megalm {name}", "", arguments, module._add_options)
     elif hasattr(module, "_add_options"):
         parse(f"megalm {name}", "", arguments, module._add_options)
     elif hasattr(module, "_parser"):
