@@ -183,6 +183,7 @@ def _with_defaults(model: Model) -> Model:
     """
     derived = replace(model, ffn_hidden_size=None)
     model = derived if derived.ffn_size == model.ffn_size else model
+    model = replace(model, head_dim=None) if model.attention_size == model.hidden_size else model
     return replace(model, num_kv_heads=None) if model.kv_heads == model.num_heads else model
 
 

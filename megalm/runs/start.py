@@ -25,8 +25,8 @@ from megalm.checkpoint.store import (
     locate,
     torn_checkpoints,
 )
-from megalm.config.parse import config_to_dict
-from megalm.config.schema import Config
+from megalm.config.parse import config_to_dict, default_dict
+from megalm.config.schema import Config, Model
 from megalm.config.violation import format_value
 from megalm.errors import CheckpointError
 from megalm.runs.folder import METRICS_FILE
@@ -200,7 +200,7 @@ def _begin_with(config: Config, mode: StartMode, info: CheckpointInfo, notes: tu
     _check_model(config, manifest, info.path, except_for=adaptable)
     if mode is StartMode.FINETUNE:
         _check_phase(config, manifest, info.path)
-    saved = manifest.config.get("model", {})
+    saved = _saved_model(manifest)
     mine = config_to_dict(config)["model"]
     changed = [
         f"model.{name}={mine[name]}: {info.path} was trained with {saved.get(name)}; this run trains with its own "
@@ -250,7 +250,7 @@ def _check_model(config: Config, manifest: Manifest, path: Path, *, except_for: 
 
     A resumed run may be trained anew under another name; weights that a new run begins with are as they are.
     """
-    saved = manifest.config.get("model", {})
+    saved = _saved_model(manifest)
     different = {
         name: value
         for name, value in config_to_dict(config)["model"].items()
@@ -275,6 +275,11 @@ def _check_model(config: Config, manifest: Manifest, path: Path, *, except_for: 
             f"{whole}, or leave checkpoint.{source} out"
         )
     raise CheckpointError("\n".join(problems))
+
+
+def _saved_model(manifest: Manifest) -> dict[str, Any]:
+    """The fields of the model that a checkpoint was trained with; those that its megalm did not know, as they default."""
+    return default_dict(Model) | manifest.config.get("model", {})
 
 
 def _lost_steps(config: Config, run_dir: Path) -> tuple[str, ...]:

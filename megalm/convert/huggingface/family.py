@@ -107,6 +107,14 @@ class Family(ABC):
         return next((what for pattern, what in self.left_out.items() if re.fullmatch(pattern, name)), None)
 
 
+def head_dim_from(fields: Fields, name: str, *, hidden: int, heads: int) -> int | None:
+    """A model's ``head_dim`` from a field that may give it; None: hidden / heads."""
+    if name not in fields:
+        return None
+    head_dim = fields.count(name)
+    return None if head_dim * heads == hidden else head_dim
+
+
 def unlike(model: Model, **wanted: object) -> list[str]:
     """Fields of a model that are not as wanted, one phrase each; a tuple lists what would do."""
     found = []

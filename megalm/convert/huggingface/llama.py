@@ -88,7 +88,7 @@ class LlamaFamily(Family):
             "hidden_size": model.hidden_size,
             "num_attention_heads": model.num_heads,
             "num_key_value_heads": model.kv_heads,
-            "head_dim": model.head_dim,
+            "head_dim": model.head_size,
             "intermediate_size": model.ffn_size,
             "max_position_embeddings": model.sequence_length,
             "vocab_size": model.vocab_size,
@@ -106,7 +106,7 @@ class LlamaFamily(Family):
 
     def rules(self, model: Model) -> list[Rule]:
         """See the base class."""
-        bias, kv = model.bias, model.kv_heads * model.head_dim
+        bias, kv = model.bias, model.kv_heads * model.head_size
         qkv, gate_up = Fused((model.hidden_size, kv, kv)), Fused((model.ffn_size, model.ffn_size))
         rules = [Rule("embedding.weight", ("model.embed_tokens.weight",))]
         for layer in range(model.num_layers):

@@ -102,7 +102,7 @@ class NeoXFamily(Family):
 
     def rules(self, model: Model) -> list[Rule]:
         """See the base class."""
-        heads = GroupedHeads(model.num_heads, model.num_heads, model.head_dim)
+        heads = GroupedHeads(model.num_heads, model.num_heads, model.head_size)
         rules = [Rule("embedding.weight", ("gpt_neox.embed_in.weight",))]
         for layer in range(model.num_layers):
             here, there = f"blocks.{layer}", f"gpt_neox.layers.{layer}"

@@ -151,9 +151,9 @@ def _fraction(fields: Fields, scaling: Fields | None, names: RotaryNames, head_d
 
 def _library_fraction(model: Model) -> float:
     """The share of a head that the library, which rounds its elements down, takes for as many as megalm rotates."""
-    rotated = round(model.head_dim * model.rotary_fraction)
-    exact = int(model.head_dim * model.rotary_fraction) == rotated
-    return model.rotary_fraction if exact else (rotated + 0.5) / model.head_dim
+    rotated = round(model.head_size * model.rotary_fraction)
+    exact = int(model.head_size * model.rotary_fraction) == rotated
+    return model.rotary_fraction if exact else (rotated + 0.5) / model.head_size
 
 
 def _factor(scaling: Fields) -> float:
