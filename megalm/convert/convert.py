@@ -21,7 +21,7 @@ from megalm.config.schema import Model
 from megalm.config.violation import spoken_list
 from megalm.convert.folder import check_absent, new_folder
 from megalm.convert.transfer import Progress, Transfer
-from megalm.convert.weights import WeightSource
+from megalm.convert.weights import SourceInfo, WeightSource
 from megalm.core.dtype import DTYPE_NAMES, DTYPES
 from megalm.data.shards.vocabulary import Vocabulary, beyond
 from megalm.data.tokenization.tokenizer import Tokenizer
@@ -173,16 +173,16 @@ def _convert(source: WeightSource, request: Request, watcher: Watcher, started: 
         f"{request.target}: {what}, {parameters:,} parameters in {len(transfer.shapes)} tensors, {DTYPE_NAMES[dtype]}, "
         f"{_size(size)}, {time.perf_counter() - started:.1f} s"
     )
-    return Report(done, (*info.notes, *notes, *_losses(info.model, request)), tuple(verified), tuple(transfer.warnings))
+    return Report(done, (*info.notes, *notes, *_losses(info, request)), tuple(verified), tuple(transfer.warnings))
 
 
-def _losses(model: Model, request: Request) -> list[str]:
+def _losses(info: SourceInfo, request: Request) -> list[str]:
     """Parts of a model that the target format cannot hold and that do not change its logits."""
     if request.target_format != "hf":
         return []
     from megalm.convert.huggingface.families import family_of
 
-    return family_of(model).losses(model)
+    return family_of(info.model, info.architecture).losses(info.model)
 
 
 def _size(count: int) -> str:

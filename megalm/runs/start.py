@@ -216,6 +216,9 @@ def _changeable(config: Config) -> frozenset[str]:
     return _ADAPTABLE | (_ADAPTABLE_ROTARY if config.model.position == "rotary" else frozenset())
 
 
+ARCHITECTURE = "architecture"
+"""Where a manifest's ``training`` names the Hugging Face architecture that its weights were converted from."""
+
 _ADAPTABLE = frozenset({"dropout", "attention_dropout", "init_std"})
 """Fields of a model that a run with another's weights may set otherwise: no weight and no output depends on them."""
 
@@ -278,7 +281,7 @@ def _check_model(config: Config, manifest: Manifest, path: Path, *, except_for: 
 
 
 def _saved_model(manifest: Manifest) -> dict[str, Any]:
-    """The fields of the model that a checkpoint was trained with; those that its megalm did not know, as they default."""
+    """The model that a checkpoint was trained with, field by field; those that its megalm had not, as they default."""
     return default_dict(Model) | manifest.config.get("model", {})
 
 

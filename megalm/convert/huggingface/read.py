@@ -74,6 +74,7 @@ class HfSource(WeightSource):
             dtype=DTYPES[self._stored[next(iter(self._rules.values())).foreign[0]].dtype],
             tokenizer=path,
             notes=notes,
+            architecture=self.family.model_type,
             ids=TokenIds.of_folder(path, safe_file),
         )
 

@@ -177,9 +177,9 @@ def reasons_against(model: Model) -> list[str]:
     if model.bias and not model.has_qkv_bias:
         reasons.append("model.qkv_bias=false beside model.bias=true: its biases are on all linear layers")
     if model.has_projection_bias != model.bias:
+        given, bias = format_value(model.projection_bias), format_value(model.bias)
         reasons.append(
-            f"model.projection_bias={format_value(model.projection_bias)} beside model.bias={format_value(model.bias)}: "
-            "its output projections have biases where the MLP has"
+            f"model.projection_bias={given} beside model.bias={bias}: its output projections have biases as its MLP has"
         )
     if model.qk_norm and model.norm != "rmsnorm":
         reasons.append(f"model.qk_norm=true beside model.norm={model.norm}: it normalises queries as the rest")
