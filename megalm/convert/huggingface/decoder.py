@@ -36,7 +36,8 @@ class RotaryDecoder(Family):
         allowed: what few families have and this one does, see :func:`unlike_any`.
         default_length: what the library takes for the longest sequence where the field is absent.
         default_kv_heads: the same of key/value heads; None: as many as query heads.
-        default_head_dim: the same of a head's width; None: hidden / heads.
+        names_head_dim: whether its configs have ``head_dim`` where it is hidden / heads too.
+        default_head_dim: what the library takes for it where it is absent; None: hidden / heads.
         default_epsilon: the same of the norm's epsilon.
         default_tied: the same of tied embeddings.
     """
@@ -51,6 +52,7 @@ class RotaryDecoder(Family):
     allowed: ClassVar[tuple[str, ...]] = ("head_dim", "biases")
     default_length: ClassVar[int]
     default_kv_heads: ClassVar[int | None] = None
+    names_head_dim: ClassVar[bool] = True
     default_head_dim: ClassVar[int | None] = None
     default_epsilon: ClassVar[float] = 1e-6
     default_tied: ClassVar[bool] = False
@@ -125,7 +127,7 @@ class RotaryDecoder(Family):
             "hidden_size": model.hidden_size,
             "num_attention_heads": model.num_heads,
             "num_key_value_heads": model.kv_heads,
-            "head_dim": model.head_size,
+            **({"head_dim": model.head_size} if self.names_head_dim or model.head_dim is not None else {}),
             "intermediate_size": model.ffn_size,
             "max_position_embeddings": model.sequence_length,
             "vocab_size": model.vocab_size,

@@ -29,6 +29,7 @@ class Phi3Family(RotaryDecoder):
     architecture = "Phi3ForCausalLM"
     rotary = RotaryNames(fraction="partial_rotary_factor", scalings=())
     allowed = ("head_dim", "biases", "attention_windows")
+    names_head_dim = False
     default_length = 4096
     default_epsilon = 1e-5
 

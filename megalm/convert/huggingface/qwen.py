@@ -26,6 +26,7 @@ class Qwen2Family(RotaryDecoder):
     title = "Qwen2"
     architecture = "Qwen2ForCausalLM"
     allowed = ("head_dim", "biases", "attention_windows")
+    names_head_dim = False
     default_length = 32768
     default_kv_heads = 32
 

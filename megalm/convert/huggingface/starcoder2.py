@@ -31,6 +31,7 @@ class StarCoder2Family(RotaryDecoder):
         "gelu": "gelu_erf",
     }
     allowed = ("head_dim", "biases", "attention_windows")
+    names_head_dim = False
     default_length = 4096
     default_kv_heads = 2
     default_epsilon = 1e-5
