@@ -204,8 +204,8 @@ def _verify(
     try:
         with closing(READERS[request.target_format](folder)) as target:
             compare_tensors(expected, target)
-            # The library would load the source without the cast that was asked for.
-            uncast = request.source_format == "hf" and dtype == source.info.dtype
+            # The library would load the source without the cast that was asked for, and is asked to open no pickle.
+            uncast = request.source_format == "hf" and dtype == source.info.dtype and not _is_pickled(request.source)
             found = compare_logits(
                 Side(expected, request.source if uncast else None),
                 Side(target, folder if request.target_format == "hf" else None, is_new=True),
@@ -215,6 +215,13 @@ def _verify(
         message = str(error).replace(str(folder), str(request.target))
         raise CheckpointError(f"--verify: {message}") from None
     return [f"verified: {len(expected.shapes)} tensors, equal byte for byte after a round trip", *found]
+
+
+def _is_pickled(source: Path) -> bool:
+    """Whether the weights of a Hugging Face folder are pickles."""
+    from megalm.convert.huggingface.files import is_pickled
+
+    return is_pickled(source)
 
 
 def _verify_tokenizer(source: WeightSource, target: WeightSource, tokenizer: Tokenizer | None) -> list[str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megalm.config.violation import format_value
+from megalm.config.violation import format_value, spoken_list
 from megalm.convert.untrusted.torch_archive import Archive
 from megalm.errors import CheckpointError
 
@@ -64,6 +65,9 @@ _DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(v
 _NAMED = frozenset(_ITEM_BYTES) | _DTYPES | {"torch.Tensor", "torch.nn.parameter.Parameter"}
 """What a pickle may name beside that, and not call."""
 
+_MOST_NAMES = 4
+"""Names of a refused pickle that its message has."""
+
 _HEAVIEST_TUPLE = 1 << 16
 """Items of a tuple and of the tuples in it, each as often as it is there: hashing one takes as many steps."""
 
@@ -106,13 +110,51 @@ def scan(path: Path, archive: Archive, inert: Collection[str]) -> None:
     Raises:
         CheckpointError: naming what is wrong.
     """
-    machine = _Machine(path, archive.storages, _CALLED | set(inert))
+    called = _CALLED | set(inert)
+    machine = _Machine(path, archive.storages, called)
     try:
         for operation, value, _ in pickletools.genops(archive.pickle):
             machine.step(operation.name, value)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         text = (str(error).splitlines() or [""])[0][:200]
         raise CheckpointError(f"{path}: damaged: its pickle breaks off or makes no sense ({text})") from None
+    except _UnknownOperation as operation:
+        names = [name for name in _names(archive.pickle) if name not in called and name not in _NAMED]
+        text = f"its pickle has the operation {operation}, which torch.save's have not"
+        raise CheckpointError(
+            _refusal(path, f"{spoken_list(names[:_MOST_NAMES], 'and')} ({text})")
+            if names
+            else f"{path}: damaged: {text}"
+        ) from None
+
+
+class _UnknownOperation(Exception):  # noqa: N818 - it never leaves this file
+    """A pickle has an operation that torch's own reader does not know; its text is the operation's name."""
+
+
+def _names(pickle: bytes) -> list[str]:
+    """Classes and functions that a pickle of any protocol names, in its order; it is not executed."""
+    found: dict[str, None] = {}
+    memo: dict[object, object] = {}
+    pushed: list[object] = []
+    with suppress(
+        ValueError, IndexError, KeyError, TypeError
+    ):  # what follows a break is never reached by whoever executes it
+        for operation, value, _ in pickletools.genops(pickle):
+            name = operation.name
+            if name in ("GLOBAL", "INST"):
+                found[str(value).replace(" ", ".", 1)] = None
+            elif name == "STACK_GLOBAL":
+                found[".".join(map(str, pushed[-2:]))] = None
+            if name == "MEMOIZE":
+                memo[len(memo)] = pushed[-1]
+            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                memo[value] = pushed[-1]
+            elif name in ("GET", "BINGET", "LONG_BINGET"):
+                pushed.append(memo[value])
+            else:
+                pushed.append(value)
+    return list(found)
 
 
 class _Machine:
@@ -138,7 +180,7 @@ class _Machine:
         elif handler := self._HANDLERS.get(name):
             handler(self, value)
         else:
-            raise CheckpointError(f"{self._path}: damaged: its pickle has the operation {name}, torch.save's have not")
+            raise _UnknownOperation(name)
 
     def _pop(self, count: int) -> list[object]:
         if count > len(self._stack):

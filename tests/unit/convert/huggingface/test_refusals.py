@@ -373,12 +373,10 @@ def test_two_names_of_one_tensor(copy_of: Callable[[str], Path]) -> None:
     _refused(_respelt("bert", bert__embeddings__LayerNorm__gamma=torch.ones(24))(source), "two names of one tensor")
 
 
-def test_a_folder_of_pickles_is_refused_with_the_remedy(copy_of: Callable[[str], Path]) -> None:
+def test_a_folder_without_weights(copy_of: Callable[[str], Path]) -> None:
     source = copy_of("gpt2")
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    _refused(source, "pytorch_model.bin", "runs whatever code is in it", "save_pretrained")
-    (source / "pytorch_model.bin").unlink()
-    _refused(source, "holds neither model.safetensors nor model.safetensors.index.json")
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    _refused(source, "holds neither model.safetensors nor model.safetensors.index.json nor pytorch_model.bin")
 
 
 def test_what_is_no_folder(tmp_path: Path) -> None:
