@@ -152,12 +152,12 @@ ONE_OF_EACH = (
 """One of each architecture, for tests over many layouts."""
 
 
-def make(name: str) -> Any:
-    """A model of the library, in evaluation."""
+def make(name: str, **fields: Any) -> Any:
+    """A model of the library, in evaluation; ``fields`` are what its config has otherwise."""
     import transformers
 
     described = MODELS[name]
-    config = getattr(transformers, f"{described.config}Config")(vocab_size=VOCAB, **described.fields)
+    config = getattr(transformers, f"{described.config}Config")(**{"vocab_size": VOCAB, **described.fields, **fields})
     torch.manual_seed(sum(map(ord, name)))
     with torch.no_grad():
         model = getattr(transformers, described.kind)(config).eval()

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import run
 from family_logits import logits_on_ranks
 from foreign_models import convert_quietly
 from harness import run_ranks
 
-from tests.library_models import ONE_OF_EACH, save, tokens
+from megalm.data.tokenization.tokenizer import Tokenizer
+from tests.library_models import ONE_OF_EACH, make, save, tokens
 
 pytest.importorskip("transformers")
 
@@ -49,3 +51,32 @@ def test_every_layout_computes_the_librarys_logits(name: str, index: int, compar
     assert len(computed) == 8 // LAYOUTS[index][1]
     for logits in computed:
         torch.testing.assert_close(logits, expected[name], rtol=0, atol=1e-4)
+
+
+def test_a_model_of_the_library_is_tuned_and_exported_as_what_it_was(tiny_dataset: Path, tmp_path: Path) -> None:
+    """Mistral-Nemo's architecture is Llama's too; what megalm has trained is still exported as Mistral."""
+    import transformers
+
+    tokenizer = Tokenizer.load(tiny_dataset / "tokenizer.json")
+    theirs = make("mistral-nemo", vocab_size=tokenizer.vocab_size, hidden_size=32, initializer_range=0.02)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer.save(tmp_path / "theirs")
+    convert_quietly("hf", "megalm", tmp_path / "theirs", tmp_path / "imported")
+    for name, source in (("tuned", "imported"), ("again", "tuned")):
+        code, output = run(
+            [
+                f"data.path=[{tiny_dataset}]",
+                f"run.dir={tmp_path}",
+                f"run.name={name}",
+                f"checkpoint.init_from={tmp_path / source}",
+                "train.steps=2",
+                "parallel.tp=2",
+                "parallel.pp=1",
+            ]
+        )
+        assert code == 0, output
+    convert_quietly("megalm", "hf", tmp_path / "again", tmp_path / "exported", verify=True)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert type(exported) is type(theirs)
+    before, after = dict(theirs.named_parameters()), dict(exported.named_parameters())
+    assert all(not torch.equal(before[name], after[name]) for name in before)
