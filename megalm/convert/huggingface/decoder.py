@@ -175,8 +175,9 @@ class RotaryDecoder(Family):
 
 def one_window(fields: Fields, default: int | None = None) -> tuple[int, ...]:
     """The window of all layers, as ``sliding_window`` gives it; null: none, absent: the library's default."""
-    if len(set(layer_types := fields.values.get("layer_types") or [])) > 1:
-        fields.problem("layer_types", f"this architecture has one kind of layer, and here are {len(set(layer_types))}")
+    kinds = fields.values.get("layer_types")
+    if isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
+        fields.problem("layer_types", "of several kinds, and this architecture computes all layers alike")
     if "sliding_window" not in fields and (default is None or fields.is_null("sliding_window")):
         return (0,)
     return (fields.count("sliding_window", default),)
@@ -204,8 +205,14 @@ _MOST_LAYERS = 1 << 16
 
 def rotation(windows: Sequence[int]) -> tuple[int, ...]:
     """The shortest sequence that, repeated, gives each layer its window."""
-    periods = (period for period in range(1, len(windows)) if windows[period:] == windows[:-period])
-    return tuple(windows[: next(periods, len(windows))]) or (0,)
+    # borders[i]: length of the longest proper beginning of windows[: i + 1] that is also its end (Knuth et al. 1977).
+    borders = [0] * len(windows)
+    for place in range(1, len(windows)):
+        length = borders[place - 1]
+        while length and windows[place] != windows[length]:
+            length = borders[length - 1]
+        borders[place] = length + (windows[place] == windows[length])
+    return tuple(windows[: len(windows) - borders[-1]]) if windows else (0,)
 
 
 def windows_of(model: Model) -> list[int]:

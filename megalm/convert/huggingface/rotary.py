@@ -88,7 +88,7 @@ def _kind(scaling: Fields, names: RotaryNames) -> str:
     given = scaling.values.get(name, "default")
     allowed = {theirs: ours for theirs, ours in _TYPES.items() if ours in ("none", *names.scalings)}
     if isinstance(given, str) and given in _LACKING:
-        scaling.problem(name, f"megalm has no {_LACKING[given]}; {spoken_list(allowed)}")
+        scaling.problem(name, f"megalm has no {_LACKING[given]}; only {spoken_list(allowed)} can be converted")
         return "none"
     return scaling.choice(name, allowed, "default")
 

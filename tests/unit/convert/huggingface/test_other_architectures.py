@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +87,18 @@ def test_what_megalm_lacks_is_said_in_one_sentence(name: str, tmp_path: Path) ->
     assert "sliding" not in text.split("; megalm converts")[0]
 
 
+def _config_of(family: str) -> dict[str, Any]:
+    """What the library takes where nothing is said."""
+    names = {"gpt_neox": "GPTNeoX", "gpt2": "GPT2", "xlm-roberta": "XLMRoberta", "distilbert": "DistilBert"}
+    config = getattr(transformers, f"{names.get(family, family.capitalize())}Config")()
+    return dict(json.loads(config.to_json_string(use_diff=False)))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_megalm_has_is_not_said_to_be_lacking(family: str) -> None:
     from megalm.convert.huggingface.lacking import what_megalm_lacks
 
-    names = {"gpt_neox": "GPTNeoX", "gpt2": "GPT2", "xlm-roberta": "XLMRoberta", "distilbert": "DistilBert"}
-    config = getattr(transformers, f"{names.get(family, family.capitalize())}Config")()
-    values = json.loads(config.to_json_string(use_diff=False))
+    values = _config_of(family)
     assert what_megalm_lacks(values) == []
     window = {
         "sliding_window": 4096,
@@ -119,3 +126,38 @@ def test_what_megalm_has_is_not_said_to_be_lacking(family: str) -> None:
 def test_fields_tell_of_architectures_that_nobody_knows(values: dict[str, Any], fragment: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert fragment in _refusal(tmp_path)
+
+
+JUNK = (None, True, -1, 0, 1, 2.5, 10**30, float("nan"), "", "x", [], [1], ["a", {}], [[]], {}, {"a": 1}, {"type": []})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_config_ends_in_a_traceback(family: str, tmp_path: Path) -> None:
+    """Fields replaced by what they never are, one and several at a time: read, or refused line by line."""
+    rng = random.Random(family)
+    sound = _config_of(family)
+    names = [*sound, "head_dim", "sliding_window", "layer_types", "rope_scaling", "rope_parameters", "pad_token_id"]
+    for _ in range(300):
+        values = sound | {name: rng.choice(JUNK) for name in rng.sample(names, rng.randint(1, 3))}
+        (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": family}))
+        try:
+            read_architecture(tmp_path / "config.json")
+        except CheckpointError as error:
+            assert all(line.startswith(str(tmp_path)) for line in str(error).splitlines())
+
+
+def test_a_pattern_of_a_million_layers_takes_no_time() -> None:
+    from megalm.convert.huggingface.decoder import rotation
+
+    started = time.perf_counter()
+    assert rotation([0, 5] * 500_000) == (0, 5)
+    assert len(rotation([0] * 999_999 + [5])) == 1_000_000
+    assert time.perf_counter() - started < 5.0
+    assert [rotation(windows) for windows in ([], [7], [0, 0], [0, 5, 0], [0, 5, 5], [0, 0, 5, 0, 0])] == [
+        (0,),
+        (7,),
+        (0,),
+        (0, 5),
+        (0, 5, 5),
+        (0, 0, 5),
+    ]
