@@ -6,6 +6,7 @@ activation, biases and windows it has.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -57,17 +58,17 @@ class RotaryDecoder(Family):
     default_epsilon: ClassVar[float] = 1e-6
     default_tied: ClassVar[bool] = False
 
+    @abstractmethod
     def own_fields(self, fields: Fields, layers: int) -> dict[str, Any]:
         """The model's biases, windows, dropout and query norms, as far as they are not megalm's defaults."""
-        raise NotImplementedError
 
+    @abstractmethod
     def own_config(self, model: Model) -> dict[str, Any]:
         """The fields of ``config.json`` for them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def own_reasons(self, model: Model) -> list[str]:
         """Why the family cannot have the model's, one phrase each."""
-        raise NotImplementedError
 
     def model_from_config(self, fields: Fields) -> Model:
         """See the base class."""
