@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from foreign_models import convert_quietly
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megalm.convert.run import RunSource
 from megalm.convert.weights import WeightSource
+from megalm.errors import CheckpointError
 from megalm.models.counts import parameter_count
 from megalm.models.transformer import build_full_model
 from tests.library_models import MODELS, ONE_OF_EACH, make, save, tokens
@@ -191,3 +192,52 @@ def read_or_none(read: Any, file: Path) -> Any:
     except CheckpointError as error:
         assert "num_kv_heads" in str(error), error
         return None
+
+
+EXTRA: dict[str, dict[str, str | tuple[int, ...]]] = {
+    "qwen3": {"lm_head.weight": "model.embed_tokens.weight"},
+    "mistral-tied": {"lm_head.weight": "model.embed_tokens.weight", "model.rotary_emb.inv_freq": (5,)},
+    "roberta": {
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+        "roberta.embeddings.position_ids": (1, 34),
+        "roberta.pooler.dense.weight": (40, 40),
+        "roberta.pooler.dense.bias": (40,),
+    },
+    "distilbert": {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
+}
+"""What published files hold beside the tensors: copies of others, by name; buffers and heads that mean nothing here."""
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_what_published_files_hold_twice_or_besides(name: str, tmp_path: Path) -> None:
+    save(name, tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    sound = load_file(file)
+    sound.pop("lm_head.decoder.bias", None)
+    more = {
+        key: sound[of].clone() if isinstance(of, str) else torch.ones(of, dtype=torch.int64 if "ids" in key else None)
+        for key, of in EXTRA[name].items()
+    }
+    save_file(sound | more, file, metadata={"format": "pt"})
+    convert_quietly("hf", "megalm", tmp_path / "theirs", tmp_path / "run", verify=True)
+    convert_quietly("megalm", "hf", tmp_path / "run", tmp_path / "ours", verify=True)
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert all(torch.equal(ours[key], value) for key, value in sound.items())
+    copy = next(key for key, of in EXTRA[name].items() if isinstance(of, str))
+    save_file(sound | more | {copy: more[copy] + 1.0}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="differs from"):
+        convert_quietly("hf", "megalm", tmp_path / "theirs", tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "phi3", "starcoder2", "roberta", "distilbert"])
+def test_a_model_without_its_head_is_told_so(name: str, tmp_path: Path) -> None:
+    """As the library saves a bare model: no head, and names without the prefix."""
+    theirs = make(name)
+    theirs.base_model.save_pretrained(tmp_path / "bare")
+    tied = theirs.config.tie_word_embeddings and "Causal" in type(theirs).__name__
+    if tied:
+        convert_quietly("hf", "megalm", tmp_path / "bare", tmp_path / "run", verify=True)
+        return
+    with pytest.raises(CheckpointError, match=r"has no (output projection|masked-word head)"):
+        convert_quietly("hf", "megalm", tmp_path / "bare", tmp_path / "run")
