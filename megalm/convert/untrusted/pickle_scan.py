@@ -7,6 +7,7 @@ what is only ever named, and storages that are not as long as their part of the 
 
 from __future__ import annotations
 
+import io
 import pickletools
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -65,6 +66,9 @@ _DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(v
 _NAMED = frozenset(_ITEM_BYTES) | _DTYPES | {"torch.Tensor", "torch.nn.parameter.Parameter"}
 """What a pickle may name beside that, and not call."""
 
+_PICKLES_OF_A_FILE = 5
+"""In a file of a torch before 1.6: a number, a version, the system, the object, and keys; then bytes of tensors."""
+
 _MOST_NAMES = 4
 """Names of a refused pickle that its message has."""
 
@@ -119,41 +123,54 @@ def scan(path: Path, archive: Archive, inert: Collection[str]) -> None:
         text = (str(error).splitlines() or [""])[0][:200]
         raise CheckpointError(f"{path}: damaged: its pickle breaks off or makes no sense ({text})") from None
     except _UnknownOperation as operation:
-        names = [name for name in _names(archive.pickle) if name not in called and name not in _NAMED]
         text = f"its pickle has the operation {operation}, which torch.save's have not"
-        raise CheckpointError(
-            _refusal(path, f"{spoken_list(names[:_MOST_NAMES], 'and')} ({text})")
-            if names
-            else f"{path}: damaged: {text}"
-        ) from None
+        refuse_names(path, archive.pickle, inert, text)
+        raise CheckpointError(f"{path}: damaged: {text}") from None
+
+
+def refuse_names(path: Path, data: bytes, inert: Collection[str], why: str) -> None:
+    """Refuse pickles that are of no kind that megalm reads, where they name what megalm would not import.
+
+    Args:
+        path: of the file, for messages.
+        data: pickles, one after the other.
+        inert: see :func:`scan`.
+        why: what is wrong with them beside that, in words.
+
+    Raises:
+        CheckpointError: with the first of the names.
+    """
+    known = _CALLED | _NAMED | set(inert)
+    names = [name for name in _names(data) if name not in known]
+    if names:
+        raise CheckpointError(_refusal(path, f"{spoken_list(names[:_MOST_NAMES], 'and')} ({why})")) from None
 
 
 class _UnknownOperation(Exception):  # noqa: N818 - it never leaves this file
     """A pickle has an operation that torch's own reader does not know; its text is the operation's name."""
 
 
-def _names(pickle: bytes) -> list[str]:
-    """Classes and functions that a pickle of any protocol names, in its order; it is not executed."""
+def _names(data: bytes) -> list[str]:
+    """Classes and functions that pickles of any protocol name, in their order; they are not executed."""
     found: dict[str, None] = {}
-    memo: dict[object, object] = {}
-    pushed: list[object] = []
-    with suppress(
-        ValueError, IndexError, KeyError, TypeError
-    ):  # what follows a break is never reached by whoever executes it
-        for operation, value, _ in pickletools.genops(pickle):
-            name = operation.name
-            if name in ("GLOBAL", "INST"):
-                found[str(value).replace(" ", ".", 1)] = None
-            elif name == "STACK_GLOBAL":
-                found[".".join(map(str, pushed[-2:]))] = None
-            if name == "MEMOIZE":
-                memo[len(memo)] = pushed[-1]
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo[value] = pushed[-1]
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                pushed.append(memo[value])
-            else:
-                pushed.append(value)
+    stream = io.BytesIO(data)
+    with suppress(ValueError, IndexError, KeyError, TypeError):  # nobody who executes them gets beyond a break
+        for _ in range(_PICKLES_OF_A_FILE):
+            memo: dict[object, object] = {}
+            pushed: list[object] = []
+            for operation, value, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST"):
+                    found[str(value).replace(" ", ".", 1)] = None
+                elif operation.name == "STACK_GLOBAL":
+                    found[".".join(map(str, pushed[-2:]))] = None
+                if operation.name == "MEMOIZE":
+                    memo[len(memo)] = pushed[-1]
+                elif operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                    memo[value] = pushed[-1]
+                elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
+                    pushed.append(memo[value])
+                else:
+                    pushed.append(value)
     return list(found)
 
 

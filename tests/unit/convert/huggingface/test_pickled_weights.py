@@ -179,6 +179,19 @@ def test_code_is_refused_by_what_it_would_have_imported(protocol: int, tmp_path:
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_bare_pickle_with_code_is_refused_by_its_name(protocol: int, tmp_path: Path) -> None:
+    _exported(tmp_path, GPT2)
+    file = tmp_path / "hf" / PICKLE
+    file.write_bytes(pickle.dumps({"w": Marker(tmp_path / "ran")}, protocol=protocol))
+    _refused(tmp_path / "hf", f"{PICKLE}: holds posix.mkdir (a bare pickle", "which could run code")
+    with file.open("wb") as old:  # as a torch before 1.6 wrote, with code in the fourth of its pickles
+        for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {"w": Marker(tmp_path / "ran")}, ["0"]):
+            pickle.dump(part, old, protocol=2)
+    _refused(tmp_path / "hf", f"{PICKLE}: holds posix.mkdir (a bare pickle", "which could run code")
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("code", "name"),
     [
