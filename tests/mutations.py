@@ -97,8 +97,8 @@ MUTATIONS = (
     Mutation(
         "query, key and value rows of GPT-NeoX are not interleaved by head",
         "megalm/convert/huggingface/neox.py",
-        "heads = GroupedHeads(model.num_heads, model.num_heads, model.head_dim)",
-        "heads = GroupedHeads(model.num_heads, model.num_heads // 2, model.head_dim)",
+        "heads = GroupedHeads(model.num_heads, model.num_heads, model.head_size)",
+        "heads = GroupedHeads(model.num_heads, model.num_heads // 2, model.head_size)",
         ("tests/unit/convert/huggingface/test_library.py",),
     ),
 )

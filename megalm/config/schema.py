@@ -66,9 +66,11 @@ class Model:
     num_layers: int
     """Transformer blocks."""
     hidden_size: int
-    """Width of the residual stream; divisible by num_heads."""
+    """Width of the residual stream; divisible by num_heads where head_dim is None."""
     num_heads: int
     """Attention (query) heads."""
+    head_dim: int | None = None
+    """Elements of one head (Qwen3 0.6B: 128, with 16 heads on a width of 1024); None: hidden_size / num_heads."""
     num_kv_heads: int | None = None
     """Key/value heads (grouped-query attention, Ainslie et al. 2023); None: as many as ``num_heads``."""
     ffn_hidden_size: int | None = None
@@ -81,6 +83,8 @@ class Model:
     """Causal attention (GPT); false: bidirectional (BERT)."""
     position: str = "learned"
     """``learned`` absolute positions (GPT-2) or ``rotary`` (Su et al. 2021)."""
+    position_offset: int = 0
+    """``learned``: rows of the embedding before the one of the first token, which no token uses (RoBERTa: 2)."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
@@ -123,9 +127,13 @@ class Model:
     activation: str = "gelu"
     """``gelu`` (tanh approximation, as GPT-2), ``gelu_erf`` (exact, as BERT) or ``swiglu`` (Shazeer 2020)."""
     bias: bool = True
-    """Biases on linear layers and on LayerNorm."""
+    """Biases on linear layers and on LayerNorm, where the three settings below do not say otherwise."""
     qkv_bias: bool | None = None
-    """Bias on query, key and value alone (Qwen2: true where bias is false); None: as ``bias``."""
+    """Bias on query, key and value (Qwen2: true where bias is false); None: as ``bias``."""
+    projection_bias: bool | None = None
+    """Bias on attention's output projection (Llama with ``attention_bias``: as qkv_bias); None: as ``bias``."""
+    norm_bias: bool | None = None
+    """Bias on LayerNorm; None: as ``bias``. RMSNorm has none."""
     tie_embeddings: bool = True
     """Share weights between word embedding and output projection."""
     head: str = "linear"
@@ -140,14 +148,29 @@ class Model:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
-    def head_dim(self) -> int:
-        """Elements of one head."""
-        return self.hidden_size // self.num_heads
+    def head_size(self) -> int:
+        """Elements of one head, derived where the config leaves them open."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def attention_size(self) -> int:
+        """Elements of all query heads: the inner width of attention."""
+        return self.num_heads * self.head_size
 
     @property
     def has_qkv_bias(self) -> bool:
         """Whether query, key and value have a bias."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_projection_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return self.bias if self.projection_bias is None else self.projection_bias
+
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether norms have a bias: RMSNorm never has."""
+        return self.norm == "layernorm" and (self.bias if self.norm_bias is None else self.norm_bias)
 
     def attention_window(self, layer: int) -> int:
         """Tokens that a query of this layer sees, itself included; 0: all before it."""

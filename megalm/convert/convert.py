@@ -21,7 +21,7 @@ from megalm.config.schema import Model
 from megalm.config.violation import spoken_list
 from megalm.convert.folder import check_absent, new_folder
 from megalm.convert.transfer import Progress, Transfer
-from megalm.convert.weights import WeightSource
+from megalm.convert.weights import SourceInfo, WeightSource
 from megalm.core.dtype import DTYPE_NAMES, DTYPES
 from megalm.data.shards.vocabulary import Vocabulary, beyond
 from megalm.data.tokenization.tokenizer import Tokenizer
@@ -173,16 +173,16 @@ def _convert(source: WeightSource, request: Request, watcher: Watcher, started: 
         f"{request.target}: {what}, {parameters:,} parameters in {len(transfer.shapes)} tensors, {DTYPE_NAMES[dtype]}, "
         f"{_size(size)}, {time.perf_counter() - started:.1f} s"
     )
-    return Report(done, (*info.notes, *notes, *_losses(info.model, request)), tuple(verified), tuple(transfer.warnings))
+    return Report(done, (*info.notes, *notes, *_losses(info, request)), tuple(verified), tuple(transfer.warnings))
 
 
-def _losses(model: Model, request: Request) -> list[str]:
+def _losses(info: SourceInfo, request: Request) -> list[str]:
     """Parts of a model that the target format cannot hold and that do not change its logits."""
     if request.target_format != "hf":
         return []
     from megalm.convert.huggingface.families import family_of
 
-    return family_of(model).losses(model)
+    return family_of(info.model, info.architecture).losses(info.model)
 
 
 def _size(count: int) -> str:
@@ -204,8 +204,8 @@ def _verify(
     try:
         with closing(READERS[request.target_format](folder)) as target:
             compare_tensors(expected, target)
-            # The library would load the source without the cast that was asked for.
-            uncast = request.source_format == "hf" and dtype == source.info.dtype
+            # The library would load the source without the cast that was asked for, and is asked to open no pickle.
+            uncast = request.source_format == "hf" and dtype == source.info.dtype and not _is_pickled(request.source)
             found = compare_logits(
                 Side(expected, request.source if uncast else None),
                 Side(target, folder if request.target_format == "hf" else None, is_new=True),
@@ -215,6 +215,13 @@ def _verify(
         message = str(error).replace(str(folder), str(request.target))
         raise CheckpointError(f"--verify: {message}") from None
     return [f"verified: {len(expected.shapes)} tensors, equal byte for byte after a round trip", *found]
+
+
+def _is_pickled(source: Path) -> bool:
+    """Whether the weights of a Hugging Face folder are pickles."""
+    from megalm.convert.huggingface.files import is_pickled
+
+    return is_pickled(source)
 
 
 def _verify_tokenizer(source: WeightSource, target: WeightSource, tokenizer: Tokenizer | None) -> list[str]:

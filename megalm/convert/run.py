@@ -35,6 +35,7 @@ from megalm.mesh.topology import Topology
 from megalm.models.balance import split_layers
 from megalm.models.transformer import Part
 from megalm.runs.folder import CONFIG_FILE
+from megalm.runs.start import ARCHITECTURE
 from megalm.runs.vocabulary import TOKENIZER, check_own_tokenizer, tokenizer_folder, tokenizer_record
 
 IMPORTED = "imported"
@@ -67,6 +68,7 @@ class RunSource(WeightSource):
             dtype=_stored_dtype(manifest),
             step=manifest.step,
             tokenizer=tokenizer_folder(checkpoint.path),
+            architecture=_architecture(manifest),
             ids=TokenIds.of_record(_imported(manifest).get(IDS)),
         )
 
@@ -141,6 +143,7 @@ def write_run(transfer: Transfer, folder: Path, *, name: str, tokenizer: Tokeniz
                 "dtype": str(info.dtype).removeprefix("torch."),
                 **({} if info.ids is None else {IDS: info.ids.to_record()}),
             },
+            **({ARCHITECTURE: info.architecture} if info.architecture else {}),
             **({} if tokenizer is None else {TOKENIZER: tokenizer_record(tokenizer)}),
         },
     )
@@ -183,6 +186,7 @@ def _with_defaults(model: Model) -> Model:
     """
     derived = replace(model, ffn_hidden_size=None)
     model = derived if derived.ffn_size == model.ffn_size else model
+    model = replace(model, head_dim=None) if model.attention_size == model.hidden_size else model
     return replace(model, num_kv_heads=None) if model.kv_heads == model.num_heads else model
 
 
@@ -211,6 +215,12 @@ def _stored_dtype(manifest: Manifest) -> torch.dtype:
     """The dtype that imported weights had in their own format; fp32 if megalm has trained them since."""
     name = _imported(manifest).get("dtype")
     return {str(dtype): dtype for dtype in DTYPE_NAMES}.get(f"torch.{name}", torch.float32)
+
+
+def _architecture(manifest: Manifest) -> str:
+    """The Hugging Face architecture that weights were converted from, also where megalm has trained them since."""
+    name = manifest.training.get(ARCHITECTURE)
+    return name if isinstance(name, str) else ""
 
 
 def _imported(manifest: Manifest) -> dict[str, Any]:

@@ -29,6 +29,10 @@ from megalm.models.transformer import build_full_model
 SEQUENCES = 4
 LONGEST = 512
 """Tokens of each sequence, or the model's longest if that is shorter."""
+LONGEST_OF_WINDOWS = 8192
+"""Tokens of the one sequence that a model with wide attention windows is compared on, at most."""
+BEYOND_WINDOW = 64
+"""Tokens of that sequence that its window hides from the last one."""
 TOLERANCE = 1e-4
 """Largest difference of two logits. In fp32 rounding alone may exceed it, where logits are in the hundreds as GPT-2's:
 then fp64 tells. What the library computes in fp32 whatever it is asked for, as angles and RMSNorm, stays rounded."""
@@ -78,11 +82,10 @@ def compare_logits(source: Side, target: Side) -> list[str]:
     Raises:
         CheckpointError: they differ by more than rounding explains, or are no numbers.
     """
-    model = target.source.info.model
-    length = min(model.sequence_length, LONGEST)
-    tokens = torch.randint(model.vocab_size or 1, (SEQUENCES, length), generator=torch.Generator().manual_seed(0))
+    tokens = _random_tokens(target.source.info.model)
+    count, length = tokens.shape
     short = _compare_in(torch.float32, source, target, tokens)
-    found = f"logits of {SEQUENCES} random sequences of {length} tokens, {short}"
+    found = f"logits of {count} random {'sequence' if count == 1 else 'sequences'} of {length:,} tokens, {short}"
     if short.difference > TOLERANCE:
         long = _compare_in(torch.float64, source, target, tokens)
         found = f"{found}; that is more than {TOLERANCE:g}, and {long}"
@@ -91,6 +94,27 @@ def compare_logits(source: Side, target: Side) -> list[str]:
         found += ", so it is fp32's rounding"
     advice = [] if has_library() or (source.folder is None and target.folder is None) else [ADVICE]
     return [found, *advice]
+
+
+def _random_tokens(model: Model) -> Tensor:
+    """[B, S]; without the padding of models that number positions from its id + 1, where it has none in the library.
+
+    A sequence in which a wide attention window hides something stands for all.
+    """
+    count, length, longest = (
+        SEQUENCES,
+        min(model.sequence_length, LONGEST),
+        min(model.sequence_length, LONGEST_OF_WINDOWS),
+    )
+    reaching = [
+        window + BEYOND_WINDOW for window in model.attention_windows if length < window + BEYOND_WINDOW <= longest
+    ]
+    if reaching:
+        count, length = 1, max(reaching)
+    words = model.vocab_size or 1
+    tokens = torch.randint(words, (count, length), generator=torch.Generator().manual_seed(0))
+    padding = model.position_offset - 1
+    return torch.where(tokens == padding, (padding + 1) % words, tokens)
 
 
 @dataclass(frozen=True)

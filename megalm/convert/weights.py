@@ -36,6 +36,7 @@ class SourceInfo:
         step: optimizer steps that the weights have seen; 0 where the format does not say.
         tokenizer: folder that holds ``tokenizer.json`` or other files of the tokenizer; None: there is none.
         notes: one line for each thing that the source holds and a conversion leaves out.
+        architecture: ``model_type`` of the Hugging Face folder that the weights once were in; empty: they were in none.
         ids: of special tokens, as the model's Hugging Face folder gave them; None: it has none, or was trained since.
     """
 
@@ -46,6 +47,7 @@ class SourceInfo:
     step: int = 0
     tokenizer: Path | None = None
     notes: tuple[str, ...] = field(default=())
+    architecture: str = ""
     ids: TokenIds | None = None
 
 

@@ -43,7 +43,7 @@ def make_norm(model: Model, tensor_parallel: TensorParallel) -> LayerNorm | RMSN
     """The norm that a config names, ``layernorm`` or ``rmsnorm``, on activations as they are between sublayers."""
     partial = tensor_parallel.splits_sequence
     if model.norm == "layernorm":
-        return LayerNorm(model.hidden_size, epsilon=model.norm_epsilon, bias=model.bias, partial=partial)
+        return LayerNorm(model.hidden_size, epsilon=model.norm_epsilon, bias=model.has_norm_bias, partial=partial)
     if model.norm == "rmsnorm":
         return RMSNorm(model.hidden_size, epsilon=model.norm_epsilon, partial=partial)
     raise ValueError(f"norm={model.norm!r}: layernorm or rmsnorm")

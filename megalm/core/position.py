@@ -19,16 +19,23 @@ _FLOAT = torch.float64
 
 
 class LearnedPosition(ParallelModule):
-    """One trained vector per position, added to the word embedding; replicated over the tensor-parallel group."""
+    """One trained vector per position, added to the word embedding; replicated over the tensor-parallel group.
 
-    def __init__(self, sequence_length: int, hidden_size: int, *, std: float, partial: bool = False) -> None:
+    ``offset`` rows before that of position 0 belong to no token: fairseq's models (RoBERTa, Liu et al. 2019) number
+    positions from the padding token's id + 1. They are kept, so that such a model's embedding stays whole.
+    """
+
+    def __init__(
+        self, sequence_length: int, hidden_size: int, *, std: float, offset: int = 0, partial: bool = False
+    ) -> None:
         super().__init__()
-        shard = ShardSpec.replicated(sequence_length, hidden_size)
+        self.offset = offset
+        shard = ShardSpec.replicated(offset + sequence_length, hidden_size)
         self.weight = self.declare("weight", shard, Init.normal(std), partial=partial)
 
     def forward(self, positions: Tensor) -> Tensor:
         """Positions [S] ▶ [S, H], or [B, S] ▶ [B, S, H]; S may be shorter than the trained length."""
-        return F.embedding(positions, self.weight)
+        return F.embedding(positions + self.offset if self.offset else positions, self.weight)
 
 
 class RotaryPosition(nn.Module):
@@ -63,7 +70,7 @@ def rotary_frequencies(model: Model) -> tuple[Tensor, float]:
     ``yarn``: the same by the number of turns within the original context, and attention is sharpened by
     ``0.1·ln(factor) + 1`` on queries and keys alike (Peng et al. 2023, equations 17 to 22).
     """
-    size = round(model.head_dim * model.rotary_fraction)
+    size = round(model.head_size * model.rotary_fraction)
     base, factor = model.rotary_base, model.rotary_factor
     frequencies = base ** (-torch.arange(0, size, 2, dtype=_FLOAT) / size)
     slowed = frequencies / factor

@@ -1,6 +1,6 @@
 """Parameters and floating-point operations of a model, in closed form. No torch.
 
-Shape legend: H hidden, F inner width of the MLP, N heads, K key/value heads, D = H / N head dim, S sequence, V vocab,
+Shape legend: H hidden, F inner width of the MLP, N heads, K key/value heads, D head dim, S sequence, V vocab,
 L layers.
 """
 
@@ -47,13 +47,18 @@ def parameter_count(model: Model, vocab_size: int | None = None) -> ParameterCou
     vocab = resolve_vocab_size(model, vocab_size)
     return ParameterCount(
         word_embedding=vocab * model.hidden_size,
-        position_embedding=model.sequence_length * model.hidden_size if model.position == "learned" else 0,
+        position_embedding=position_row_count(model) * model.hidden_size,
         token_types=model.token_types * model.hidden_size,
         attention=model.num_layers * attention_parameter_count(model),
         mlp=model.num_layers * mlp_parameter_count(model),
         norm=norm_count(model) * norm_parameter_count(model),
         output=(0 if model.tie_embeddings else vocab * model.hidden_size) + head_parameter_count(model, vocab),
     )
+
+
+def position_row_count(model: Model) -> int:
+    """Rows of the position embedding: one per position, and those before the first."""
+    return model.position_offset + model.sequence_length if model.position == "learned" else 0
 
 
 def head_parameter_count(model: Model, vocab_size: int) -> int:
@@ -64,11 +69,11 @@ def head_parameter_count(model: Model, vocab_size: int) -> int:
 
 
 def attention_parameter_count(model: Model) -> int:
-    """Parameters of one attention: H·(N + 2K)·D for query, key and value, H·H for the projection, biases, QK-norm."""
-    qkv = (model.num_heads + 2 * model.kv_heads) * model.head_dim
-    biases = qkv * model.has_qkv_bias + model.hidden_size * model.bias
-    norms = 2 * model.head_dim if model.qk_norm else 0
-    return model.hidden_size * (qkv + model.hidden_size) + biases + norms
+    """Parameters of one attention: H·(N + 2K)·D for query, key and value, N·D·H for the projection, biases, QK-norm."""
+    qkv = (model.num_heads + 2 * model.kv_heads) * model.head_size
+    biases = qkv * model.has_qkv_bias + model.hidden_size * model.has_projection_bias
+    norms = 2 * model.head_size if model.qk_norm else 0
+    return model.hidden_size * (qkv + model.attention_size) + biases + norms
 
 
 def mlp_parameter_count(model: Model) -> int:
@@ -80,8 +85,8 @@ def mlp_parameter_count(model: Model) -> int:
 
 
 def norm_parameter_count(model: Model) -> int:
-    """Parameters of one normalisation: a gain, and a bias for a LayerNorm with biases."""
-    return model.hidden_size * (2 if model.norm == "layernorm" and model.bias else 1)
+    """Parameters of one normalisation: a gain, and the bias of a LayerNorm that has one."""
+    return model.hidden_size * (2 if model.has_norm_bias else 1)
 
 
 def norm_count(model: Model) -> int:
@@ -90,19 +95,19 @@ def norm_count(model: Model) -> int:
 
 
 def layer_flops_per_token(model: Model, layer: int = 0) -> int:
-    """Model FLOPs of one layer, forward and backward, per token: 6 per matrix weight, and 12·H·S of attention.
+    """Model FLOPs of one layer, forward and backward, per token: 6 per matrix weight, and 12·N·D·S of attention.
 
     A multiply-add is 2 FLOPs and the backward pass costs twice the forward pass, hence 6 per weight. Scores and their
-    product with the values cost 2·(2·H·S) forward. Causal attention is counted in full, not halved, as in Chowdhery
+    product with the values cost 2·(2·N·D·S) forward. Causal attention is counted in full, not halved, as in Chowdhery
     et al. 2022 and Narayanan et al. 2021, so that utilisations compare with theirs. A banded layer counts the keys of
     its window.
     """
     ffn = model.ffn_size
-    qkv = (model.num_heads + 2 * model.kv_heads) * (model.hidden_size // model.num_heads)
+    qkv = (model.num_heads + 2 * model.kv_heads) * model.head_size
     mlp_matrices = 3 if model.activation == "swiglu" else 2
-    weights = model.hidden_size * (qkv + model.hidden_size + mlp_matrices * ffn)
+    weights = model.hidden_size * (qkv + model.attention_size + mlp_matrices * ffn)
     keys = min(model.attention_window(layer) or model.sequence_length, model.sequence_length)
-    return 6 * weights + 12 * model.hidden_size * keys
+    return 6 * weights + 12 * model.attention_size * keys
 
 
 def head_flops_per_token(model: Model, vocab_size: int | None = None) -> int:

@@ -36,7 +36,9 @@ class InputEmbedding(nn.Module):
         self.embedding = VocabParallelEmbedding(vocab_size, hidden, tensor_parallel=tensor_parallel, std=std)
         self.position = self.token_type = self.embedding_norm = None
         if model.position == "learned":
-            self.position = LearnedPosition(model.sequence_length, hidden, std=std, partial=partial)
+            self.position = LearnedPosition(
+                model.sequence_length, hidden, std=std, offset=model.position_offset, partial=partial
+            )
         if model.token_types:
             self.token_type = TokenTypeEmbedding(model.token_types, hidden, std=std, partial=partial)
         if model.embedding_norm:

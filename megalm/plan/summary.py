@@ -40,8 +40,9 @@ def note_lines(config: Config, world_size: int) -> list[str]:
 
 def _model(config: Config) -> str:
     model = config.model
+    width = "" if model.head_dim is None else f" of {model.head_dim}"
     return (
-        f"{model.num_layers} layers, hidden {model.hidden_size:,}, {model.num_heads} heads, "
+        f"{model.num_layers} layers, hidden {model.hidden_size:,}, {model.num_heads} heads{width}, "
         f"sequence {model.sequence_length:,}"
     )
 

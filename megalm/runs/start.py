@@ -25,8 +25,8 @@ from megalm.checkpoint.store import (
     locate,
     torn_checkpoints,
 )
-from megalm.config.parse import config_to_dict
-from megalm.config.schema import Config
+from megalm.config.parse import config_to_dict, default_dict
+from megalm.config.schema import Config, Model
 from megalm.config.violation import format_value
 from megalm.errors import CheckpointError
 from megalm.runs.folder import METRICS_FILE
@@ -200,7 +200,7 @@ def _begin_with(config: Config, mode: StartMode, info: CheckpointInfo, notes: tu
     _check_model(config, manifest, info.path, except_for=adaptable)
     if mode is StartMode.FINETUNE:
         _check_phase(config, manifest, info.path)
-    saved = manifest.config.get("model", {})
+    saved = _saved_model(manifest)
     mine = config_to_dict(config)["model"]
     changed = [
         f"model.{name}={mine[name]}: {info.path} was trained with {saved.get(name)}; this run trains with its own "
@@ -215,6 +215,9 @@ def _changeable(config: Config) -> frozenset[str]:
     """Fields of a model that may differ from those of the weights that are loaded."""
     return _ADAPTABLE | (_ADAPTABLE_ROTARY if config.model.position == "rotary" else frozenset())
 
+
+ARCHITECTURE = "architecture"
+"""Where a manifest's ``training`` names the Hugging Face architecture that its weights were converted from."""
 
 _ADAPTABLE = frozenset({"dropout", "attention_dropout", "init_std"})
 """Fields of a model that a run with another's weights may set otherwise: no weight and no output depends on them."""
@@ -250,7 +253,7 @@ def _check_model(config: Config, manifest: Manifest, path: Path, *, except_for: 
 
     A resumed run may be trained anew under another name; weights that a new run begins with are as they are.
     """
-    saved = manifest.config.get("model", {})
+    saved = _saved_model(manifest)
     different = {
         name: value
         for name, value in config_to_dict(config)["model"].items()
@@ -275,6 +278,11 @@ def _check_model(config: Config, manifest: Manifest, path: Path, *, except_for: 
             f"{whole}, or leave checkpoint.{source} out"
         )
     raise CheckpointError("\n".join(problems))
+
+
+def _saved_model(manifest: Manifest) -> dict[str, Any]:
+    """The model that a checkpoint was trained with, field by field; those that its megalm had not, as they default."""
+    return default_dict(Model) | manifest.config.get("model", {})
 
 
 def _lost_steps(config: Config, run_dir: Path) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from megalm.data.stream.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.errors import CheckpointError
 from megalm.mesh.groups import ParallelContext
-from megalm.runs.start import RESUMED_FROM, StartMode, StartPoint
+from megalm.runs.start import ARCHITECTURE, RESUMED_FROM, StartMode, StartPoint
 from megalm.training.progress import Progress
 
 PARENT = "parent"
@@ -37,7 +37,8 @@ class Restored:
         progress: how far it is.
         words: what was loaded, in one line; None for initial weights.
         lineage: what checkpoints of the run say of where its weights are from: ``parent``, another run's checkpoint
-            that it began with, and ``resumed_from``, the named one that it went on from.
+            that it began with, ``resumed_from``, the named one that it went on from, and ``architecture``, what the
+            weights were converted from.
         resumed: what the checkpoint says of the run that goes on; None for one that begins.
     """
 
@@ -81,7 +82,9 @@ def restore(
     what = _WORDS[start.mode] + (", rows added to the vocabulary" if start.extends_vocab else "")
     words = f"{start.mode.value}, step {manifest.step:,}: {what}; hash {parameters}; {start.path}"
     if resumes:
-        lineage = {key: manifest.training[key] for key in (PARENT, RESUMED_FROM) if key in manifest.training}
+        lineage = {
+            key: manifest.training[key] for key in (PARENT, RESUMED_FROM, ARCHITECTURE) if key in manifest.training
+        }
         if start.is_named:
             lineage[RESUMED_FROM] = {"checkpoint": str(start.path.resolve()), "step": manifest.step}
         return Restored(Progress(**manifest.training["progress"]), words, lineage, manifest)
@@ -92,7 +95,8 @@ def restore(
         "parameters": parameters,
         "data": manifest.data,
     }
-    return Restored(Progress(), words, {PARENT: parent})
+    kept = {ARCHITECTURE: manifest.training[ARCHITECTURE]} if ARCHITECTURE in manifest.training else {}
+    return Restored(Progress(), words, {PARENT: parent, **kept})
 
 
 def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: ParallelContext) -> str:

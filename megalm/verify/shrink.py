@@ -185,15 +185,16 @@ def _num_layers(parallel: Parallel) -> int:
 def _shrink_model(config: Config, parallel: Parallel) -> Model:
     model, layers = config.model, _num_layers(parallel)
     # A head in which the rotated share is whole pairs; at least one size is, the user's own.
-    dims = (*_HEAD_DIMS, model.head_dim)
+    dims = (*_HEAD_DIMS, model.head_size)
     head_dim = next(dim for dim in dims if model.position != "rotary" or _rotates_pairs(dim * model.rotary_fraction))
-    hidden = _HEADS * head_dim
+    hidden = _hidden_size(model, _HEADS * head_dim)
     original = model.rotary_original_length
     return replace(
         model,
         num_layers=layers,
         hidden_size=hidden,
         num_heads=_HEADS,
+        head_dim=None if model.head_dim is None else head_dim,
         num_kv_heads=None if model.num_kv_heads is None else _kv_heads(model, config.parallel.tp),
         ffn_hidden_size=None if model.ffn_hidden_size is None else 3 * hidden // 2,
         vocab_size=VOCAB_SIZE,
@@ -201,6 +202,13 @@ def _shrink_model(config: Config, parallel: Parallel) -> Model:
         rotary_original_length=None if original is None else max(1, _scaled(original, model)),
         attention_windows=_windows(model, layers),
     )
+
+
+def _hidden_size(model: Model, attention_size: int) -> int:
+    """As wide as all heads together, or narrower or wider where the model is."""
+    if model.attention_size == model.hidden_size:
+        return attention_size
+    return attention_size // 2 if model.attention_size > model.hidden_size else 3 * attention_size // 2
 
 
 def _rotates_pairs(elements: float) -> bool:

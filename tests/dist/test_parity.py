@@ -38,6 +38,13 @@ NEOX = replace(MODEL, position="rotary", rotary_fraction=0.25, residual="paralle
 BERT = bert_of(MODEL)
 GPT3 = replace(MODEL, attention_windows=(0, 5))
 MQA = replace(LLAMA, num_kv_heads=1, rotary_scaling="yarn", attention_windows=(0, 3))
+QWEN3 = replace(LLAMA, rotary_scaling="none", rotary_factor=1.0, qkv_bias=None, qk_norm=True, head_dim=12)
+"""4 heads of 12 on a hidden size of 32, which share 2 key/value heads: fewer than ranks at tp 4."""
+
+BIASES = replace(MODEL, bias=False, qkv_bias=True, projection_bias=True, norm_bias=True, head_dim=4, num_kv_heads=1)
+"""Biases on all but the MLP; heads that are narrower together than the hidden size."""
+
+ROBERTA = replace(BERT, position_offset=2, token_types=1)
 DROPOUT = at_dropout(MODEL, 0.2)
 MILLIONS = replace(MODEL, hidden_size=256, vocab_size=1500)
 """3.5 million parameters: on one partition a sum of their squares in fp32 is 7e-5 off."""
@@ -104,6 +111,17 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(tp=2, dp=2, zero_stage=2, dtype="bf16", model=BERT, name="bert"),
         Layout(cp=2, pp=2, cp_attention="ring", model=replace(BERT, tie_embeddings=False), name="bert untied"),
         Layout(dp=4, zero_stage=3, model=BERT, name="bert"),
+        # Heads apart from the hidden size, at tp {1, 2, 4} x pp {1, 2}; the last is below, on eight ranks.
+        Layout(dp=4, zero_stage=3, model=QWEN3, name="qwen3"),
+        Layout(pp=2, dp=2, schedule="zb_h1", model=QWEN3, name="qwen3"),
+        Layout(tp=2, dp=2, zero_stage=2, model=QWEN3, name="qwen3"),
+        Layout(tp=2, sp=True, pp=2, recompute="selective", model=QWEN3, name="qwen3"),
+        Layout(tp=4, sp=True, model=QWEN3, name="qwen3"),
+        Layout(cp=2, tp=2, cp_attention="ring", model=QWEN3, name="qwen3"),
+        # Biases per projection, and positions that begin at another row.
+        Layout(tp=2, sp=True, pp=2, schedule="zb_h1", model=BIASES, name="biases"),
+        Layout(tp=4, model=BIASES, name="biases"),
+        Layout(tp=2, sp=True, pp=2, model=ROBERTA, name="roberta"),
         # Attention and positions that restart at each document of a packed row.
         Layout(tp=2, sp=True, pp=2, recompute="selective", reset_at_documents=True),
         Layout(cp=2, pp=2, reset_at_documents=True, model=LLAMA, name="llama"),
@@ -123,6 +141,7 @@ WORLDS: dict[int, list[Layout]] = {
     8: [
         Layout(tp=2, pp=2, dp=2),
         Layout(tp=2, sp=True, pp=2, cp=2),
+        Layout(tp=4, sp=True, pp=2, model=QWEN3, name="qwen3"),
         Layout(tp=2, sp=True, pp=2, v=2, dp=2, schedule="interleaved_1f1b", dtype="bf16"),
         Layout(pp=2, dp=4, dtype="bf16"),
     ],

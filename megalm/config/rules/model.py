@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megalm.config.job import Job, Rule, divisors, needs
+from megalm.config.schema import Model
 from megalm.config.violation import Fix, Violation
 
 _NOTHING = 1e-6
 """What a share of a head is off by, in elements, when it is only rounded."""
 
 
+def has_uneven_heads(model: Model) -> bool:
+    """Whether the width of heads follows from the hidden size, and the number of heads does not divide it."""
+    return model.head_dim is None and model.hidden_size % model.num_heads > 0
+
+
 @needs("model.hidden_size", "model.num_heads")
 def heads_divide_hidden_size(job: Job) -> Iterator[Violation]:
-    """Every head is equally wide."""
+    """Every head is equally wide; heads whose width is given need not divide the hidden size."""
     hidden, heads = job.config.model.hidden_size, job.config.model.num_heads
-    if hidden % heads:
+    if has_uneven_heads(job.config.model):
         above = hidden + heads - hidden % heads
         yield Violation(
             "model.num_heads",
@@ -38,11 +44,21 @@ def kv_heads_divide_heads(job: Job) -> Iterator[Violation]:
         )
 
 
-@needs("model.hidden_size", "model.num_heads")
+@needs("model.hidden_size", "model.num_heads", "model.head_dim")
 def rotary_heads_are_even(job: Job) -> Iterator[Violation]:
     """Rotary positions turn pairs of a head's elements (Su et al. 2021)."""
-    hidden, heads = job.config.model.hidden_size, job.config.model.num_heads
-    if job.config.model.position == "rotary" and hidden % heads == 0 and hidden // heads % 2:
+    model = job.config.model
+    hidden, heads = model.hidden_size, model.num_heads
+    if model.position != "rotary" or model.head_size % 2 == 0:
+        return
+    if model.head_dim is not None:
+        yield Violation(
+            "model.head_dim",
+            model.head_dim,
+            "an odd number of elements, and model.position=rotary turns pairs of them",
+            fixes=(Fix("model.head_dim", (model.head_dim + 1,)), Fix("model.position", ("learned",))),
+        )
+    elif hidden % heads == 0:
         yield Violation(
             "model.num_heads",
             heads,
@@ -51,22 +67,22 @@ def rotary_heads_are_even(job: Job) -> Iterator[Violation]:
         )
 
 
-@needs("model.hidden_size", "model.num_heads", "model.rotary_fraction")
+@needs("model.hidden_size", "model.num_heads", "model.head_dim", "model.rotary_fraction")
 def rotary_turns_whole_pairs(job: Job) -> Iterator[Violation]:
     """The share of a head that is rotated is a whole, even number of elements, at least two."""
     model = job.config.model
-    if model.position != "rotary" or model.hidden_size % model.num_heads or model.head_dim % 2:
+    if model.position != "rotary" or model.head_size % 2 or has_uneven_heads(model):
         return
-    rotated = model.head_dim * model.rotary_fraction
+    rotated = model.head_size * model.rotary_fraction
     # 14 of 50 elements are a share of 0.28, and 50 * 0.28 is a little more than 14.
     if abs(rotated - round(rotated)) < _NOTHING and round(rotated) % 2 == 0 and round(rotated) >= 2:
         return
-    even = {max(2, 2 * int(rotated / 2)), min(model.head_dim, 2 * int(rotated / 2) + 2)}
+    even = {max(2, 2 * int(rotated / 2)), min(model.head_size, 2 * int(rotated / 2) + 2)}
     yield Violation(
         "model.rotary_fraction",
         model.rotary_fraction,
-        f"rotates {rotated:g} of a head's {model.head_dim} elements, and pairs are turned",
-        fixes=(Fix("model.rotary_fraction", tuple(size / model.head_dim for size in sorted(even))),),
+        f"rotates {rotated:g} of a head's {model.head_size} elements, and pairs are turned",
+        fixes=(Fix("model.rotary_fraction", tuple(size / model.head_size for size in sorted(even))),),
     )
 
 

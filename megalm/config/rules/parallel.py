@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from math import gcd, lcm
 
 from megalm.config.job import Job, Rule, divisors, is_in_bounds, needs
+from megalm.config.rules.model import has_uneven_heads
 from megalm.config.violation import Fix, Violation, spoken_list
 
 _DEGREES = ("parallel.tp", "parallel.pp", "parallel.cp")
-_HEADS = ("model.hidden_size", "model.num_heads", "model.num_kv_heads")
+_HEADS = ("model.hidden_size", "model.num_heads", "model.head_dim", "model.num_kv_heads")
 _INTERLEAVED = "interleaved_1f1b"
 
 
@@ -45,12 +46,12 @@ def tensor_parallelism_shares_kv_heads(job: Job) -> Iterator[Violation]:
     """Key/value heads are dealt out over tensor-parallel ranks, or each is shared by equally many of them."""
     tp, model = job.config.parallel.tp, job.config.model
     heads = model.kv_heads
-    if model.num_kv_heads is None or heads % tp == 0 or model.num_heads % tp or model.hidden_size % model.num_heads:
+    if model.num_kv_heads is None or heads % tp == 0 or model.num_heads % tp or has_uneven_heads(model):
         return
     if tp % heads:
         wrong = f"neither divides model.num_kv_heads={heads} nor is a multiple of it"
-    elif heads * model.head_dim % tp:
-        wrong = f"does not divide the {heads * model.head_dim} rows of model.num_kv_heads={heads} heads"
+    elif heads * model.head_size % tp:
+        wrong = f"does not divide the {heads * model.head_size} rows of model.num_kv_heads={heads} heads"
     else:
         return
     fitting = tuple(d for d in divisors(model.num_heads) if heads % d == 0 or d % heads == 0)

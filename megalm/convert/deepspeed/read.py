@@ -73,6 +73,7 @@ class DeepSpeedSource(WeightSource):
             step=_count(states[0].get("global_steps")),
             tokenizer=path,
             notes=(*_notes(ranks[0]), *self._weights.notes),
+            architecture=self._weights.architecture if isinstance(self._weights, _NamedWeights) else "",
             ids=TokenIds.of_folder(path, safe_file),
         )
 
@@ -121,6 +122,7 @@ class _NamedWeights:
         ignored: names that may be there beside them.
         duplicates: names of tensors that are there twice and must be equal ▶ the second's.
         notes: what a user should know.
+        architecture: the ``model_type`` of the library that the names are of; empty: of none.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape.
@@ -135,8 +137,9 @@ class _NamedWeights:
         ignored: Collection[str] = (),
         duplicates: Mapping[str, str] = MappingProxyType({}),
         notes: tuple[str, ...] = (),
+        architecture: str = "",
     ) -> None:
-        self.model, self.notes = model, notes
+        self.model, self.notes, self.architecture = model, notes, architecture
         self._stored = stored
         self._duplicates = duplicates
         self._is_equal: dict[str, bool] = {}
@@ -251,6 +254,7 @@ def _hf_weights(stored: _Renamed, config: Path) -> _NamedWeights:
         ignored=names.ignored,
         duplicates=names.duplicates,
         notes=(*architecture.notes, *names.notes),
+        architecture=family.model_type,
     )
 
 

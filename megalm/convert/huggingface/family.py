@@ -85,6 +85,10 @@ class Family(ABC):
         """Tensors that the library wants to find in a file beside others that they equal: names ▶ the others'."""
         return {}
 
+    def fixed_ids(self, model: Model) -> dict[str, int]:  # noqa: ARG002 - most compute with no special token
+        """Ids of special tokens that the architecture computes with, under their names in ``config.json``."""
+        return {}
+
     def canonical_names(self, stored: Iterable[str]) -> list[tuple[str, str]]:
         """Pairs (name as this family's rules have it, name in the file): prefixes and old spellings vary."""
         stored = list(stored)
@@ -107,6 +111,25 @@ class Family(ABC):
         return next((what for pattern, what in self.left_out.items() if re.fullmatch(pattern, name)), None)
 
 
+def head_dim_from(fields: Fields, name: str, *, hidden: int, heads: int, default: int | None = None) -> int | None:
+    """A model's ``head_dim`` from a field that may give it; None: hidden / heads.
+
+    ``default`` is what the library takes where the field is absent.
+    """
+    if name not in fields and default is None:
+        return None
+    head_dim = fields.count(name, default)
+    return None if head_dim * heads == hidden else head_dim
+
+
+def dropout_note(fields: Fields, residual: str, embedding: str, default: float) -> list[str]:
+    """That the embedding's dropout has no place of its own, where it is not the residual stream's; else empty."""
+    dropped, of_embedding = (fields.number(name, default) for name in (residual, embedding))
+    if dropped == of_embedding:
+        return []
+    return [f"left out {embedding}={of_embedding:g}: megalm drops as much of the embedding as {residual}={dropped:g}"]
+
+
 def unlike(model: Model, **wanted: object) -> list[str]:
     """Fields of a model that are not as wanted, one phrase each; a tuple lists what would do."""
     found = []
@@ -118,14 +141,44 @@ def unlike(model: Model, **wanted: object) -> list[str]:
     return found
 
 
-def unlike_any(model: Model) -> list[str]:
-    """What no family of the library has, one phrase each."""
-    reasons = unlike(model, qk_norm=False)
-    if any(model.attention_windows):
+def unlike_any(model: Model, *allowed: str) -> list[str]:
+    """What few families have, one phrase each.
+
+    Args:
+        model: what is to be a family's.
+        allowed: what the family does have: ``head_dim``, ``qk_norm``, ``attention_windows``, ``position_offset`` or
+            ``biases``, of which it then says itself where it has them.
+    """
+    plain: dict[str, object] = {"qk_norm": False}
+    if model.position == "learned":
+        plain["position_offset"] = 0
+    reasons = unlike(model, **{name: value for name, value in plain.items() if name not in allowed})
+    if "head_dim" not in allowed and model.attention_size != model.hidden_size:
+        reasons.append(f"model.head_dim={format_value(model.head_dim)}, not {model.hidden_size / model.num_heads:g}")
+    if "attention_windows" not in allowed and any(model.attention_windows):
         reasons.append(f"model.attention_windows={list(model.attention_windows)}, not [0]")
-    if model.has_qkv_bias != model.bias:
-        reasons.append(f"model.qkv_bias={format_value(model.qkv_bias)} beside model.bias={format_value(model.bias)}")
+    if "biases" not in allowed:
+        reasons += unlike_biases(
+            model, qkv=model.bias, projection=model.bias, norm=model.bias and model.norm == "layernorm"
+        )
     return reasons
+
+
+def unlike_biases(
+    model: Model, *, qkv: bool, projection: bool, mlp: bool | None = None, norm: bool | None = None
+) -> list[str]:
+    """Layers of a model that have a bias where they should not, or the reverse, one phrase each; None: either way."""
+    found = (
+        ("qkv_bias", model.has_qkv_bias, qkv),
+        ("projection_bias", model.has_projection_bias, projection),
+        ("bias", model.bias, mlp),
+        ("norm_bias", model.has_norm_bias, norm),
+    )
+    return [
+        f"model.{name}={format_value(has)}, not {format_value(wanted)}"
+        for name, has, wanted in found
+        if wanted is not None and has != wanted
+    ]
 
 
 def layer_rules(

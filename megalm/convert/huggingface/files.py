@@ -1,10 +1,15 @@
-"""The files of a Hugging Face folder: which may be read, and what the headers of its safetensors say."""
+"""The files of a Hugging Face folder: which may be read, and what their headers say of each tensor.
+
+They are safetensors, or, where a folder has none, the pickles of ``torch.save`` that older models were published as.
+Those are opened by ``untrusted/safe_pickle.py``: nothing in them is run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -14,6 +19,7 @@ from megalm.convert.checks import same_values, some_of
 from megalm.convert.mapping import Shape
 from megalm.convert.untrusted.json_fields import read_json
 from megalm.convert.untrusted.safe_path import safe_file
+from megalm.convert.untrusted.safe_pickle import PickledTensors
 from megalm.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -21,41 +27,62 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 """Dtypes that weights may have."""
 
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 _COMPARED_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is stored, with its dtype and shape from the file's header."""
+    """Where a tensor is stored, with its dtype and shape from the file's header.
+
+    Attributes:
+        file: the file.
+        name: of the tensor there.
+        shape: its shape.
+        dtype: as safetensors calls it; of dtypes that weights do not have, as whoever wrote the file calls it.
+        pickled: the tensors of a pickle; None: the file is safetensors.
+    """
 
     file: Path
     name: str
     shape: Shape
     dtype: str
+    pickled: PickledTensors | None = None
 
 
 def read_headers(path: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's safetensors files by its name there; no tensor is read.
+    """Every tensor of the folder's files by its name there; of safetensors where there are any. No tensor is read.
 
     Raises:
-        CheckpointError: there are none, one is damaged or outside the folder, or the index does not fit them.
+        CheckpointError: there are none, one is damaged, holds code or is outside the folder, or the index does not fit
+            them.
     """
-    single, index = safe_file(path, WEIGHTS_FILE), safe_file(path, INDEX_FILE)
-    if single.exists():
-        return _header(single)
-    if not index.exists():
-        raise CheckpointError(_no_weights(path))
+    for name, index, header in ((WEIGHTS_FILE, INDEX_FILE, _header), (PICKLE_FILE, PICKLE_INDEX_FILE, _pickled)):
+        if safe_file(path, name).exists():
+            return header(safe_file(path, name))
+        if safe_file(path, index).exists():
+            return _indexed(path, safe_file(path, index), header)
+    raise CheckpointError(f"{path}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE} nor {PICKLE_FILE}")
+
+
+def is_pickled(path: Path) -> bool:
+    """Whether a folder's weights are pickles, which the library is never asked to open."""
+    return not (path / WEIGHTS_FILE).exists() and not (path / INDEX_FILE).exists()
+
+
+def _indexed(path: Path, index: Path, header: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+    """The tensors of the files that an index names, each in the file where the index has it."""
     places = _read_index(index)
     found: dict[str, Stored] = {}
     for name in sorted(set(places.values())):
         file = safe_file(path, name)
         if not file.exists():
-            raise CheckpointError(f"{file}: missing; {INDEX_FILE} names it")
-        found |= {tensor: stored for tensor, stored in _header(file).items() if places.get(tensor, name) == name}
-    problems = [f"{tensor}: not in {file}, where {INDEX_FILE} has it" for tensor, file in places.items()]
+            raise CheckpointError(f"{file}: missing; {index.name} names it")
+        found |= {tensor: stored for tensor, stored in header(file).items() if places.get(tensor, name) == name}
+    problems = [f"{tensor}: not in {file}, where {index.name} has it" for tensor, file in places.items()]
     problems = [line for line, tensor in zip(problems, places, strict=True) if tensor not in found]
-    problems += [f"{tensor}: in {found[tensor].file.name}, not in {INDEX_FILE}" for tensor in found.keys() - places]
+    problems += [f"{tensor}: in {found[tensor].file.name}, not in {index.name}" for tensor in found.keys() - places]
     if problems:
         raise CheckpointError(some_of(problems, f"{path}: "))
     return {tensor: found[tensor] for tensor in places}
@@ -66,6 +93,19 @@ def _read_index(index: Path) -> Mapping[str, str]:
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{index}: weight_map is no mapping of tensors to files")
     return places
+
+
+def _pickled(file: Path) -> dict[str, Stored]:
+    def weights(found: Any) -> Mapping[str, Any]:
+        if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found):
+            raise CheckpointError(f"{file}: holds a {type(found).__name__}, not tensors by their names")
+        return found
+
+    tensors = PickledTensors(file, weights)
+    return {
+        name: Stored(file, name, header.shape, DTYPE_NAMES.get(header.dtype, str(header.dtype)), tensors)
+        for name, header in tensors.headers.items()
+    }
 
 
 def _header(file: Path) -> dict[str, Stored]:
@@ -79,23 +119,14 @@ def _header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file}: no whole safetensors file: {error}") from None
 
 
-def _no_weights(path: Path) -> str:
-    pickles = [name for name in _PICKLES if (path / name).exists()]
-    if pickles:
-        return (
-            f"{path}: holds its weights as {pickles[0]} only, and reading a pickle runs whatever code is in it; take "
-            "the safetensors of the same model, or, where you trust it, load it with transformers and save it with "
-            "model.save_pretrained(FOLDER)"
-        )
-    return f"{path}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}"
-
-
 def read_tensor(stored: Stored) -> Tensor:
     """A tensor, as a view of its mapped file.
 
     Raises:
         CheckpointError: the file is not what its header said any more.
     """
+    if stored.pickled is not None:
+        return stored.pickled.get(stored.name)
     # The file is mapped for as long as the tensor lives: pages of tensors that were read before do not pile up.
     try:
         with safe_open(stored.file, "pt") as opened:
@@ -111,9 +142,8 @@ def same_tensor(one: Stored, other: Stored) -> bool:
     """Whether two stored tensors are equal, compared by blocks of rows."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    with safe_open(one.file, "pt") as first, safe_open(other.file, "pt") as second:
-        left, right = first.get_slice(one.name), second.get_slice(other.name)
-        return all(
-            same_values(left[start : start + _COMPARED_ROWS], right[start : start + _COMPARED_ROWS])
-            for start in range(0, one.shape[0], _COMPARED_ROWS)
-        )
+    left, right = read_tensor(one), read_tensor(other)  # mapped: memory is that of the rows that are compared
+    return all(
+        same_values(left[start : start + _COMPARED_ROWS], right[start : start + _COMPARED_ROWS])
+        for start in range(0, one.shape[0], _COMPARED_ROWS)
+    )

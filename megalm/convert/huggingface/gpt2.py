@@ -9,6 +9,7 @@ from megalm.convert.huggingface.family import (
     ACTIVATION_NAMES,
     ACTIVATIONS,
     Family,
+    dropout_note,
     layer_rules,
     unlike,
     unlike_any,
@@ -51,10 +52,7 @@ class GPT2Family(Family):
 
     def notes(self, fields: Fields) -> list[str]:
         """See the base class."""
-        residual, embedding = (fields.number(name, 0.1) for name in ("resid_pdrop", "embd_pdrop"))
-        if residual == embedding:
-            return []
-        return [f"left out embd_pdrop={embedding:g}: megalm drops as much of the embedding as resid_pdrop={residual:g}"]
+        return dropout_note(fields, "resid_pdrop", "embd_pdrop", 0.1)
 
     def reasons_against(self, model: Model) -> list[str]:
         """See the base class."""

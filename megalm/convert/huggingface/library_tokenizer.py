@@ -44,8 +44,9 @@ def _new_settings(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.sequence_length,
         "clean_up_tokenization_spaces": False,
-        # Version 4 of the library would give token types to every model: GPT-2 embeds them as words, Llama refuses.
-        "model_input_names": ["input_ids", *(["token_type_ids"] if model.token_types else []), "attention_mask"],
+        # Version 4 of the library would give token types to every model: GPT-2 embeds them as words, Llama refuses, and
+        # RoBERTa has one alone.
+        "model_input_names": ["input_ids", *(["token_type_ids"] if model.token_types > 1 else []), "attention_mask"],
         **roles,
     }
 

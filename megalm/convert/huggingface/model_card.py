@@ -71,9 +71,10 @@ def _use(architecture: str, model: Model) -> str:
 
 
 def _model_rows(model: Model, dtype: str) -> dict[str, str]:
+    width = "" if model.head_dim is None else f" of {model.head_dim}"
     return {
         "parameters": f"{parameter_count(model).total:,}",
-        "layers, hidden size, heads": f"{model.num_layers}, {model.hidden_size:,}, {model.num_heads}",
+        "layers, hidden size, heads": f"{model.num_layers}, {model.hidden_size:,}, {model.num_heads}{width}",
         "sequence length": f"{model.sequence_length:,} tokens",
         "vocabulary": f"{model.vocab_size:,} tokens",
         "attention": "causal" if model.causal else "bidirectional",

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megalm.config.schema import Model
-from megalm.config.violation import format_value, spoken_list
+from megalm.config.violation import spoken_list
 from megalm.convert.checks import check_architecture
 from megalm.convert.huggingface.families import FAMILIES
 from megalm.convert.huggingface.family import Family
+from megalm.convert.huggingface.lacking import what_megalm_lacks
 from megalm.convert.mapping import Shape
 from megalm.convert.untrusted.json_fields import Fields, read_json
 from megalm.convert.weights import full_shapes
@@ -46,9 +47,8 @@ def read_architecture(file: Path) -> Architecture:
     model_type = fields.values.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        lacks = what_megalm_lacks(fields.values)
-        has = f"the model has {spoken_list(lacks, 'and')}, which megalm has not; " if lacks else ""
-        fields.problem("model_type", f"{has}megalm converts {spoken_list(FAMILIES, 'and')}")
+        converted = spoken_list((known.title for known in FAMILIES.values()), "and")
+        fields.problem("model_type", f"{_refusal(fields.values)}megalm converts {converted}")
         fields.check()
     assert family is not None
     if "quantization_config" in fields:
@@ -60,36 +60,12 @@ def read_architecture(file: Path) -> Architecture:
     return Architecture(family, model, tuple(notes))
 
 
-_LACKING: dict[str, tuple[str, ...]] = {
-    "a mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"),
-    "an encoder and a decoder": ("is_encoder_decoder", "decoder_layers", "num_decoder_layers"),
-    "state-space layers": ("state_size", "ssm_cfg", "mamba_d_state", "d_state", "mamba_num_heads", "ssm_state_size"),
-    "latent attention (MLA)": ("kv_lora_rank", "q_lora_rank"),
-    "attention in a sliding window": ("sliding_window", "attention_window", "sliding_window_pattern", "window_size"),
-    "layers of different kinds": ("layer_types", "layers_block_type", "attn_layer_period", "hybrid_override_pattern"),
-    "linear attention": ("linear_num_key_heads", "attention_hidden_size", "lin_attn_config"),
-    "soft-capped logits": ("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap"),
-    "relative position biases": ("relative_attention_num_buckets", "alibi", "relative_attention"),
-    "images, audio or several modalities": ("vision_config", "audio_config", "text_config", "image_token_id"),
-}
-"""What megalm's models do not have ▶ the fields of a ``config.json`` that tell of it."""
-
-
-def what_megalm_lacks(values: Mapping[str, Any]) -> list[str]:
-    """What the architecture of a ``config.json`` has and megalm has not, as its fields tell, each with the field."""
-    found = []
-    for what, names in _LACKING.items():
-        name = next((name for name in names if _is_there(values.get(name))), None)
-        if name is not None:
-            found.append(f"{what} ({name}={format_value(values[name])})")
-    return found
-
-
-def _is_there(value: Any) -> bool:
-    """Whether a field asks for a feature; null, false, 0, or 1 expert mean that the model does not have it."""
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return len(set(value)) > 1
-    return value is True or (bool(value) and value not in (1, "none"))
+def _refusal(values: Mapping[str, Any]) -> str:
+    """Why an architecture is not converted: what megalm lacks, or that its tensors have names that megalm lacks."""
+    lacks = what_megalm_lacks(values)
+    if lacks:
+        return f"the model has {spoken_list(lacks, 'and')}, which megalm has not; "
+    return "megalm does not know the names of its tensors; " if "model_type" in values else ""
 
 
 @dataclass(frozen=True)

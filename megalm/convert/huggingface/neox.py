@@ -12,6 +12,7 @@ from megalm.convert.huggingface.family import (
     layer_rules,
     unlike,
     unlike_any,
+    unlike_biases,
 )
 from megalm.convert.huggingface.rotary import (
     RotaryNames,
@@ -40,9 +41,9 @@ class NeoXFamily(Family):
 
     def model_from_config(self, fields: Fields) -> Model:
         """See the base class."""
-        fields.must_be("attention_bias", True, "megalm has biases on all linear layers or on none")
         hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
         length = fields.count("max_position_embeddings", 2048)
+        bias = None if fields.flag("attention_bias", True) else False
         return Model(
             num_layers=fields.count("num_hidden_layers"),
             hidden_size=hidden,
@@ -51,6 +52,8 @@ class NeoXFamily(Family):
             vocab_size=fields.count("vocab_size"),
             sequence_length=length,
             residual=_RESIDUALS[fields.flag("use_parallel_residual", True)],
+            qkv_bias=bias,
+            projection_bias=bias,
             activation=fields.choice("hidden_act", ACTIVATIONS, "gelu"),
             norm_epsilon=fields.number("layer_norm_eps", 1e-5),
             dropout=fields.number("hidden_dropout", 0.0),
@@ -77,7 +80,8 @@ class NeoXFamily(Family):
         )
         if model.position == "rotary":
             reasons += reasons_against_rotary(model, names=_ROTARY)
-        return reasons + unlike_any(model)
+        reasons += unlike_biases(model, qkv=model.has_qkv_bias, projection=model.has_qkv_bias, norm=True)
+        return reasons + unlike_any(model, "biases")
 
     def config_from_model(self, model: Model) -> dict[str, Any]:
         """See the base class."""
@@ -94,7 +98,7 @@ class NeoXFamily(Family):
             "attention_dropout": model.attention_dropout,
             "initializer_range": model.init_std,
             "use_parallel_residual": model.residual == "parallel",
-            "attention_bias": True,
+            "attention_bias": model.has_qkv_bias,
             "use_cache": True,
             "tie_word_embeddings": model.tie_embeddings,
             **rotary_to_config(model, names=_ROTARY),
@@ -102,14 +106,14 @@ class NeoXFamily(Family):
 
     def rules(self, model: Model) -> list[Rule]:
         """See the base class."""
-        heads = GroupedHeads(model.num_heads, model.num_heads, model.head_dim)
+        heads = GroupedHeads(model.num_heads, model.num_heads, model.head_size)
         rules = [Rule("embedding.weight", ("gpt_neox.embed_in.weight",))]
         for layer in range(model.num_layers):
             here, there = f"blocks.{layer}", f"gpt_neox.layers.{layer}"
             fused = f"{there}.attention.query_key_value"
             rules += layer_rules(f"{here}.attention_norm", f"{there}.input_layernorm", bias=True)
-            rules += layer_rules(f"{here}.attention.qkv", fused, bias=True, form=heads, bias_form=heads)
-            rules += layer_rules(f"{here}.attention.projection", f"{there}.attention.dense", bias=True)
+            rules += layer_rules(f"{here}.attention.qkv", fused, bias=model.has_qkv_bias, form=heads, bias_form=heads)
+            rules += layer_rules(f"{here}.attention.projection", f"{there}.attention.dense", bias=model.has_qkv_bias)
             rules += layer_rules(f"{here}.mlp_norm", f"{there}.post_attention_layernorm", bias=True)
             rules += layer_rules(f"{here}.mlp.up", f"{there}.mlp.dense_h_to_4h", bias=True)
             rules += layer_rules(f"{here}.mlp.down", f"{there}.mlp.dense_4h_to_h", bias=True)

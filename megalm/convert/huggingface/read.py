@@ -1,7 +1,7 @@
-"""Reads Hugging Face folders: ``config.json`` and safetensors, with or without an index.
+"""Reads Hugging Face folders: ``config.json``, and safetensors or ``pytorch_model.bin``, with or without an index.
 
-The files are validated: they must lie in the folder, the safetensors library checks their headers, and every tensor
-must have the shape that ``config.json`` implies.
+The files are validated: they must lie in the folder, the safetensors library checks their headers, nothing in a pickle
+is run, and every tensor must have the shape that ``config.json`` implies.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megalm.convert.huggingface.files import (
     DTYPES,
     WEIGHTS_FILE,
     Stored,
+    is_pickled,
     read_headers,
     read_tensor,
     safe_file,
@@ -64,7 +65,7 @@ class HfSource(WeightSource):
         self._rules = {rule.name: rule for rule in self.family.rules(model)}
         self._duplicates = names.duplicates
         self._check_tensors(path, model, names.ignored)
-        notes = (*architecture.notes, *names.notes, *_generation_notes(path))
+        notes = (*architecture.notes, *names.notes, *_pickle_notes(path), *_generation_notes(path))
         self._unequal: dict[str, bool] = {}
         self._lock = Lock()
         self.info = SourceInfo(
@@ -74,6 +75,7 @@ class HfSource(WeightSource):
             dtype=DTYPES[self._stored[next(iter(self._rules.values())).foreign[0]].dtype],
             tokenizer=path,
             notes=notes,
+            architecture=self.family.model_type,
             ids=TokenIds.of_folder(path, safe_file),
         )
 
@@ -126,6 +128,16 @@ def _read_config(path: Path) -> Architecture:
     if not file.exists():
         raise CheckpointError(f"{path}: holds no {CONFIG_FILE}, which every Hugging Face folder has")
     return read_architecture(file)
+
+
+def _pickle_notes(path: Path) -> list[str]:
+    """That weights are read from a pickle, and what that is without."""
+    if not is_pickled(path):
+        return []
+    return [
+        "the weights are pickled: megalm runs nothing that is in them, and has --verify compute the source's logits "
+        "without transformers"
+    ]
 
 
 def _generation_notes(path: Path) -> list[str]:

@@ -11,9 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalm.config.schema import Model
+from megalm.config.violation import spoken_list
 from megalm.convert.untrusted.json_fields import Fields
 
 _TYPES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+_LACKING = {
+    "longrope": "LongRoPE (Ding et al. 2024)",
+    "su": "LongRoPE (Ding et al. 2024)",
+    "dynamic": "scaling that changes with the length of a text",
+    "mrope": "positions of images (M-RoPE)",
+}
+"""Scalings of the library that megalm does not have ▶ their names."""
+
 _TOLERANCE = 1e-6
 _MAPPINGS = ("rope_parameters", "rope_scaling")
 _ORIGINAL = "original_max_position_embeddings"
@@ -27,11 +36,13 @@ class RotaryNames:
         base: the base of the wavelengths.
         fraction: the share of a head that is rotated; None: the family rotates all of it.
         default_fraction: what holds where it is absent.
+        scalings: those of megalm's that the library computes for the family.
     """
 
     base: str = "rope_theta"
     fraction: str | None = None
     default_fraction: float = 1.0
+    scalings: tuple[str, ...] = ("linear", "llama3", "yarn")
 
 
 def rotary_from_config(fields: Fields, *, names: RotaryNames, length: int, head_dim: int) -> dict[str, Any]:
@@ -52,7 +63,7 @@ def rotary_from_config(fields: Fields, *, names: RotaryNames, length: int, head_
     }
     if scaling is None:
         return found
-    kind = scaling.choice("rope_type" if "rope_type" in scaling else "type", _TYPES, "default")
+    kind = _kind(scaling, names)
     if kind == "none":
         return found
     if kind == "linear":
@@ -69,6 +80,17 @@ def rotary_from_config(fields: Fields, *, names: RotaryNames, length: int, head_
         scaling.must_be("truncate", True, "megalm rounds the ends of the ramp to whole pairs")
         _check_amplitude(scaling, factor)
     return found
+
+
+def _kind(scaling: Fields, names: RotaryNames) -> str:
+    """How positions are scaled, by megalm's name; ``none`` where it has no such scaling, which is noted."""
+    name = "rope_type" if "rope_type" in scaling else "type"
+    given = scaling.values.get(name, "default")
+    allowed = {theirs: ours for theirs, ours in _TYPES.items() if ours in ("none", *names.scalings)}
+    if isinstance(given, str) and given in _LACKING:
+        scaling.problem(name, f"megalm has no {_LACKING[given]}; only {spoken_list(allowed)} can be converted")
+        return "none"
+    return scaling.choice(name, allowed, "default")
 
 
 def rotary_to_config(model: Model, *, names: RotaryNames) -> dict[str, Any]:
@@ -95,6 +117,8 @@ def reasons_against_rotary(model: Model, *, names: RotaryNames) -> list[str]:
     reasons = []
     if names.fraction is None and model.rotary_fraction != 1.0:
         reasons.append(f"model.rotary_fraction={model.rotary_fraction:g}, not 1")
+    if model.rotary_scaling not in ("none", *names.scalings):
+        reasons.append(f"model.rotary_scaling={model.rotary_scaling}, not none")
     if model.rotary_scaling in ("llama3", "yarn") and not original_length(model).is_integer():
         reasons.append(
             f"model.rotary_original_length=null, and model.sequence_length / model.rotary_factor = "
@@ -151,9 +175,9 @@ def _fraction(fields: Fields, scaling: Fields | None, names: RotaryNames, head_d
 
 def _library_fraction(model: Model) -> float:
     """The share of a head that the library, which rounds its elements down, takes for as many as megalm rotates."""
-    rotated = round(model.head_dim * model.rotary_fraction)
-    exact = int(model.head_dim * model.rotary_fraction) == rotated
-    return model.rotary_fraction if exact else (rotated + 0.5) / model.head_dim
+    rotated = round(model.head_size * model.rotary_fraction)
+    exact = int(model.head_size * model.rotary_fraction) == rotated
+    return model.rotary_fraction if exact else (rotated + 0.5) / model.head_size
 
 
 def _factor(scaling: Fields) -> float:

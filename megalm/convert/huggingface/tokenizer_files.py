@@ -21,7 +21,8 @@ _OPENAI = ("encoder.json", "vocab.bpe")
 _BPE_PAIRS = (("vocab.json", "merges.txt"), _OPENAI)
 """Vocabulary and merges of a byte-level BPE: as Hugging Face, and as OpenAI call the files."""
 _WORDPIECE_FILE = "vocab.txt"
-_SENTENCEPIECE_FILE = "tokenizer.model"
+_SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+"""As Llama, XLM-R and T5 call them."""
 _ADDED_FILE = "added_tokens.json"
 
 
@@ -230,7 +231,8 @@ def _configured(settings: Path) -> Mapping[str, Any]:
 
 
 def _why_none(folder: Path) -> str:
-    if (folder / _SENTENCEPIECE_FILE).exists():
-        return f"{folder / _SENTENCEPIECE_FILE} is SentencePiece's; save it as {TOKENIZER_FILE} with transformers"
+    for file in _SENTENCEPIECE_FILES:
+        if (folder / file).exists():
+            return f"{folder / file} is SentencePiece's; save it as {TOKENIZER_FILE} with transformers"
     pairs = " or ".join(f"{vocabulary} and {merges}" for vocabulary, merges in _BPE_PAIRS)
     return f"{folder} holds neither {TOKENIZER_FILE} nor {pairs} nor {_WORDPIECE_FILE}"

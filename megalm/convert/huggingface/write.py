@@ -24,6 +24,7 @@ from megalm.convert.mapping import Rule
 from megalm.convert.parallel import run_all
 from megalm.convert.transfer import Transfer
 from megalm.data.tokenization.tokenizer import Tokenizer
+from megalm.errors import CheckpointError
 
 _METADATA = {"format": "pt"}
 
@@ -54,11 +55,14 @@ def write_hf(transfer: Transfer, folder: Path, *, tokenizer: Tokenizer | None, s
         The architecture that the model is there.
 
     Raises:
-        CheckpointError: no architecture can be this model; or the source cannot be read.
+        CheckpointError: no architecture can be this model, or not with its special tokens; or the source cannot be
+            read.
         OSError: the disk is full or broken.
     """
     model = transfer.info.model
-    family = family_of(model)
+    family = family_of(model, transfer.info.architecture)
+    ids = transfer.info.ids or TokenIds.of_tokenizer(tokenizer, model)
+    _check_ids(family, model, ids.config)
     shards = _shards(transfer, family, shard_bytes)
     files = dict(zip(_file_names(len(shards)), shards, strict=True))
     tasks = [partial(_write_shard, transfer, folder / file, shard) for file, shard in files.items()]
@@ -67,7 +71,6 @@ def write_hf(transfer: Transfer, folder: Path, *, tokenizer: Tokenizer | None, s
         places = {name: file for file, shard in files.items() for entry in shard for name in entry.specs}
         total = sum(entry.nbytes for shard in shards for entry in shard)
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
-    ids = transfer.info.ids or TokenIds.of_tokenizer(tokenizer, model)
     _write_json(folder / CONFIG_FILE, _config(family, model, transfer.info.dtype, ids.config))
     if tokenizer is not None:
         save_for_library(tokenizer, folder, model)
@@ -77,12 +80,24 @@ def write_hf(transfer: Transfer, folder: Path, *, tokenizer: Tokenizer | None, s
     return family
 
 
+def _check_ids(family: Family, model: Model, ids: Mapping[str, Any]) -> None:
+    """Refuse a special token where the architecture, which computes with it, has another id."""
+    for name, fixed in family.fixed_ids(model).items():
+        if ids.get(name, fixed) not in (None, fixed):
+            raise CheckpointError(
+                f"the tokenizer's {name} is {ids[name]}, and {family.title} computes with {fixed}, which follows from "
+                f"model.position_offset={model.position_offset}: it numbers positions from {name} + 1; train with a "
+                f"tokenizer whose padding is token {fixed}, or with model.position_offset={ids[name] + 1}"
+            )
+
+
 def _config(family: Family, model: Model, dtype: torch.dtype, ids: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **family.config_from_model(model),
         **ids,
+        **family.fixed_ids(model),
         "dtype": str(dtype).removeprefix("torch."),
     }
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from megalm.config.schema import Model
-from megalm.convert.huggingface.family import unlike
+from megalm.config.violation import format_value
+from megalm.convert.huggingface.family import head_dim_from, unlike
 from megalm.convert.megatron.names import padded_vocabulary
 from megalm.convert.untrusted.json_fields import Fields
 
@@ -68,12 +69,9 @@ def model_from_args(fields: Fields, *, legacy: bool) -> Model:
             fields.problem(name, f"{why}; convert a model without it")
     fields.must_be("softmax_type", "vanilla", "megalm has the plain softmax")
     hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    if fields.count("kv_channels", max(hidden // heads, 1)) != hidden // heads:
-        fields.problem("kv_channels", f"megalm's heads have hidden_size / num_attention_heads = {hidden / heads:g}")
+    head_dim = head_dim_from(fields, "kv_channels", hidden=hidden, heads=heads)
     norm = fields.choice("normalization", _NORMS, "LayerNorm")
     bias = not fields.flag("disable_bias_linear", False) and fields.flag("add_bias_linear", True)
-    if norm == "layernorm" and not bias:
-        fields.problem("add_bias_linear", "megalm's LayerNorm has a bias where linear layers do, Megatron's always")
     qk_norm = fields.flag("qk_layernorm", False)
     if qk_norm and norm != "rmsnorm":
         fields.problem("qk_layernorm", "megalm normalises queries and keys by RMSNorm, Megatron as the model's norms")
@@ -86,6 +84,7 @@ def model_from_args(fields: Fields, *, legacy: bool) -> Model:
         num_layers=fields.count("num_layers"),
         hidden_size=hidden,
         num_heads=heads,
+        head_dim=head_dim,
         num_kv_heads=_kv_heads(fields, heads),
         ffn_hidden_size=fields.count("ffn_hidden_size", 4 * hidden),
         vocab_size=fields.count("vocab_size", vocab),
@@ -95,12 +94,13 @@ def model_from_args(fields: Fields, *, legacy: bool) -> Model:
         activation=_activation(fields, bias=bias, legacy=legacy),
         bias=bias,
         qkv_bias=True if not bias and fields.flag("add_qkv_bias", False) else None,
+        norm_bias=True if norm == "layernorm" and not bias else None,
         qk_norm=qk_norm,
         tie_embeddings=not fields.flag("untie_embeddings_and_output_weights", False),
         dropout=fields.number("hidden_dropout", 0.1),
         attention_dropout=fields.number("attention_dropout", 0.1),
         init_std=fields.number("init_method_std", 0.02),
-        **_position(fields, max(hidden // heads, 1)),
+        **_position(fields, head_dim or max(hidden // heads, 1)),
     )
 
 
@@ -158,15 +158,29 @@ def _position(fields: Fields, head_dim: int) -> dict[str, Any]:
 
 def reasons_against(model: Model) -> list[str]:
     """Why Megatron-LM cannot have this model, one phrase each; empty: it can."""
-    reasons = unlike(model, causal=True, residual="pre_norm", head="linear", token_types=0, embedding_norm=False)
+    reasons = unlike(
+        model,
+        causal=True,
+        residual="pre_norm",
+        head="linear",
+        token_types=0,
+        embedding_norm=False,
+        position_offset=(0, model.position_offset) if model.position != "learned" else 0,
+    )
     if any(model.attention_windows):
         reasons.append(f"model.attention_windows={list(model.attention_windows)}: windows are not converted")
-    if model.norm == "layernorm" and not model.bias:
-        reasons.append("model.bias=false beside model.norm=layernorm: its LayerNorm always has a bias")
+    if model.norm == "layernorm" and not model.has_norm_bias:
+        name = "bias" if model.norm_bias is None else "norm_bias"
+        reasons.append(f"model.{name}=false beside model.norm=layernorm: its LayerNorm always has a bias")
     if model.activation == "gelu" and not model.bias:
         reasons.append("model.activation=gelu beside model.bias=false: its tanh GELU comes fused with a bias only")
     if model.bias and not model.has_qkv_bias:
         reasons.append("model.qkv_bias=false beside model.bias=true: its biases are on all linear layers")
+    if model.has_projection_bias != model.bias:
+        given, bias = format_value(model.projection_bias), format_value(model.bias)
+        reasons.append(
+            f"model.projection_bias={given} beside model.bias={bias}: its output projections have biases as its MLP has"
+        )
     if model.qk_norm and model.norm != "rmsnorm":
         reasons.append(f"model.qk_norm=true beside model.norm={model.norm}: it normalises queries as the rest")
     if model.position == "rotary":
@@ -215,7 +229,7 @@ def args_from_model(model: Model, *, tp: int, pp: int, dtype: torch.dtype, trans
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_size,
         num_attention_heads=model.num_heads,
-        kv_channels=model.head_dim,
+        kv_channels=model.head_size,
         group_query_attention=model.kv_heads != model.num_heads,
         num_query_groups=model.kv_heads,
         seq_length=model.sequence_length,
@@ -275,6 +289,6 @@ def _rotary_percent(model: Model) -> float:
 
     30 of 44 elements are a share of which 44 make a little less than 30.
     """
-    rotated = round(model.head_dim * model.rotary_fraction)
-    exact = int(model.head_dim * model.rotary_fraction) == rotated
-    return model.rotary_fraction if exact else (rotated + 0.5) / model.head_dim
+    rotated = round(model.head_size * model.rotary_fraction)
+    exact = int(model.head_size * model.rotary_fraction) == rotated
+    return model.rotary_fraction if exact else (rotated + 0.5) / model.head_size

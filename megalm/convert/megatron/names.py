@@ -131,7 +131,7 @@ def placements(model: Model) -> list[Placement]:
 
 
 def _layer(model: Model, layer: int) -> list[Placement]:
-    grouped = GroupedHeads(model.num_heads, model.kv_heads, model.head_dim)
+    grouped = GroupedHeads(model.num_heads, model.kv_heads, model.head_size)
     first = ("mlp.gate_up", Split.HALVES) if model.activation == "swiglu" else ("mlp.up", Split.ROWS)
     places = _norm(model, layer, "attention_norm", "input_layernorm")
     places += _linear(layer, "attention.qkv", "self_attention.linear_qkv", Split.ROWS, model.has_qkv_bias, grouped)
@@ -139,7 +139,9 @@ def _layer(model: Model, layer: int) -> list[Placement]:
         for ours, theirs in (("query_norm", "q_layernorm"), ("key_norm", "k_layernorm")):
             name = f"blocks.{layer}.attention.{ours}.weight"
             places.append(Placement(name, layer, f"self_attention.{theirs}.weight", Split.COPIES))
-    places += _linear(layer, "attention.projection", "self_attention.linear_proj", Split.COLUMNS, model.bias)
+    places += _linear(
+        layer, "attention.projection", "self_attention.linear_proj", Split.COLUMNS, model.has_projection_bias
+    )
     places += _norm(model, layer, "mlp_norm", "pre_mlp_layernorm")
     places += _linear(layer, first[0], "mlp.linear_fc1", first[1], model.bias)
     places += _linear(layer, "mlp.down", "mlp.linear_fc2", Split.COLUMNS, model.bias)
@@ -158,7 +160,7 @@ def _linear(layer: int, ours: str, theirs: str, split: Split, bias: bool, form: 
 
 def _norm(model: Model, layer: int | None, ours: str, theirs: str) -> list[Placement]:
     prefix = "" if layer is None else f"blocks.{layer}."
-    kinds = ("weight", "bias") if model.norm == "layernorm" and model.bias else ("weight",)
+    kinds = ("weight", "bias") if model.has_norm_bias else ("weight",)
     return [Placement(f"{prefix}{ours}.{kind}", layer, f"{theirs}.{kind}", Split.COPIES) for kind in kinds]
 
 

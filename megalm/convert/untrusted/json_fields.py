@@ -17,7 +17,7 @@ _LARGEST = 2**31 - 1
 class Fields:
     """A mapping read from a JSON file. Reading an invalid field records a problem and goes on.
 
-    A field that is null counts as absent.
+    A field that is null counts as absent, but for :meth:`is_null`.
 
     Args:
         path: of the file, for messages.
@@ -31,11 +31,16 @@ class Fields:
     ) -> None:
         self.path = path
         self.values = {name: value for name, value in values.items() if value is not None}
+        self._nulls = frozenset(values.keys() - self.values.keys())
         self.problems: list[str] = [] if problems is None else problems
         self._place = place
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
+
+    def is_null(self, name: str) -> bool:
+        """Whether a field is there and null, which turns off what the library would otherwise take for given."""
+        return name in self._nulls
 
     def problem(self, name: str, wrong: str) -> None:
         """Note what is wrong with a field and what would be right."""

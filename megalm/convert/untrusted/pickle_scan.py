@@ -7,14 +7,16 @@ what is only ever named, and storages that are not as long as their part of the 
 
 from __future__ import annotations
 
+import io
 import pickletools
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megalm.config.violation import format_value
+from megalm.config.violation import format_value, spoken_list
 from megalm.convert.untrusted.torch_archive import Archive
 from megalm.errors import CheckpointError
 
@@ -64,6 +66,12 @@ _DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(v
 _NAMED = frozenset(_ITEM_BYTES) | _DTYPES | {"torch.Tensor", "torch.nn.parameter.Parameter"}
 """What a pickle may name beside that, and not call."""
 
+_PICKLES_OF_A_FILE = 5
+"""In a file of a torch before 1.6: a number, a version, the system, the object, and keys; then bytes of tensors."""
+
+_MOST_NAMES = 4
+"""Names of a refused pickle that its message has."""
+
 _HEAVIEST_TUPLE = 1 << 16
 """Items of a tuple and of the tuples in it, each as often as it is there: hashing one takes as many steps."""
 
@@ -106,13 +114,64 @@ def scan(path: Path, archive: Archive, inert: Collection[str]) -> None:
     Raises:
         CheckpointError: naming what is wrong.
     """
-    machine = _Machine(path, archive.storages, _CALLED | set(inert))
+    called = _CALLED | set(inert)
+    machine = _Machine(path, archive.storages, called)
     try:
         for operation, value, _ in pickletools.genops(archive.pickle):
             machine.step(operation.name, value)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         text = (str(error).splitlines() or [""])[0][:200]
         raise CheckpointError(f"{path}: damaged: its pickle breaks off or makes no sense ({text})") from None
+    except _UnknownOperation as operation:
+        text = f"its pickle has the operation {operation}, which torch.save's have not"
+        refuse_names(path, archive.pickle, inert, text)
+        raise CheckpointError(f"{path}: damaged: {text}") from None
+
+
+def refuse_names(path: Path, data: bytes, inert: Collection[str], why: str) -> None:
+    """Refuse pickles that are of no kind that megalm reads, where they name what megalm would not import.
+
+    Args:
+        path: of the file, for messages.
+        data: pickles, one after the other.
+        inert: see :func:`scan`.
+        why: what is wrong with them beside that, in words.
+
+    Raises:
+        CheckpointError: with the first of the names.
+    """
+    known = _CALLED | _NAMED | set(inert)
+    names = [name for name in _names(data) if name not in known]
+    if names:
+        raise CheckpointError(_refusal(path, f"{spoken_list(names[:_MOST_NAMES], 'and')} ({why})")) from None
+
+
+class _UnknownOperation(Exception):  # noqa: N818 - it never leaves this file
+    """A pickle has an operation that torch's own reader does not know; its text is the operation's name."""
+
+
+def _names(data: bytes) -> list[str]:
+    """Classes and functions that pickles of any protocol name, in their order; they are not executed."""
+    found: dict[str, None] = {}
+    stream = io.BytesIO(data)
+    with suppress(ValueError, IndexError, KeyError, TypeError):  # nobody who executes them gets beyond a break
+        for _ in range(_PICKLES_OF_A_FILE):
+            memo: dict[object, object] = {}
+            pushed: list[object] = []
+            for operation, value, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST"):
+                    found[str(value).replace(" ", ".", 1)] = None
+                elif operation.name == "STACK_GLOBAL":
+                    found[".".join(map(str, pushed[-2:]))] = None
+                if operation.name == "MEMOIZE":
+                    memo[len(memo)] = pushed[-1]
+                elif operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                    memo[value] = pushed[-1]
+                elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
+                    pushed.append(memo[value])
+                else:
+                    pushed.append(value)
+    return list(found)
 
 
 class _Machine:
@@ -138,7 +197,7 @@ class _Machine:
         elif handler := self._HANDLERS.get(name):
             handler(self, value)
         else:
-            raise CheckpointError(f"{self._path}: damaged: its pickle has the operation {name}, torch.save's have not")
+            raise _UnknownOperation(name)
 
     def _pop(self, count: int) -> list[object]:
         if count > len(self._stack):

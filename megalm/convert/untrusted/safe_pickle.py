@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from megalm.convert.untrusted.pickle_scan import scan
+from megalm.convert.untrusted.pickle_scan import refuse_names, scan
 from megalm.convert.untrusted.torch_archive import read_archive
 from megalm.core.dtype import DTYPE_NAMES
 from megalm.errors import CheckpointError
@@ -29,6 +29,11 @@ DTYPES = tuple(DTYPE_NAMES)
 
 _FORGET_BYTES = 1 << 26
 """Bytes read of a file after which its mapping is released, so that pages that were read do not pile up."""
+
+_ZIP = b"PK"
+"""Begins a file of ``torch.save``."""
+_LARGEST_BARE_PICKLE = 1 << 22
+"""Bytes of a bare pickle that are looked at."""
 
 _LOCK = Lock()
 """The list of allowed names is torch's, and one for all threads."""
@@ -105,13 +110,28 @@ def load(path: Path) -> Any:
             lengths than its tensors have; or it names something that is not a tensor, a plain container, or on the
             list above.
     """
-    scan(path, read_archive(path), _INERT_FULL_NAMES)
+    try:
+        archive = read_archive(path)
+    except CheckpointError:
+        _refuse_bare_pickle(path)
+        raise
+    scan(path, archive, _INERT_FULL_NAMES)
     allowed: list[Any] = [Namespace, types.SimpleNamespace, *((Inert, name) for name in _INERT_FULL_NAMES)]
     try:
         with _LOCK, torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
         raise CheckpointError(f"{path}: damaged, or made to run code: {_first_line(error)}") from None
+
+
+def _refuse_bare_pickle(path: Path) -> None:
+    """Name what a pickle without an archive would import: megalm reads none, but code in one is worth a word."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        data = file.read(_LARGEST_BARE_PICKLE)
+    if not data.startswith(_ZIP):
+        refuse_names(path, data, _INERT_FULL_NAMES, "a bare pickle, which torch.save has not written since 1.6")
 
 
 def _first_line(error: object) -> str:

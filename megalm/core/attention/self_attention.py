@@ -1,7 +1,7 @@
 """Self-attention with the heads split over a tensor-parallel group.
 
 Shapes: B batch, S sequence (this rank's share under context parallelism), H hidden, N query heads, K key/value heads, D
-head dim, T tensor-parallel degree.
+head dim (N·D need not be H), T tensor-parallel degree.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
-        self.head_dim = model.head_dim
+        self.head_dim = model.head_size
         self.shared_kv_head: int | None = None
         if model.kv_heads < tensor_parallel.group.size:
             self.shared_kv_head = tensor_parallel.group.index * model.kv_heads // tensor_parallel.group.size
         self.rotary = rotary
         self.recompute_core = recompute_core
-        hidden, kv_size = model.hidden_size, model.kv_heads * self.head_dim
+        hidden, size, kv_size = model.hidden_size, model.attention_size, model.kv_heads * self.head_dim
         self.qkv = ColumnParallelLinear(
             hidden,
-            (hidden, kv_size, kv_size),
+            (size, kv_size, kv_size),
             tensor_parallel=tensor_parallel,
             std=model.init_std,
             bias=model.has_qkv_bias,
@@ -88,7 +88,7 @@ class SelfAttention(nn.Module):
             layer=layer,
         )
         self.projection = RowParallelLinear(
-            hidden, hidden, tensor_parallel=tensor_parallel, std=projection_std, bias=model.bias
+            size, hidden, tensor_parallel=tensor_parallel, std=projection_std, bias=model.has_projection_bias
         )
         local_heads = model.num_heads // tensor_parallel.group.size
         first = tensor_parallel.group.index * local_heads
@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
             mixed = checkpoint(self._mix, query, key, value, place, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._mix(query, key, value, place)
-        y: Tensor = self.projection(mixed.transpose(1, 2).flatten(2))  # [B, N/T, S, D] ▶ [B, S, H/T] ▶ [B, S, H]
+        y: Tensor = self.projection(mixed.transpose(1, 2).flatten(2))  # [B, N/T, S, D] ▶ [B, S, N·D/T] ▶ [B, S, H]
         return y
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, place: Place) -> Tensor:

@@ -41,6 +41,15 @@ BERT = replace(
     norm_epsilon=1e-12,
     head="masked_lm",
 )
+QWEN2 = replace(LLAMA, qkv_bias=True, attention_windows=(0, 9))
+QWEN3 = replace(LLAMA, qk_norm=True, head_dim=6, num_kv_heads=2)
+MISTRAL = replace(LLAMA, attention_windows=(7,), num_kv_heads=2)
+PHI3 = replace(LLAMA, rotary_fraction=0.5, dropout=0.1, attention_windows=(5,))
+STARCODER2 = replace(
+    LLAMA, norm="layernorm", activation="gelu", bias=True, tie_embeddings=True, attention_windows=(11,), dropout=0.1
+)
+ROBERTA = replace(BERT, token_types=1, position_offset=2, norm_epsilon=1e-5)
+DISTILBERT = replace(BERT, token_types=0)
 MODELS = {
     "gpt2": GPT2,
     "gpt2-untied": replace(GPT2, tie_embeddings=False, activation="gelu_erf"),
@@ -51,6 +60,23 @@ MODELS = {
     "llama-biases": replace(LLAMA, bias=True),
     "bert": BERT,
     "bert-untied": replace(BERT, tie_embeddings=False, activation="gelu"),
+    "neox-few-biases": replace(NEOX, qkv_bias=False, projection_bias=False, tie_embeddings=False),
+    "llama-attention-bias": replace(LLAMA, qkv_bias=True, projection_bias=True),
+    "llama-mlp-bias": replace(LLAMA, bias=True, qkv_bias=False, projection_bias=False, head_dim=6),
+    "mistral": MISTRAL,
+    "mistral-nemo": replace(MISTRAL, head_dim=6),
+    "qwen2": QWEN2,
+    "qwen2-tied-full": replace(QWEN2, tie_embeddings=True, attention_windows=(0,)),
+    "qwen3": QWEN3,
+    "qwen3-tied-windows": replace(QWEN3, tie_embeddings=True, attention_windows=(6, 0), head_dim=2),
+    "qwen3-biases": replace(QWEN3, qkv_bias=True, projection_bias=True),
+    "phi3": PHI3,
+    "starcoder2": STARCODER2,
+    "starcoder2-no-biases": replace(STARCODER2, bias=False, norm_bias=True, activation="gelu_erf", head_dim=6),
+    "roberta": ROBERTA,
+    "roberta-untied-padding-0": replace(ROBERTA, tie_embeddings=False, position_offset=1, token_types=2),
+    "distilbert": DISTILBERT,
+    "distilbert-untied": replace(DISTILBERT, tie_embeddings=False, activation="gelu"),
 }
 """By what a test calls them."""
 

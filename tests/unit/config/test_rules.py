@@ -142,6 +142,20 @@ def test_defaults_are_in_bounds_and_among_the_choices() -> None:
             "or model.hidden_size=65",
         ),
         (
+            {"model__head_dim": 7, "model__position": "rotary"},
+            "model.head_dim=7: an odd number of elements, and model.position=rotary turns pairs of them; "
+            "model.head_dim=8, or model.position=learned",
+        ),
+        (
+            {"model__head_dim": 0},
+            "model.head_dim=0: out of range; at least 1 and at most 2147483647",
+        ),
+        (
+            {"model__head_dim": 3, "model__num_kv_heads": 1},
+            "parallel.tp=2: does not divide the 3 rows of model.num_kv_heads=1 heads; parallel.tp=1, "
+            "or model.num_kv_heads=null",
+        ),
+        (
             {"engine__zero_stage": 2},
             "engine.zero_stage=2: ZeRO-2 would repeat its collectives for every micro-batch of the pipeline "
             "(parallel.pp=2); engine.zero_stage=1",
@@ -226,6 +240,11 @@ def test_a_ramp_and_a_cooldown_that_fit() -> None:
     assert lines_of(**ramp, train__global_batch_size=16, train__batch_ramp_increment=12) == []
     assert lines_of(**ramp, train__global_batch_size=4) == []
     assert lines_of(optim__schedule="wsd", optim__cooldown_tokens=10**9, optim__cooldown="sqrt") == []
+
+
+def test_heads_whose_width_is_given_need_not_divide_the_hidden_size() -> None:
+    assert lines_of(model__num_heads=6, model__num_kv_heads=2, model__head_dim=20, model__position="rotary") == []
+    assert lines_of(model__num_heads=6, model__num_kv_heads=2) != []
 
 
 def test_a_micro_batch_that_splits_every_size_of_a_ramp_leaves_the_ramp_alone() -> None:

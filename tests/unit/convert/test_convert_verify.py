@@ -328,3 +328,15 @@ def _write(source: RandomSource, folder: Path) -> Transfer:
     transfer = Transfer(source, source.info.dtype)
     write_run(transfer, folder, name=folder.name, tokenizer=None, tp=2, pp=2)
     return transfer
+
+
+@pytest.mark.parametrize(("window", "wrong"), [(600, 601), (7, 8)])
+def test_windows_are_compared_beyond_their_end(window: int, wrong: int) -> None:
+    """One token more in the window shows, however wide it is."""
+    model = replace(LLAMA, sequence_length=700, attention_windows=(0, window))
+    source = RandomSource(model)
+    (found,) = verify.compare_logits(verify.Side(source, None), verify.Side(RandomSource(model), None))
+    assert ("1 random sequence of 664 tokens" if window == 600 else "4 random sequences of 512 tokens") in found
+    other = RandomSource(replace(model, attention_windows=(0, wrong)))
+    with pytest.raises(CheckpointError, match=r"more than 0\.0001 as well"):
+        verify.compare_logits(verify.Side(source, None), verify.Side(other, None))

@@ -103,6 +103,7 @@ def test_steps_and_origin_are_kept(exported: Path, tmp_path: Path) -> None:
     manifest = read_manifest(locate(tmp_path / "out").path)
     tokenizer = Tokenizer.load(exported / "tokenizer.json")
     assert manifest.training == {
+        "architecture": "llama",
         "imported": {
             "format": "hf",
             "dtype": "bfloat16",

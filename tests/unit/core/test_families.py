@@ -20,6 +20,12 @@ NEOX = replace(BASE, residual="parallel", position="rotary", rotary_fraction=0.5
 BERT = bert_of(BASE)
 GPT3 = replace(BASE, attention_windows=(0, 4))
 QWEN = replace(BASE, bias=False, qkv_bias=True, norm="rmsnorm", num_kv_heads=2)
+QWEN3 = replace(QWEN, qkv_bias=None, head_dim=20, qk_norm=True, position="rotary", norm_epsilon=0.1)
+ROBERTA = replace(BERT, position_offset=2, token_types=1)
+BIASES = replace(BASE, bias=False, qkv_bias=True, projection_bias=True, norm_bias=True, head_dim=4)
+"""Biases on all but the MLP, on heads that are narrower together than the residual stream."""
+
+NO_ATTENTION_BIASES = replace(BASE, qkv_bias=False, projection_bias=False, norm_bias=False)
 
 
 def norm(x: torch.Tensor, w: dict[str, torch.Tensor], name: str, model: Model) -> torch.Tensor:
@@ -36,7 +42,7 @@ def turn(x: torch.Tensor, model: Model) -> torch.Tensor:
     """Complex-number rotation of the first share of a head's elements."""
     if model.position != "rotary":
         return x
-    size = int(model.head_dim * model.rotary_fraction)
+    size = int(model.head_size * model.rotary_fraction)
     frequency = model.rotary_base ** (-torch.arange(0, size, 2) / size)
     angle = torch.polar(torch.ones(()), torch.outer(torch.arange(x.shape[1]).float(), frequency))
     half = size // 2
@@ -45,7 +51,7 @@ def turn(x: torch.Tensor, model: Model) -> torch.Tensor:
 
 
 def attention(x: torch.Tensor, w: dict[str, torch.Tensor], model: Model, layer: int) -> torch.Tensor:
-    d, group = model.head_dim, model.num_heads // model.kv_heads
+    d, group = model.head_size, model.num_heads // model.kv_heads
     q, k, v = linear(x, w, "attention.qkv").split((model.num_heads * d, model.kv_heads * d, model.kv_heads * d), -1)
     window = model.attention_window(layer) or x.shape[1]
     hidden = torch.tensor([[not 0 <= i - j < window for j in range(x.shape[1])] for i in range(x.shape[1])])
@@ -72,7 +78,7 @@ def mlp(x: torch.Tensor, w: dict[str, torch.Tensor], model: Model) -> torch.Tens
 def logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor, model: Model) -> torch.Tensor:
     x = weights["embedding.weight"][tokens]
     if model.position == "learned":
-        x = x + weights["position.weight"][: tokens.shape[1]]
+        x = x + weights["position.weight"][model.position_offset :][: tokens.shape[1]]
     if model.token_types:
         x = x + weights["token_type.weight"][0]
     if model.embedding_norm:
@@ -96,7 +102,11 @@ def logits(weights: dict[str, torch.Tensor], tokens: torch.Tensor, model: Model)
     return x @ weights["embedding.weight"].T
 
 
-@pytest.mark.parametrize("model", [NEOX, BERT, GPT3, QWEN], ids=["neox", "bert", "gpt3 banded", "qwen2"])
+@pytest.mark.parametrize(
+    "model",
+    [NEOX, BERT, GPT3, QWEN, QWEN3, ROBERTA, BIASES, NO_ATTENTION_BIASES],
+    ids=["neox", "bert", "gpt3 banded", "qwen2", "qwen3", "roberta", "biases", "no attention biases"],
+)
 def test_logits_equal_an_independent_implementation(model: Model) -> None:
     ours = build_full_model(model, 67, seed=3)
     with torch.no_grad():
@@ -104,8 +114,21 @@ def test_logits_equal_an_independent_implementation(model: Model) -> None:
             generator = torch.Generator().manual_seed(index)
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         tokens = torch.randint(0, 67, (2, 17), generator=torch.Generator().manual_seed(2))
-        want = logits({t.name: t.tensor for t in ours.tensors()}, tokens, model)
+        weights = {t.name: t.tensor for t in ours.tensors()}
+        assert _has_the_biases(set(weights), model)
+        want = logits(weights, tokens, model)
         torch.testing.assert_close(ours(tokens), want, atol=3e-5, rtol=1e-5)
+
+
+def _has_the_biases(names: set[str], model: Model) -> bool:
+    """Whether exactly the layers that should have a bias have one: the computation above takes those that are there."""
+    wanted = {
+        "attention.qkv": model.bias if model.qkv_bias is None else model.qkv_bias,
+        "attention.projection": model.bias if model.projection_bias is None else model.projection_bias,
+        "mlp.down": model.bias,
+        "attention_norm": model.norm == "layernorm" and (model.bias if model.norm_bias is None else model.norm_bias),
+    }
+    return all((f"blocks.0.{layer}.bias" in names) == has for layer, has in wanted.items())
 
 
 def core(**changes) -> AttentionCore:

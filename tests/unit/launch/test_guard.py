@@ -185,7 +185,7 @@ def test_modules_in_the_working_folder_are_not_imported(command: list[str], tmp_
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "n_routed_experts": 64}, "latent attention (MLA) (kv_lora"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "an encoder and a decoder"),
         ({"model_type": "mamba", "state_size": 16}, "state-space layers (state_size=16)"),
-        ({"model_type": "gemma3_text", "layer_types": ["full", "sliding"], "sliding_window": 512}, "sliding window"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "soft-capped logits (final"),
     ],
 )
 def test_a_model_of_another_kind_is_told_what_megalm_lacks(config: dict[str, object], words: str, tmp_path) -> None:

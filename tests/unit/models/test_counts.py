@@ -79,8 +79,12 @@ def test_counts_are_those_of_the_model_that_trains() -> None:
         {"residual": "parallel", "position": "rotary", "rotary_fraction": 0.5},
         {"qk_norm": True, "bias": False, "qkv_bias": True, "num_kv_heads": 1},
         {"qk_norm": True, "qkv_bias": False, "norm": "rmsnorm", "tie_embeddings": False},
+        {"head_dim": 6, "qk_norm": True, "num_kv_heads": 1, "bias": False, "norm": "rmsnorm"},
+        {"head_dim": 10, "projection_bias": False, "norm_bias": False},
+        {"bias": False, "projection_bias": True, "norm_bias": True},
+        {"position_offset": 2, "token_types": 1, "residual": "post_norm", "head": "masked_lm", "causal": False},
     ],
-    ids=["bert", "neox", "qwen", "qk_norm"],
+    ids=["bert", "neox", "qwen", "qk_norm", "qwen3", "wide heads", "few biases", "roberta"],
 )
 def test_counts_of_other_families_are_those_of_the_model_that_trains(changes: dict[str, Any]) -> None:
     from megalm.models.transformer import build_full_model
@@ -95,6 +99,13 @@ def test_a_banded_layer_counts_the_keys_of_its_window() -> None:
     banded = flops_per_token(replace(GPT3_175B, attention_windows=(0, 128)))
     assert dense - banded == 48 * 12 * 12288 * (2048 - 128)
     assert flops_per_token(replace(GPT3_175B, attention_windows=(4096,))) == dense
+
+
+def test_attention_counts_its_heads_whatever_the_hidden_size() -> None:
+    plain, wide = SMALL, replace(SMALL, head_dim=6)  # 4 heads of 6 on a hidden size of 12
+    more = 6 * (2 * 12 * 12 + 2 * 12 * 12) + 12 * 12 * 7  # query and projection, key and value; scores and values
+    assert layer_flops_per_token(wide) - layer_flops_per_token(plain) == more
+    assert layer_flops_per_token(replace(SMALL, head_dim=3)) == layer_flops_per_token(plain)
 
 
 def test_gpt3_175b_has_the_parameters_that_the_paper_says() -> None:

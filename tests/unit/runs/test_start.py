@@ -38,8 +38,13 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def _save(config: Config, step: int, *, data: dict | None = None, training: dict | None = None) -> Path:
-    header = Header(step, asdict(config), {"tp": 1}, data or {}, training or {"progress": {"step": step}})
+def _save(
+    config: Config, step: int, *, data: dict | None = None, training: dict | None = None, unknown: tuple[str, ...] = ()
+) -> Path:
+    """A checkpoint; ``unknown`` are fields of the model that its megalm had not."""
+    values = asdict(config)
+    values["model"] = {name: value for name, value in values["model"].items() if name not in unknown}
+    header = Header(step, values, {"tp": 1}, data or {}, training or {"progress": {"step": step}})
     folder = run_folder(config) / CHECKPOINTS_FOLDER
     pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
     return save_checkpoint(folder, header, pieces, rank=0, world_size=1, agree=lambda error: error)
@@ -187,6 +192,17 @@ def test_a_rotary_context_may_be_stretched(config: Config) -> None:
         "model.rotary_scaling",
         "model.sequence_length",
     ]
+
+
+def test_fields_that_an_older_megalm_had_not_are_what_they_default_to(config: Config) -> None:
+    folder = _save(config, 3, unknown=("head_dim", "position_offset", "projection_bias", "norm_bias"))
+    assert resolve_start(config, run_folder(config)).path == folder
+    other = replace(config, run=replace(config.run, name="try2"))
+    assert resolve_start(_with(other, init_from=str(folder)), run_folder(other)).notes == ()
+    for name, value in (("head_dim", 8), ("position_offset", 2), ("norm_bias", False)):
+        changed = replace(config, model=replace(config.model, **{name: value}))
+        with pytest.raises(CheckpointError, match=rf"model\.{name}=.*was trained with (null|0); set model\.{name}="):
+            resolve_start(changed, run_folder(config))
 
 
 def test_a_changed_model_is_refused_field_by_field(config: Config) -> None:

@@ -16,6 +16,7 @@ SIZES = {
     "num_layers",
     "hidden_size",
     "num_heads",
+    "head_dim",
     "num_kv_heads",
     "ffn_hidden_size",
     "vocab_size",
@@ -103,6 +104,12 @@ def test_choices_of_the_engine_are_kept(override: str, path: str) -> None:
 def test_grouping_of_heads_is_kept(overrides: tuple[str, ...], kv_heads: int | None) -> None:
     _, small = shrunk(*overrides)
     assert small.layout.config.model.num_kv_heads == kv_heads
+
+
+@pytest.mark.parametrize(("head_dim", "hidden"), [(32, 16), (4, 48), (8, 32)])
+def test_heads_stay_apart_from_the_hidden_size(head_dim: int, hidden: int) -> None:
+    _, small = shrunk("model.num_heads=8", "model.hidden_size=64", f"model.head_dim={head_dim}")
+    assert (small.layout.config.model.head_dim, small.layout.config.model.hidden_size) == (8, hidden)
 
 
 def test_windows_and_original_context_shrink_with_the_sequence() -> None:

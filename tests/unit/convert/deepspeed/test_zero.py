@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_models import GPT2, LLAMA, RandomSource
+from foreign_models import GPT2, LLAMA, PHI3, QWEN3, ROBERTA, RandomSource
 from golden import GOLDEN, Marker, moved_out, refused, tensors_of
 
+from megalm.config.schema import Model
 from megalm.convert.checks import same_values
 from megalm.convert.deepspeed import read as deepspeed
 from megalm.convert.deepspeed.read import open_source
+from megalm.convert.huggingface.families import family_of
 from megalm.convert.huggingface.gpt2 import GPT2Family
 from megalm.convert.megatron.door import write_megatron
 from megalm.convert.transfer import Transfer
@@ -194,6 +196,26 @@ def _foreign(source: RandomSource) -> dict[str, torch.Tensor]:
         for rule in GPT2Family().rules(GPT2)
         for name, part in zip(rule.foreign, rule.form.to_foreign(source.values[rule.name]), strict=True)
     }
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("model", [QWEN3, PHI3, ROBERTA], ids=["qwen3", "phi3", "roberta"])
+def test_every_family_of_the_library_is_read_from_deepspeed_too(model: Model, stage: int, tmp_path: Path) -> None:
+    source = RandomSource(model)
+    family = family_of(model)
+    foreign = {
+        name: part
+        for rule in family.rules(model)
+        for name, part in zip(rule.foreign, rule.form.to_foreign(source.values[rule.name]), strict=True)
+    }
+    folder = _write_zero(tmp_path, [foreign], stage=stage, replicas=2)
+    _write_config(
+        folder, {"model_type": family.model_type, **family.config_from_model(model), **family.fixed_ids(model)}
+    )
+    back = open_source(folder)
+    assert back.info.architecture == family.model_type
+    for name, value in source.values.items():
+        assert torch.equal(back.read(name), value), name
 
 
 def test_a_tied_embedding_under_either_name_or_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

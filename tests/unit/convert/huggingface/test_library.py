@@ -60,7 +60,10 @@ def _no_gradients_and_no_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def _tokens(model: Model) -> torch.Tensor:
-    return torch.randint(model.vocab_size or 0, (3, model.sequence_length), generator=torch.Generator().manual_seed(1))
+    """Without padding, which has no position where positions are numbered from its id + 1."""
+    low = model.position_offset
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(low, model.vocab_size or 0, (3, model.sequence_length), generator=generator)
 
 
 def _own_logits(source: WeightSource) -> torch.Tensor:

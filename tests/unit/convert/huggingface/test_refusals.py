@@ -10,13 +10,39 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_models import BERT, GPT2, LLAMA, NEOX, convert_quietly, write_random_run
+from foreign_models import (
+    BERT,
+    DISTILBERT,
+    GPT2,
+    LLAMA,
+    MISTRAL,
+    NEOX,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    ROBERTA,
+    STARCODER2,
+    convert_quietly,
+    write_random_run,
+)
 from safetensors.torch import load_file, save_file
 
 from megalm.convert.huggingface.read import HfSource
 from megalm.errors import CheckpointError, ConfigError
 
-FAMILIES = {"gpt2": GPT2, "gpt_neox": NEOX, "llama": LLAMA, "bert": BERT}
+FAMILIES = {
+    "gpt2": GPT2,
+    "gpt_neox": NEOX,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "phi3": PHI3,
+    "starcoder2": STARCODER2,
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "distilbert": DISTILBERT,
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +105,34 @@ def _change_config(folder: Path, **changes: Any) -> Path:
         ("gpt2", "tie_word_embeddings", "yes"),
         ("gpt2", "quantization_config", {"bits": 4}),
         ("gpt_neox", "hidden_act", "swish"),
-        ("gpt_neox", "attention_bias", False),
         ("gpt_neox", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
         ("llama", "pretraining_tp", 2),
-        ("llama", "head_dim", 16),
+        ("llama", "head_dim", "4"),
+        ("llama", "head_dim", 3),
         ("llama", "sliding_window", 128),
         ("llama", "hidden_act", "gelu"),
-        ("llama", "attention_bias", True),
+        ("llama", "attention_bias", 1),
+        ("mistral", "sliding_window", -1),
+        ("mistral", "sliding_window", "all"),
+        ("mistral", "layer_types", ["full_attention", "sliding_attention"]),
+        ("qwen2", "use_sliding_window", "no"),
+        ("qwen2", "layer_types", ["full_attention"]),
+        ("qwen2", "layer_types", ["full_attention", "linear_attention"]),
+        ("qwen2", "layer_types", "full_attention"),
+        ("qwen3", "attention_bias", "yes"),
+        ("phi3", "rope_scaling", {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+        ("phi3", "rope_scaling", {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}),
+        ("phi3", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("phi3", "hidden_act", "gelu"),
+        ("starcoder2", "hidden_act", "silu"),
+        ("starcoder2", "use_bias", 0),
+        ("roberta", "hidden_act", "gelu_new"),
+        ("roberta", "pad_token_id", None),
+        ("roberta", "pad_token_id", -1),
+        ("roberta", "max_position_embeddings", 2),
+        ("roberta", "is_decoder", True),
+        ("distilbert", "activation", "relu"),
+        ("distilbert", "n_heads", "absent"),
         ("llama", "rope_scaling", {"rope_type": "longrope", "factor": 2.0}),
         ("llama", "rope_scaling", {"rope_type": "llama3", "factor": 2.0}),
         ("llama", "rope_scaling", {"type": "linear"}),
@@ -104,7 +151,7 @@ def test_configs_that_megalm_cannot_be_are_named_field_and_value(
     family: str, field: str, value: Any, copy_of: Callable[[str], Path]
 ) -> None:
     source = _change_config(copy_of(family), **{field: value})
-    name = "mlp_bias" if (family, field) == ("llama", "attention_bias") else field
+    name = "model.head_dim" if (field, value) == ("head_dim", 3) else field  # what no config of megalm could describe
     _refused(source, "config.json: ", f"{name}=" if name != "rope_scaling" or value == "linear" else "rope_scaling.")
 
 
@@ -326,12 +373,10 @@ def test_two_names_of_one_tensor(copy_of: Callable[[str], Path]) -> None:
     _refused(_respelt("bert", bert__embeddings__LayerNorm__gamma=torch.ones(24))(source), "two names of one tensor")
 
 
-def test_a_folder_of_pickles_is_refused_with_the_remedy(copy_of: Callable[[str], Path]) -> None:
+def test_a_folder_without_weights(copy_of: Callable[[str], Path]) -> None:
     source = copy_of("gpt2")
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    _refused(source, "pytorch_model.bin", "runs whatever code is in it", "save_pretrained")
-    (source / "pytorch_model.bin").unlink()
-    _refused(source, "holds neither model.safetensors nor model.safetensors.index.json")
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    _refused(source, "holds neither model.safetensors nor model.safetensors.index.json nor pytorch_model.bin")
 
 
 def test_what_is_no_folder(tmp_path: Path) -> None:
@@ -355,22 +400,33 @@ def test_a_target_that_holds_something_is_left_alone(copy_of: Callable[[str], Pa
     assert (tmp_path / "file").read_text() == "precious"
 
 
+TITLES = ["GPT-2", "GPT-NeoX", "Llama", "Mistral", "Qwen2", "Qwen3", "Phi-3", "StarCoder2"]
+TITLES += ["BERT", "RoBERTa", "XLM-R", "DistilBERT"]
+
+
 def test_models_that_no_family_can_be_are_refused_with_each_familys_reasons(tmp_path: Path) -> None:
     from dataclasses import replace
 
     cases = {
-        "model.qk_norm=true": replace(LLAMA, qk_norm=True),
+        "model.qk_norm=true": replace(LLAMA, qk_norm=True, norm="layernorm"),
         "model.attention_windows=[0, 4]": replace(GPT2, attention_windows=(0, 4)),
-        "model.qkv_bias=true": replace(LLAMA, qkv_bias=True),
-        "model.rotary_fraction=0.5": replace(LLAMA, rotary_fraction=0.5),
+        "model.attention_windows=[3, 4], not one width": replace(QWEN3, attention_windows=(3, 4)),
+        "model.attention_windows=[0, 4], not one window": replace(STARCODER2, attention_windows=(0, 4)),
+        "model.qkv_bias=true, not false": replace(LLAMA, qkv_bias=True, bias=True, projection_bias=False),
+        "model.projection_bias=false, not true": replace(QWEN3, qkv_bias=True),
+        "model.norm_bias=false, not true": replace(STARCODER2, norm_bias=False),
+        "model.head_dim=5, not 6": replace(GPT2, head_dim=5),
+        "model.rotary_fraction=0.5": replace(LLAMA, rotary_fraction=0.5, bias=True),
         "model.position=rotary": replace(BERT, position="rotary"),
-        "model.token_types=0": replace(BERT, token_types=0),
+        "model.token_types=0": replace(ROBERTA, token_types=0),
+        "model.position_offset=0, not 1 or more": replace(DISTILBERT, norm_epsilon=1e-5),
+        "model.position_offset=2, not 0": replace(GPT2, position_offset=2),
     }
     for number, (reason, model) in enumerate(cases.items()):
         write_random_run(tmp_path / str(number), model)
         with pytest.raises(CheckpointError) as refusal:
             convert_quietly("megalm", "hf", tmp_path / str(number), tmp_path / "out")
         lines = str(refusal.value).splitlines()
-        assert [line.split(":")[0].strip() for line in lines[1:]] == ["GPT-2", "GPT-NeoX", "Llama", "BERT"]
+        assert [line.split(":")[0].strip() for line in lines[1:]] == TITLES
         assert reason in str(refusal.value)
         assert not (tmp_path / "out").exists()

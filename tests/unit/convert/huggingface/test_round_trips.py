@@ -22,7 +22,7 @@ from megalm.convert.run import RunSource
 from megalm.convert.weights import WeightSource, full_shapes
 from megalm.errors import ConfigError
 
-FAMILIES = ("gpt2", "neox", "llama", "llama-tied-2kv", "bert")
+FAMILIES = ("gpt2", "neox", "llama", "llama-tied-2kv", "bert", "qwen3")
 CASES = [(name, tp, pp) for name in FAMILIES for tp in (1, 2, 4) for pp in (1, 2)]
 CASES += [(name, 2, 2) for name in MODELS if name not in FAMILIES]
 

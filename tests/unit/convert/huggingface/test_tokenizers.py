@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from foreign_models import BERT, GPT2, convert_quietly, write_random_run
+from foreign_models import BERT, DISTILBERT, GPT2, ROBERTA, convert_quietly, write_random_run
 
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.data.tokenization.training import train_byte_level_bpe, train_wordpiece
@@ -117,6 +117,7 @@ def test_a_tokenizer_that_cannot_be_had_is_a_note(bpe: Tokenizer, tmp_path: Path
     cases = {
         "none": ({}, "no tokenizer"),
         "sentencepiece": ({"tokenizer.model": "x"}, "SentencePiece"),
+        "xlm-r": ({"sentencepiece.bpe.model": "x"}, "sentencepiece.bpe.model is SentencePiece's"),
         "spoiled": ({"tokenizer.json": "{"}, "is not a tokenizer.json"),
         "empty": ({"tokenizer.json": EMPTY}, "has no tokens"),
         "merges": ({"vocab.json": "{}", "merges.txt": "a b c d\n"}, "no vocabulary and merges of a BPE"),
@@ -216,3 +217,84 @@ def test_a_chat_template_goes_with_the_tokenizer(bpe: Tokenizer, tmp_path: Path)
     assert report.notes == ()
     assert Tokenizer.load(tmp_path / "out").roles.chat_template == "{{ messages }}"
     assert Tokenizer.load(tmp_path / "out").eos_id == bpe.eos_id
+
+
+_MARKED = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def _fairseq_bpe() -> tokenizers.Tokenizer:
+    """As RoBERTa's: bytes, the special tokens first, and ``<mask>`` last."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(CORPUS, vocab_size=300, special_tokens=[*_MARKED])
+    made._tokenizer.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
+    made._tokenizer.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return made._tokenizer
+
+
+def _fairseq_unigram() -> tokenizers.Tokenizer:
+    """As XLM-R's: SentencePiece's unigrams, the same special tokens, ``<mask>`` last."""
+    made = tokenizers.SentencePieceUnigramTokenizer()
+    made.train_from_iterator(CORPUS * 3, vocab_size=120, special_tokens=[*_MARKED], unk_token="<unk>")
+    made._tokenizer.add_special_tokens([tokenizers.AddedToken("<mask>", special=True)])
+    made._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return made._tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "architecture"),
+    [(_fairseq_bpe, "RobertaTokenizer", "roberta"), (_fairseq_unigram, "XLMRobertaTokenizer", "xlm-roberta")],
+)
+def test_the_tokenizers_of_roberta_and_xlm_r_keep_their_roles(
+    make, kind: str, architecture: str, tmp_path: Path
+) -> None:
+    definition = make()
+    names = ("bos", "pad", "eos", "unk")
+    settings = {f"{name}_token": token for name, token in zip(names, _MARKED, strict=True)}
+    settings |= {"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>", "tokenizer_class": kind}
+    files = {"tokenizer.json": definition.to_str(), "tokenizer_config.json": json.dumps(settings)}
+    model = replace(ROBERTA, vocab_size=definition.get_vocab_size())
+    folder = _with_files(tmp_path, "hf", model, files)
+    values = json.loads((folder / "config.json").read_text())
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "model_type": architecture}
+    (folder / "config.json").write_text(json.dumps(values | ids))
+    convert_quietly("hf", "megalm", folder, tmp_path / "out", verify=True)
+    ours = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    assert (ours.before_ids, ours.end_ids, ours.role_id("pad")) == ((0,), (2,), 1)
+    assert ours.mask_id == ours.vocab_size - 1 == definition.token_to_id("<mask>")
+    convert_quietly("megalm", "hf", tmp_path / "out", tmp_path / "again", verify=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "again" / file).read_text()) == json.loads((folder / file).read_text())
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {name: again[name] for name in ids} == ids
+
+
+def test_distilberts_tokenizer_is_berts(wordpiece: Tokenizer, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_random_run(run, replace(DISTILBERT, vocab_size=wordpiece.vocab_size), tokenizer=wordpiece)
+    convert_quietly("megalm", "hf", run, tmp_path / "hf", verify=True)
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    convert_quietly("hf", "megalm", tmp_path / "hf", tmp_path / "again", verify=True)
+    again = Tokenizer.load(tmp_path / "again" / "tokenizer.json")
+    assert (again.mask_id, again.before_ids, again.end_ids) == (
+        wordpiece.mask_id,
+        wordpiece.before_ids,
+        wordpiece.end_ids,
+    )
+
+
+def test_a_padding_that_roberta_would_not_count_from_is_refused(wordpiece: Tokenizer, tmp_path: Path) -> None:
+    padding = wordpiece.role_id("pad")
+    assert padding == 0
+    for offset in (2, padding + 1):
+        model = replace(ROBERTA, vocab_size=wordpiece.vocab_size, position_offset=offset)
+        write_random_run(tmp_path / f"run{offset}", model, tokenizer=wordpiece)
+    with pytest.raises(CheckpointError) as refusal:
+        convert_quietly("megalm", "hf", tmp_path / "run2", tmp_path / "out")
+    assert "pad_token_id is 0, and RoBERTa computes with 1" in str(refusal.value)
+    assert "model.position_offset=1" in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+    convert_quietly("megalm", "hf", tmp_path / "run1", tmp_path / "out", verify=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 0

@@ -39,6 +39,8 @@ MODELS = {
     "llama-3": replace(LLAMA, num_layers=4, **LLAMA3),
     "llama-linear": replace(LLAMA, num_layers=4, rotary_scaling="linear", rotary_factor=2.0),
     "qwen": replace(LLAMA, num_layers=4, qkv_bias=True, qk_norm=True),
+    "qwen3": replace(LLAMA, num_layers=4, qk_norm=True, head_dim=6, num_kv_heads=2),
+    "norm-biases": replace(FOUR_LAYERS, bias=False, norm_bias=True, activation="gelu_erf", head_dim=10),
 }
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 
@@ -198,6 +200,9 @@ def test_an_error_ends_all_of_it(tmp_path: Path) -> None:
         (replace(GPT2, bias=False, activation="gelu_erf"), "LayerNorm always has a bias"),
         (replace(GPT2, bias=False, norm="rmsnorm"), "fused with a bias"),
         (replace(GPT2, qkv_bias=False), "qkv_bias"),
+        (replace(GPT2, projection_bias=False), "model.projection_bias=false beside model.bias=true"),
+        (replace(GPT2, norm_bias=False), "model.norm_bias=false beside model.norm=layernorm"),
+        (replace(GPT2, position_offset=2), "model.position_offset=2, not 0"),
         (replace(GPT2, qk_norm=True), "qk_norm"),
         (replace(LLAMA, rotary_scaling="yarn", rotary_factor=2.0), "yarn"),
         (replace(LLAMA, rotary_scaling="llama3", rotary_factor=2.0, rotary_original_length=64), "8192"),
@@ -250,9 +255,10 @@ def _args(**values: Any) -> Callable[[dict], None]:
         ({"rotary_interleaved": True}, "neighbours"),
         ({"window_size": (64, 0)}, "windows"),
         ({"softmax_type": "learnable"}, "softmax_type=learnable"),
-        ({"kv_channels": 8}, "args.kv_channels=8"),
+        ({"kv_channels": 8}, "expected"),
+        ({"kv_channels": "8"}, "args.kv_channels=8"),
         ({"position_embedding_type": "none"}, "position_embedding_type=none"),
-        ({"add_bias_linear": False}, "LayerNorm"),
+        ({"add_bias_linear": False}, "not a tensor of this model"),
         ({"qk_layernorm": True}, "RMSNorm"),
         ({"normalization": "ScaleNorm"}, "normalization=ScaleNorm"),
         ({"num_layers": "two"}, "num_layers=two"),
