@@ -103,7 +103,7 @@ class LoadedModel:
             [S, V] fp32, on the CPU.
 
         Raises:
-            ConfigError: the text has no token, or more than ``model.sequence_length``; or the model is on several ranks.
+            ConfigError: the text has no token, or more than ``model.sequence_length``; or the model is on ranks.
             DataError: the model has no embedding of one of them.
         """
         import torch

@@ -140,7 +140,10 @@ def _asked(model: AskedModel, tasks: list[PreparedTask]) -> list[TaskResult]:
 
 def _parted(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The runs, of which the second stands where overrides begin, and the overrides."""
-    runs = [options.run, *[user_path(each) for each in options.overrides if "=" not in each and not each.startswith("~")]]
+    runs = [
+        options.run,
+        *[user_path(each) for each in options.overrides if "=" not in each and not each.startswith("~")],
+    ]
     return runs, [each for each in options.overrides if "=" in each or each.startswith("~")]
 
 

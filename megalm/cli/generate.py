@@ -217,7 +217,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--chat", action="store_true", help="a conversation, with the run's chat template")
     parser.add_argument(
-        "--output", type=user_path, metavar="FILE", help="where the texts of --input go, in order; resumed if interrupted"
+        "--output",
+        type=user_path,
+        metavar="FILE",
+        help="where the texts of --input go, in order; resumed if interrupted",
     )
     parser.add_argument("--system", metavar="TEXT", help="the system message of --chat")
     parser.add_argument("--json", action="store_true", help="print objects as in --output")
@@ -257,6 +260,7 @@ def _score(completion: Completion) -> str:
 
 def _table(model: AskedModel, completion: Completion) -> str:
     """Each token with its log-probability, and the likeliest in its place."""
+
     def spelt(token: int) -> str:
         return format_value(model.tokenizer.decode([token]) or model.tokenizer.name_of(token))
 
@@ -282,5 +286,3 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
 
 JOB = AskingJob("megalm.cli.generate:JOB", read)
-
-

@@ -132,9 +132,9 @@ def unused_settings(job: Job, *, is_launched: bool) -> list[str]:
     return [*lines, *_unused_of_launch(job, is_launched=is_launched)]
 
 
-_ASKED = frozenset(
-    {"model", "engine.dtype", "checkpoint.resume", "launch"}
-) | {f"parallel.{name}" for name in ("tp", "pp", "cp", "virtual_stages", "stage_layers")}
+_ASKED = frozenset({"model", "engine.dtype", "checkpoint.resume", "launch"}) | {
+    f"parallel.{name}" for name in ("tp", "pp", "cp", "virtual_stages", "stage_layers")
+}
 _USED_BY = {
     "generate": _ASKED,
     "evaluate": _ASKED

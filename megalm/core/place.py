@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 class Memory(Protocol):
     """Keys and values of earlier tokens; see ``attention/cache.py``."""
 
-    def attend(self, layer: int, core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, heads: Tensor
+    ) -> Tensor:
         """Store what a pass adds, and attend to it and to what is stored: [B, N, S, D] ▶ [B, N, S, D]."""
 
 

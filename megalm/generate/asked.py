@@ -53,6 +53,7 @@ class AskedModel(LanguageModel):
         check_generate(self.found, requests)
         if not requests:
             return []
+
         def told(event: Any) -> None:
             kind, *rest = event
             if kind == "done" and on_done is not None:
@@ -70,6 +71,7 @@ class AskedModel(LanguageModel):
         check_score(self.found, requests)
         if not requests:
             return []
+
         def told(event: Any) -> None:
             if progress is not None:
                 progress(event[1])

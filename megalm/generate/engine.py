@@ -95,7 +95,7 @@ class Engine:
         numbers: list[int] = []
         for number in sorted(range(len(requests)), key=lambda number: (-length(number), number)):
             longest = length(numbers[0]) if numbers else length(number)
-            if len(numbers) == self._batch_size or (len(numbers) + 1) * longest > SCORE_TOKENS and numbers:
+            if len(numbers) == self._batch_size or ((len(numbers) + 1) * longest > SCORE_TOKENS and numbers):
                 yield _Batch(tuple(numbers), tuple(requests[each] for each in numbers))
                 numbers = []
             numbers.append(number)
@@ -126,7 +126,9 @@ class _Batch:
         """Input ids [B, S], and for every token that is scored its row, the column that predicts it, and it: [M]."""
         sequences = [[*request.context, *request.continuation] for request in self.requests]
         tokens = torch.zeros(len(sequences), max(map(len, sequences)) - 1, dtype=torch.int64)
-        rows, columns, labels = [], [], []
+        rows: list[int] = []
+        columns: list[int] = []
+        labels: list[int] = []
         for row, (request, sequence) in enumerate(zip(self.requests, sequences, strict=True)):
             tokens[row, : len(sequence) - 1] = torch.tensor(sequence[:-1])
             first, count = len(request.context) - 1, len(request.continuation)

@@ -94,7 +94,7 @@ class Lane:
         return done
 
     def _slide(self) -> None:
-        """Units whose rows are at the end of what the model sees leave the cache and begin anew, from their later part."""
+        """Units at the end of what the model sees leave the cache and begin anew, from their later part."""
         sliding = [placed for placed in self._placed if placed.unit.must_slide()]
         if not sliding:
             return
@@ -115,7 +115,9 @@ class Lane:
         """Whole prompts of new units, of similar lengths."""
         units = self._similar()
         self._new = [unit for unit in self._new if unit not in units]
-        prompts, choices, rows = [], [], []
+        prompts: list[list[int]] = []
+        choices: list[Choice] = []
+        rows: list[int] = []
         self._under_way = []
         start = max((placed.stop for placed in self._placed), default=0)
         for unit in units:
@@ -130,9 +132,7 @@ class Lane:
         tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
-        place = Place(
-            torch.arange(max(lengths), device=self._device), memory=Prefill(self._cache, start, lengths)
-        )
+        place = Place(torch.arange(max(lengths), device=self._device), memory=Prefill(self._cache, start, lengths))
         last = torch.tensor(lengths) - 1
 
         def finish(x: Tensor) -> Tensor:
@@ -143,6 +143,7 @@ class Lane:
 
     def _similar(self) -> list[Unit]:
         """New units whose prompts fill a pass without much padding."""
+
         def cost(units: Sequence[Unit]) -> tuple[int, int]:
             lengths = [len(unit.prompt_of(row)) for unit in units for row in unit.rows]
             return len(lengths) * max(lengths), sum(lengths)

@@ -9,6 +9,7 @@ from megalm.generate.ranks import OnRank
 from megalm.generate.requests import Asked, Completion, GenerateRequest, Score, ScoreRequest
 from megalm.generate.units import make_unit
 
+
 def generate(rank: OnRank, asked: Asked) -> list[list[Completion]]:
     """The completions of :class:`GenerateRequest`; reports each request's as it is done, and text as it grows."""
     engine, numbers = _engine(rank, asked), _own(rank, len(asked.requests))
@@ -46,9 +47,7 @@ def score(rank: OnRank, asked: Asked) -> list[Score]:
 
 def _engine(rank: OnRank, asked: Asked) -> Engine:
     trained = rank.trained
-    return Engine(
-        trained.model, trained.context, words=trained.tokenizer.vocab_size, batch_size=asked.batch_size
-    )
+    return Engine(trained.model, trained.context, words=trained.tokenizer.vocab_size, batch_size=asked.batch_size)
 
 
 def _own(rank: OnRank, count: int) -> list[int]:

@@ -1,8 +1,8 @@
 """Weights laid out for products with one row, on the CPU.
 
-Measured on two cores (MKL, fp32): a product of one row with a weight that has more outputs than inputs takes 0.55 to 0.65
-of the time where the weight's columns are contiguous instead of its rows: 11.6 and 6.4 ms for GPT-2's output projection,
-0.73 and 0.44 ms for the first layer of its MLP. With four rows and more it is no faster, in bf16 neither.
+Measured on two cores (MKL, fp32): a product of one row with a weight that has more outputs than inputs takes 0.55 to
+0.65 of the time where the weight's columns are contiguous instead of its rows: 11.6 and 6.4 ms for GPT-2's output
+projection, 0.73 and 0.44 ms for the first layer of its MLP. With four rows and more it is no faster, in bf16 neither.
 """
 
 from __future__ import annotations

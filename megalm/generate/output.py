@@ -1,8 +1,8 @@
 """Completions as objects of JSON Lines, in the order of the prompts, in a file that an interruption leaves resumable.
 
 While it is written the file is called ``NAME.part``, and ``NAME.part.json`` beside it says what made it. When all is
-done it gets its name. A command that finds a part made by the same settings, weights and prompts goes on behind its last
-whole line; any other is refused. No torch.
+done it gets its name. A command that finds a part made by the same settings, weights and prompts goes on behind its
+last whole line; any other is refused. No torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Passes of a model over the ranks that hold it, several under way at a time.
 
-A rank runs its stages, hands the activation to the next pipeline rank, and goes on with another pass; the last one turns
-the activation into what was asked for and tells all ranks of the model. Activations travel in one direction only and
-results by a broadcast over a group of their own, so that no two transfers wait for each other. With as many passes
+A rank runs its stages, hands the activation to the next pipeline rank, and goes on with another pass; the last one
+turns the activation into what was asked for and tells all ranks of the model. Activations travel in one direction only
+and results by a broadcast over a group of their own, so that no two transfers wait for each other. With as many passes
 under way as there are pipeline ranks, all of them compute.
 
 Per pass and rank: one activation received and one sent, and one broadcast; with tensor parallelism also the
@@ -104,4 +104,5 @@ class Passes:
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
         work = dist.isend(x.contiguous(), self._after, group=self._context.pp_group.handle)
-        self._sending.append((work, x))
+        if work is not None:
+            self._sending.append((work, x))

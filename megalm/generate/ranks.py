@@ -97,7 +97,7 @@ class Board:
     def announce(self, message: Any) -> None:
         """Rank 0 says what is next."""
         self._calls += 1
-        self._store.set(f"call/{self._calls}", pickle.dumps(message))
+        self._put(f"call/{self._calls}", message)
         if self._calls > 2:  # everybody has read the one before last, or would not have answered the last
             self._store.delete_key(f"call/{self._calls - 2}")
 
@@ -111,13 +111,16 @@ class Board:
         self._collections += 1
         name = f"found/{self._collections}"
         if value is not None and not (leads and replica == 0):
-            self._store.set(f"{name}/{replica}", pickle.dumps(value))
+            self._put(f"{name}/{replica}", value)
         if not leads:
             return []
         others = [pickle.loads(self._wait(f"{name}/{number}")) for number in range(1, replicas)]
         for number in range(1, replicas):
             self._store.delete_key(f"{name}/{number}")
         return [value, *others]
+
+    def _put(self, key: str, value: Any) -> None:
+        self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # it takes bytes, and is declared for text
 
     def _wait(self, key: str) -> bytes:
         from torch.distributed import DistStoreError

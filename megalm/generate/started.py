@@ -143,11 +143,11 @@ class StartedJob:
     @contextmanager
     def prepare(
         self,
-        arguments: Sequence[str],
-        world_size: int | None,
+        arguments: Sequence[str],  # noqa: ARG002
+        world_size: int | None,  # noqa: ARG002
         *,
-        say: Callable[[str], object],
-        cancelled: Callable[[], bool],
+        say: Callable[[str], object],  # noqa: ARG002
+        cancelled: Callable[[], bool],  # noqa: ARG002
     ) -> Iterator[Prepared]:
         """Not of the command line: :class:`StartedRanks` makes the assignment."""
         raise ConfigError("this job is started by the process that asks it")

@@ -315,9 +315,7 @@ class BeamUnit(Unit):
             wanted = request.alternatives is not None
             told = each.beam.probabilities[: len(tokens)] if wanted else None
             made.append(
-                Completion(
-                    tokens=tuple(tokens), text=text, finish=each.finish, probabilities=told, score=each.score
-                )
+                Completion(tokens=tuple(tokens), text=text, finish=each.finish, probabilities=told, score=each.score)
             )
         return made
 

@@ -68,7 +68,9 @@ class FoundModel:
             ConfigError: it is an encoder.
         """
         if not self.config.model.causal:
-            raise ConfigError(f"{self.run}: model.causal=false: an encoder recovers masked tokens, it continues no text")
+            raise ConfigError(
+                f"{self.run}: model.causal=false: an encoder recovers masked tokens, it continues no text"
+            )
 
 
 def find_model(run: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> FoundModel:

@@ -324,6 +324,7 @@ def _ForkedRank(  # noqa: N802 - stands for a class
     *,
     reads_plan: bool,
     descriptors: tuple[int, ...],
+    output: int | None = None,
 ) -> _Child:
     """Like :func:`megalm.launch.local.exec_rank`."""
     read, write = os.pipe() if reads_plan else (os.open(os.devnull, os.O_RDONLY), -1)
@@ -337,6 +338,8 @@ def _ForkedRank(  # noqa: N802 - stands for a class
     try:
         os.setsid()
         os.dup2(read, 0)
+        if output is not None:
+            os.dup2(output, 1)
         for descriptor in {write, *_rank_zero_alone} - {-1, 0, 1, 2, *descriptors}:
             with contextlib.suppress(OSError):
                 os.close(descriptor)

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from megalm.cli.command import add_run, parse
+from megalm.cli.command import parse
 from megalm.cli.main import main
 from megalm.cli.table import COMMANDS
-from megalm.cli.task_options import add_task_options
 from megalm.config.compose import compose
 from megalm.config.schema import Config
 from megalm.errors import ExitCode
@@ -118,8 +117,6 @@ def test_every_command_is_one(
         return  # the next test runs check; tests/cli/test_own_settings.py has the user's own files of settings.md
     if name in ("train", "verify"):
         compose([re.sub(r"=([^\[]*?),.*", r"=\1", setting) for setting in arguments if not setting.startswith("-")])
-    elif name == "evaluate":
-        parse(f"megalm {name}", "", arguments, module._add_options)
     elif hasattr(module, "_add_options"):
         parse(f"megalm {name}", "", arguments, module._add_options)
     elif hasattr(module, "_parser"):

@@ -7,8 +7,8 @@ seen by none of its tokens, and overwritten later. A *decode* pass computes one 
 Of a layer with an attention window only as many tokens are kept as it sees: position p is at place p mod C, where C is
 the window. A layer without one has a place for each position up to the cache's capacity; the same rule describes both.
 
-Shapes: B rows of a pass, S tokens of the longest prompt, N query heads, K key/value heads, G = N / K, D head dim, R rows
-of the cache, C places of a layer, L ≤ C places that a pass looks at.
+Shapes: B rows of a pass, S tokens of the longest prompt, N query heads, K key/value heads, G = N / K, D head dim, R
+rows of the cache, C places of a layer, L ≤ C places that a pass looks at.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class Prefill:
         self._rows = slice(first_row, first_row + len(lengths))
         self._lengths = lengths
 
-    def attend(self, layer: int, core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, heads: Tensor
+    ) -> Tensor:
         """Query [B, N, S, D], key and value [B, K, S, D] ▶ [B, N, S, D]."""
         both = self._cache.layer(layer, key, core.window)
         places, length = both.shape[3], key.shape[2]
@@ -128,7 +130,15 @@ class Decode:
         self._cache, self._positions, self._device = cache, positions, device
         self._masks: dict[int, Tensor | None] = {}
 
-    def attend(self, layer: int, core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        core: AttentionCore,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: Tensor,  # noqa: ARG002 - of dropout masks alone
+    ) -> Tensor:
         """Query [B, N, 1, D], key and value [B, K, 1, D] ▶ [B, N, 1, D]."""
         both = self._cache.layer(layer, key, core.window)
         places = both.shape[3]
@@ -161,8 +171,8 @@ class Decode:
             at = self._positions[0] % places
             both[0, :rows, :, at : at + 1], both[1, :rows, :, at : at + 1] = key, value
         else:
-            each, at = self._rows, self._at % places
-            both[0, each, :, at], both[1, each, :, at] = key[:, :, 0], value[:, :, 0]
+            each, place = self._rows, self._at % places
+            both[0, each, :, place], both[1, each, :, place] = key[:, :, 0], value[:, :, 0]
 
     def _mask(self, seen: int) -> Tensor | None:
         """[B, 1, 1, L] bool: which places hold something that a row sees; None: all of them, for all rows."""

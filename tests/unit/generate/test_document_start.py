@@ -82,7 +82,9 @@ def test_data_generation_evaluation_and_export_begin_alike(
     seen: list[list[int]] = []
     nothing = [Completion(tokens=(), text="", finish="length")]
     monkeypatch.setattr(
-        AskedModel, "generate", lambda _, requests, **__: [seen.append(list(each.tokens)) or nothing for each in requests]
+        AskedModel,
+        "generate",
+        lambda _, requests, **__: [seen.append(list(each.tokens)) or nothing for each in requests],
     )
     run_generate(run, PROMPT, max_new_tokens=1, temperature=0.0, top_k=0, seed=0)
     assert seen == [[*start, *tokenizer.encode(PROMPT)]]
