@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megalm.core.documents import Documents
 
-if TYPE_CHECKING:
-    from megalm.core.attention.attend import AttentionCore
+
+class Attention(Protocol):
+    """What a memory needs of a layer's attention core, which is ``attention/attend.py``.
+
+    Attributes:
+        window: attention window in tokens; 0: full attention.
+    """
+
+    window: int
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, heads: Tensor, samples: None) -> Any:
+        """[B, N, S, D], [B, K, S, D] twice ▶ [B, N, S, D]."""
 
 
 class Memory(Protocol):
     """Keys and values of earlier tokens; see ``attention/cache.py``."""
 
-    def attend(
-        self, layer: int, core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, heads: Tensor
-    ) -> Tensor:
+    def attend(self, layer: int, core: Attention, query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> Tensor:
         """Store what a pass adds, and attend to it and to what is stored: [B, N, S, D] ▶ [B, N, S, D]."""
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalm.core.attention.attend import AttentionCore
+from megalm.core.place import Attention
 
 
 class KeyValueCache:
@@ -98,9 +98,7 @@ class Prefill:
         self._rows = slice(first_row, first_row + len(lengths))
         self._lengths = lengths
 
-    def attend(
-        self, layer: int, core: AttentionCore, query: Tensor, key: Tensor, value: Tensor, heads: Tensor
-    ) -> Tensor:
+    def attend(self, layer: int, core: Attention, query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> Tensor:
         """Query [B, N, S, D], key and value [B, K, S, D] ▶ [B, N, S, D]."""
         both = self._cache.layer(layer, key, core.window)
         places, length = both.shape[3], key.shape[2]
@@ -133,7 +131,7 @@ class Decode:
     def attend(
         self,
         layer: int,
-        core: AttentionCore,
+        core: Attention,
         query: Tensor,
         key: Tensor,
         value: Tensor,
