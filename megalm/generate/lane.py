@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megalm.core.attention.cache import Decode, KeyValueCache, Prefill
 from megalm.core.place import Place
-from megalm.generate.choosing import Choice, choose, columns_of
+from megalm.generate.choices import Choice, columns_of
+from megalm.generate.choosing import choose
 from megalm.generate.passes import Pass
 from megalm.generate.units import Unit
 

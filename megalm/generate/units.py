@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megalm.data.tokenization.tokenizer import Tokenizer
-from megalm.generate.choosing import Choice, likeliest_of, token_of
+from megalm.generate.choices import Choice, likeliest_of, token_of
 from megalm.generate.requests import Completion, GenerateRequest, TokenProbability
 from megalm.generate.text import GrowingText, cut_at_stop, text_after
 
