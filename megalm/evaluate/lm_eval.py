@@ -50,7 +50,7 @@ class MegalmLM(TemplateLM):
         pp: pipeline-parallel degree.
         ranks: processes; 0: tp·pp.
         dtype: of the weights; None: as the run computes.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``cpu``; any other: GPUs where there is one for each rank, else the CPU.
         batch_size: rows that a replica computes together.
         max_length: most tokens of context and continuation; None: the model's.
         max_gen_toks: most tokens to generate, where a task names no number.
@@ -75,7 +75,8 @@ class MegalmLM(TemplateLM):
         super().__init__()
         overrides = [f"parallel.tp={tp}", f"parallel.pp={pp}", f"launch.ranks={ranks}"]
         overrides += [f"engine.dtype={dtype}"] if dtype is not None else []
-        overrides += [f"launch.device={device.partition(':')[0]}"] if device is not None else []
+        # The harness names a GPU by default, also where there is none.
+        overrides += [f"launch.device={'cpu' if device == 'cpu' else 'auto'}"] if device is not None else []
         found = find_model(path, overrides)
         found.check_causal()
         longest = found.config.model.sequence_length
