@@ -81,10 +81,17 @@ def test_defaults_and_what_has_an_effect_are_not_said() -> None:
 
 
 def test_overrides_that_a_command_takes_and_does_not_use_are_said() -> None:
-    overrides = ["parallel.tp=2", "launch.device=cpu", "model.dropout=0.1", "train.micro_batch_size=2", "data.path=a"]
-    assert unused_overrides("evaluate", overrides) == ["parallel.tp=2: not used by megalm evaluate"]
+    overrides = [
+        "parallel.tp=2",
+        "parallel.schedule=gpipe",
+        "launch.device=cpu",
+        "model.dropout=0.1",
+        "train.micro_batch_size=2",
+        "data.path=a",
+    ]
+    assert unused_overrides("evaluate", overrides) == ["parallel.schedule=gpipe: not used by megalm evaluate"]
     assert unused_overrides("generate", overrides) == [
-        "parallel.tp=2: not used by megalm generate",
+        "parallel.schedule=gpipe: not used by megalm generate",
         "train.micro_batch_size=2: not used by megalm generate",
         "data.path=a: not used by megalm generate",
     ]
