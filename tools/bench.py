@@ -2,6 +2,7 @@
 """Measure megalm's speed and memory on this machine, each figure beside its target.
 
     tools/bench.py cpu                 one process against Hugging Face's GPT-2 (pip install 'megalm[bench]')
+    tools/bench.py generate            greedy generation against Hugging Face's, with its cache (the same)
     tools/bench.py pipeline            bubbles of every schedule, and DeepSpeed's PipelineEngine on the same stages
     tools/bench.py memory              activations that a layer keeps, against Korthikanti et al. 2022
     tools/bench.py norm                the gradient norm of up to a billion elements (4 GB): error and cost
@@ -77,6 +78,16 @@ def _cpu(options: argparse.Namespace) -> Report:
     return cpu.run(cpu.Options(rounds=options.rounds or cpu.Options.rounds, compiled=options.compiled))
 
 
+def _generate(options: argparse.Namespace) -> Report:
+    import importlib.util
+
+    from benchmarks import generate
+
+    if importlib.util.find_spec("transformers") is None:
+        return Report("generate", skipped="transformers is not installed: pip install 'megalm[bench]'")
+    return generate.run(generate.Options(rounds=options.rounds or generate.Options.rounds))
+
+
 def _pipeline(options: argparse.Namespace) -> Report:
     from benchmarks import pipeline
 
@@ -115,6 +126,7 @@ def _gpu(options: argparse.Namespace) -> Report:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "cpu": _cpu,
+    "generate": _generate,
     "pipeline": _pipeline,
     "memory": _memory,
     "norm": _norm,
