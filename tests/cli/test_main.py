@@ -8,12 +8,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from megalm import __version__
 from megalm.cli.main import main
+from megalm.errors import ConfigError
 from tests.unit.config.random_invalid import InvalidConfig, random_invalid
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -160,19 +162,24 @@ def test_a_folder_that_is_no_run(megalm, tmp_path, command):
 def test_a_prompt_reaches_generation_untouched(megalm, monkeypatch, prompt, order):
     seen = {}
 
-    def run_generate(run, prompt, *, overrides, max_new_tokens, **sampling):
-        seen.update(run=str(run), prompt=prompt, overrides=overrides, max_new_tokens=max_new_tokens)
-        return "text"
+    def find_model(run, overrides, world_size):
+        seen.update(run=str(run), overrides=overrides, world_size=world_size)
+        return SimpleNamespace(tokenizer=None, check_causal=lambda: None)
 
-    monkeypatch.setattr("megalm.generate.run.run_generate", run_generate)
+    def text_prompt(tokenizer, prompt):
+        seen.update(prompt=prompt)
+        raise ConfigError("that is far enough")
+
+    monkeypatch.setattr("megalm.cli.generate.find_model", find_model)
+    monkeypatch.setattr("megalm.cli.generate.text_prompt", text_prompt)
     parts = {
         "run": ["runs/a"],
         "prompt": [f"--prompt={prompt}", "--max-new-tokens", "7"],
         "override": ["launch.device=cpu"],
     }
     result = megalm("generate", *itertools.chain.from_iterable(parts[name] for name in order.split()))
-    assert (result.code, result.out) == (0, "text\n"), result.err
-    assert seen == {"run": "runs/a", "prompt": prompt, "overrides": ["launch.device=cpu"], "max_new_tokens": 7}
+    assert (result.code, result.err) == (2, "that is far enough\n")
+    assert seen == {"run": "runs/a", "prompt": prompt, "overrides": ["launch.device=cpu"], "world_size": None}
 
 
 def test_a_bug_is_a_traceback_and_70(megalm, monkeypatch):
