@@ -112,7 +112,7 @@ class LoadedModel:
         if not 0 < len(tokens) <= longest:
             raise ConfigError(f"a text of {len(tokens)} tokens: the model takes 1 to {longest} (model.sequence_length)")
         whole, trained = self.model, self._asked.ranks.trained
-        trained.check_tokens(max(tokens), "the text")
+        trained.found.check_tokens(max(tokens), "the text")
         with torch.inference_mode():
             logits: Tensor = whole(torch.tensor([tokens], device=trained.device))[0].float().cpu()
         return logits

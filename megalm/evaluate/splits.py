@@ -55,7 +55,7 @@ def _checked(trained: TrainedModel, make_batch: MakeBatch) -> MakeBatch:
 
     def made(rows: Rows, samples: Ints) -> Batch:
         batch = make_batch(rows, samples)
-        trained.check_tokens(int(batch.tokens.max()), "the validation split")
+        trained.found.check_tokens(int(batch.tokens.max()), "the validation split")
         return batch
 
     return made

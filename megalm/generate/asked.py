@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megalm.data.tokenization.tokenizer import Tokenizer
-from megalm.errors import ConfigError, DataError
+from megalm.errors import ConfigError
 from megalm.generate.requests import (
     Asked,
     Completion,
@@ -132,21 +131,9 @@ def check_score(found: FoundModel, requests: Sequence[ScoreRequest]) -> None:
 
 
 def _check_ids(found: FoundModel, tokens: Sequence[int], name: str) -> None:
-    rows = found.vocab_size
-    largest, smallest = max(tokens), min(tokens)
-    if largest >= rows or smallest < 0:
-        wrong = largest if largest >= rows else smallest
-        raise DataError(
-            f"{name}: has token {wrong} ({found.tokenizer.name_of(wrong)}), and the model has {rows:,} rows; "
-            f"{found.vocabulary} has more words than the model: a new run with checkpoint.init_from and "
-            "checkpoint.extend_vocab=true learns them"
-        )
+    found.check_tokens(min(tokens), name)
+    found.check_tokens(max(tokens), name)
 
 
 def _name(what: str, number: int, count: int) -> str:
     return what if count == 1 else f"{what} {number + 1}"
-
-
-def prompt_tokens(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Tokens of a text that is to be continued; an empty one begins a document."""
-    return tuple(tokenizer.encode_prompt(text))

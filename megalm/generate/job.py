@@ -14,15 +14,14 @@ from typing import Protocol
 
 from megalm.errors import ExitCode
 from megalm.generate.asked import AskedModel
+from megalm.generate.assignment import assignment_of
 from megalm.generate.open import opened
 from megalm.launch import RankInfo
 from megalm.launch.discovery import discover
-from megalm.launch.job import Assignment, Prepared
+from megalm.launch.job import Prepared
 from megalm.launch.signals import StopRequest
 from megalm.runs.find import FoundModel
 from megalm.runs.folder import ASKED_FOLDER
-
-_COLLECTIVE_SECONDS = 24 * 3600
 
 
 class Ask(Protocol):
@@ -91,19 +90,9 @@ class AskingJob:
     ) -> Iterator[Prepared]:
         """Read the arguments, so that what is wrong is said once, before torch is imported."""
         ask = self._read(arguments, world_size)
-        launch = ask.found.config.launch
-        yield Prepared(
-            Assignment(
-                job=self._path,
-                plan=json.dumps({"arguments": list(arguments), "world_size": ask.found.world_size}),
-                world_size=ask.found.world_size,
-                threads_per_rank=launch.threads_per_rank,
-                folder=ask.found.run / ASKED_FOLDER,
-                device=launch.device,
-                dtype=ask.found.config.engine.dtype,
-                timeout_seconds=_COLLECTIVE_SECONDS,
-            )
-        )
+        plan = json.dumps({"arguments": list(arguments), "world_size": ask.found.world_size})
+        folder = ask.found.run / ASKED_FOLDER
+        yield Prepared(assignment_of(ask.found, job=self._path, plan=plan, folder=folder))
 
     def run(self, plan: str, rank: RankInfo, stop: StopRequest) -> ExitCode:  # noqa: ARG002
         """Hold this rank's part; rank 0 asks."""

@@ -95,7 +95,7 @@ class Lane:
         return done
 
     def _slide(self) -> None:
-        """Units at the end of what the model sees leave the cache and begin anew, from their later part."""
+        """Units at the end of what the model sees leave the cache; their later part is computed again."""
         sliding = [placed for placed in self._placed if placed.unit.must_slide()]
         if not sliding:
             return

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megalm.errors import ConfigError, ExitCode, MegalmError
+from megalm.generate.assignment import assignment_of
 from megalm.launch import RankInfo
-from megalm.launch.job import Assignment, Prepared
+from megalm.launch.job import Prepared
 from megalm.launch.local import LocalJob, LocalRanks
 from megalm.launch.logs import log_path
 from megalm.launch.signals import StopRequest
@@ -30,8 +31,6 @@ from megalm.runs.find import FoundModel, find_model
 STARTED = "megalm.generate.started:JOB"
 _POLL_SECONDS = 0.2
 _SECONDS_TO_END = 5.0
-_COLLECTIVE_SECONDS = 24 * 3600
-"""Replicas whose prompts end early wait in no collective; within a model's ranks a pass never takes a day."""
 
 
 class RanksFailedError(MegalmError):
@@ -54,24 +53,14 @@ class StartedRanks:
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
         plan = _Plan(str(found.run), list(overrides), found.world_size, theirs.fileno())
-        launch = found.config.launch
-        assignment = Assignment(
-            job=STARTED,
-            plan=json.dumps(plan.__dict__),
-            world_size=found.world_size,
-            threads_per_rank=launch.threads_per_rank,
-            folder=self._folder,
-            device=launch.device,
-            dtype=found.config.engine.dtype,
-            timeout_seconds=_COLLECTIVE_SECONDS,
-        )
+        assignment = assignment_of(found, job=STARTED, plan=json.dumps(plan.__dict__), folder=self._folder)
         self._ranks = LocalRanks(lambda line: print(line, file=sys.stderr, flush=True))
         self._failed = False
         try:
             self._ranks.start(
                 LocalJob(
                     world_size=found.world_size,
-                    threads_per_rank=launch.threads_per_rank,
+                    threads_per_rank=assignment.threads_per_rank,
                     run_dir=self._folder,
                     plan=assignment.to_json(),
                     inherited=(theirs.fileno(),),

@@ -19,7 +19,7 @@ from megalm.config.schema import Config, Engine, Launch, Parallel, Train
 from megalm.data.shards.dataset import TOKENIZER_FILE
 from megalm.data.shards.vocabulary import Vocabulary
 from megalm.data.tokenization.tokenizer import Tokenizer
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, DataError
 from megalm.models.counts import resolve_vocab_size
 from megalm.runs.folder import run_folder_of
 from megalm.runs.vocabulary import check_own_tokenizer
@@ -60,6 +60,20 @@ class FoundModel:
         """One hash of all weights, the same for every layout; None: the checkpoint is older than such hashes."""
         fingerprints = self.manifest.fingerprints
         return None if fingerprints is None else combined_hash(fingerprints)
+
+    def check_tokens(self, token: int, what: str) -> None:
+        """Refuse ids that the model has no embedding of: a tokenizer may have more words than its model.
+
+        Raises:
+            DataError: naming the token.
+        """
+        rows = self.vocab_size
+        if not 0 <= token < rows:
+            raise DataError(
+                f"{what}: has token {token} ({self.tokenizer.name_of(token)}), and the model has {rows:,} rows; "
+                f"{self.vocabulary} has more words than the model: a new run with checkpoint.init_from and "
+                "checkpoint.extend_vocab=true learns them"
+            )
 
     def check_causal(self) -> None:
         """Refuse a model that gives no probability of the next token.

@@ -17,7 +17,7 @@ from megalm.core.dtype import DTYPES
 from megalm.core.tensor_parallel import TensorParallel
 from megalm.data.shards.vocabulary import Vocabulary
 from megalm.data.tokenization.tokenizer import Tokenizer
-from megalm.errors import ConfigError, DataError
+from megalm.errors import ConfigError
 from megalm.mesh.groups import ParallelContext
 from megalm.models.balance import split_layers
 from megalm.models.transformer import Part, Transformer
@@ -66,20 +66,6 @@ class TrainedModel:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.context.device
-
-    def check_tokens(self, largest: int, what: str) -> None:
-        """Refuse ids that the model has no embedding of: a tokenizer may have more words than its model.
-
-        Raises:
-            DataError: naming the token.
-        """
-        rows = self.found.vocab_size
-        if largest >= rows:
-            raise DataError(
-                f"{what}: has token {largest} ({self.tokenizer.name_of(largest)}), and the model has {rows:,} rows; "
-                f"{self.vocabulary} has more words than the model: a new run with checkpoint.init_from and "
-                "checkpoint.extend_vocab=true learns them"
-            )
 
 
 def load_full_model(run: str | Path, overrides: Sequence[str] = ()) -> TrainedModel:

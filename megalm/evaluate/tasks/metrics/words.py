@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,8 +58,9 @@ class _OverReferences(Mean[Generated]):
         """Of one item."""
         return max(self._pair(self._said(answer.text), each) for each in self._right(answer.references))
 
+    @abstractmethod
     def _pair(self, text: str, reference: str) -> float:
-        raise NotImplementedError
+        """Of a text and one reference."""
 
     def _said(self, text: str) -> str:
         """What was answered; nothing, where it was said that there is no answer."""
