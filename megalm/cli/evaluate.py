@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from megalm.evaluate.perplexity import check_split, split_result, text_result
 from megalm.evaluate.tasks.compare import compare_results
 from megalm.evaluate.tasks.load import LoadedTask
 from megalm.evaluate.tasks.requests import PreparedTask, prepare_tasks
-from megalm.evaluate.tasks.results import save_results
+from megalm.evaluate.tasks.results import metrics_row, save_results
 from megalm.evaluate.tasks.run import TaskResult, evaluate_tasks
 from megalm.evaluate.text import RawText, check_stride
 from megalm.generate.asked import BATCH_SIZE, AskedModel
@@ -27,6 +28,7 @@ from megalm.generate.job import AskingJob, run_asking
 from megalm.generate.open import opened
 from megalm.generate.progress import AskingProgress
 from megalm.runs.find import FoundModel, find_model
+from megalm.training.evaluated import record_evaluation
 
 _PROG = "megalm evaluate"
 
@@ -66,24 +68,33 @@ class Evaluate:
         if not self.tasks:
             self._perplexity(model)
             return ExitCode.DONE
-        results = _asked(model, self.tasks)
         as_json = self.options.json
-        files = save_results(self.found.run, results, self.found.config)
         if self.other is None:
-            show_results(results, self.found.config, files, as_json=as_json)
+            self._results(model, self.found, self.tasks, as_json=as_json)
             return ExitCode.DONE
-        if not as_json:
-            show_results(results, self.found.config, files, as_json=False)
+        results = self._results(model, self.found, self.tasks)
         other, tasks = self.other
         model.close()  # room for the other one
         with opened(other, self.overrides, batch_size=self.batch_size) as second:
-            others = _asked(second, tasks)
-        files = save_results(other.run, others, other.config)
-        if not as_json:
-            show_results(others, other.config, files, as_json=False)
+            others = self._results(second, other, tasks)
         names = str(self.found.checkpoint), str(other.checkpoint)
         show_comparison(names, compare_results(results, others), as_json=as_json)
         return ExitCode.DONE
+
+    def _results(
+        self, model: AskedModel, found: FoundModel, tasks: list[PreparedTask], *, as_json: bool = False
+    ) -> list[TaskResult]:
+        """Ask tasks, show what came of them, and keep it in the run; what cannot be kept is shown all the same."""
+        results = _asked(model, tasks)
+        files: list[Path] = []
+        try:
+            files = save_results(found.run, results, found.config)
+            if (problem := record_evaluation(found, metrics_row(results))) is not None:
+                print(problem, file=sys.stderr)
+        finally:
+            if as_json or not self.options.json:
+                show_results(results, found.config, files, as_json=as_json)
+        return results
 
     def _perplexity(self, model: AskedModel) -> None:
         if self.text is None:

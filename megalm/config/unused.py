@@ -139,7 +139,8 @@ _USED_BY = {
     "generate": _ASKED,
     "evaluate": _ASKED
     | {"objective", "run.seed", "train.micro_batch_size"}
-    | {"data.path", "data.reset_at_documents", "data.cache_dir", "data.cache_gib"},
+    | {"data.path", "data.reset_at_documents", "data.cache_dir", "data.cache_gib"}
+    | {"logging.tensorboard", "logging.wandb"},
 }
 """Fields and sections of a run's config that a command reads, besides the layout in which it holds the model."""
 

@@ -18,7 +18,7 @@ from megalm.generate.asked import AskedModel
 from megalm.generate.open import opened
 from megalm.generate.requests import Progress
 from megalm.objectives.registry import make_objective
-from megalm.runs.find import FoundModel, find_model
+from megalm.runs.find import KnownModel, find_model
 
 SCORES = "megalm.evaluate.splits:scores"
 """What ranks call; they alone import torch."""
@@ -45,7 +45,7 @@ def run_evaluate(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         return split_result(model)
 
 
-def check_split(found: FoundModel) -> list[Store]:
+def check_split(found: KnownModel) -> list[Store]:
     """The datasets that a model is evaluated on.
 
     Raises:

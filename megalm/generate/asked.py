@@ -16,7 +16,7 @@ from megalm.generate.requests import (
     Score,
     ScoreRequest,
 )
-from megalm.runs.find import FoundModel
+from megalm.runs.find import KnownModel
 
 BATCH_SIZE = 16
 """Rows that a replica computes together, unless told otherwise."""
@@ -37,7 +37,7 @@ class AskedModel(LanguageModel):
         batch_size: rows that a replica computes together.
     """
 
-    def __init__(self, found: FoundModel, ranks: Any, *, batch_size: int = BATCH_SIZE) -> None:
+    def __init__(self, found: KnownModel, ranks: Any, *, batch_size: int = BATCH_SIZE) -> None:
         self.found, self.ranks, self.batch_size = found, ranks, batch_size
         self.config, self.tokenizer, self.checkpoint = found.config, found.tokenizer, str(found.checkpoint)
 
@@ -84,7 +84,7 @@ class AskedModel(LanguageModel):
         self.ranks.close()
 
 
-def check_generate(found: FoundModel, requests: Sequence[GenerateRequest], names: Sequence[str] = ()) -> None:
+def check_generate(found: KnownModel, requests: Sequence[GenerateRequest], names: Sequence[str] = ()) -> None:
     """Refuse prompts that the model cannot continue as asked.
 
     Args:
@@ -112,7 +112,7 @@ def check_generate(found: FoundModel, requests: Sequence[GenerateRequest], names
         raise ConfigError(problems)
 
 
-def check_score(found: FoundModel, requests: Sequence[ScoreRequest]) -> None:
+def check_score(found: KnownModel, requests: Sequence[ScoreRequest]) -> None:
     """Refuse continuations that have no probability; errors as for :func:`check_generate`."""
     found.check_causal()
     longest = found.config.model.sequence_length
@@ -130,7 +130,7 @@ def check_score(found: FoundModel, requests: Sequence[ScoreRequest]) -> None:
         _check_ids(found, (*request.context, *request.continuation), name)
 
 
-def _check_ids(found: FoundModel, tokens: Sequence[int], name: str) -> None:
+def _check_ids(found: KnownModel, tokens: Sequence[int], name: str) -> None:
     found.check_tokens(min(tokens), name)
     found.check_tokens(max(tokens), name)
 

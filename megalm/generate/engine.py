@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megalm.core.place import Place
 from megalm.generate.lane import Lane
-from megalm.generate.one_row import lay_out_for_one_row
 from megalm.generate.passes import Pass, Passes
 from megalm.generate.requests import Score, ScoreRequest
 from megalm.generate.units import Unit
@@ -41,8 +40,6 @@ class Engine:
         self._model, self._words, self._batch_size = model, words, batch_size
         self._passes = Passes(model, context)
         self.cache_bytes = 0
-        if batch_size == 1:
-            lay_out_for_one_row(model)
 
     def generate(self, units: Sequence[Unit]) -> Iterator[Unit]:
         """Run units to their ends; each is given as soon as it is done."""

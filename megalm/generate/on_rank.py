@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megalm.generate.engine import Engine
+from megalm.generate.one_row import lay_out_for_one_row
 from megalm.generate.ranks import OnRank
 from megalm.generate.requests import Asked, Completion, GenerateRequest, Score, ScoreRequest
 from megalm.generate.units import make_unit
@@ -47,6 +48,8 @@ def score(rank: OnRank, asked: Asked) -> list[Score]:
 
 def _engine(rank: OnRank, asked: Asked) -> Engine:
     trained = rank.trained
+    if asked.batch_size == 1 and not trained.in_training:
+        lay_out_for_one_row(trained.model)
     return Engine(trained.model, trained.context, words=trained.tokenizer.vocab_size, batch_size=asked.batch_size)
 
 

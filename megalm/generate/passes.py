@@ -5,8 +5,8 @@ turns the activation into what was asked for and tells all ranks of the model. A
 and results by a broadcast over a group of their own, so that no two transfers wait for each other. With as many passes
 under way as there are pipeline ranks, all of them compute.
 
-Per pass and rank: one activation received and one sent, and one broadcast; with tensor parallelism also the
-collectives of its layers. None of these depends on the number of replicas.
+Per pass and stage: one activation received and one sent; per pass and rank one broadcast; with tensor parallelism also
+the collectives of its layers. None of these depends on the number of replicas.
 
 Shapes: B rows of a pass, S tokens of each, H hidden, M rows of a result, C columns.
 """
@@ -48,23 +48,24 @@ class Passes:
 
     Args:
         model: this rank's part.
-        context: its groups; ``parallel.cp`` and ``virtual_stages`` are 1.
+        context: its groups; ``parallel.cp`` is 1.
     """
 
     def __init__(self, model: Transformer, context: ParallelContext) -> None:
         self._model, self._context = model, context
-        pipeline = context.pp_group
-        self._before = pipeline.ranks[pipeline.index - 1] if pipeline.index else None
-        self._after = pipeline.ranks[pipeline.index + 1] if pipeline.index + 1 < pipeline.size else None
-        here, last = context.coordinates, context.topology.pp - 1
-        self._speaker = context.topology.rank_at(pp=last, dp=here.dp, cp=here.cp, tp=0)
+        here, topology = context.coordinates, context.topology
+        self._speaker = topology.rank_at(pp=topology.pp - 1, dp=here.dp, cp=here.cp, tp=0)
         self._under_way: deque[tuple[Tensor, dist.Work | None]] = deque()
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
     @property
     def at_once(self) -> int:
-        """How many passes under way keep all ranks busy."""
-        return self._context.topology.pp
+        """How many passes under way keep all ranks busy.
+
+        With several stages per rank a pass comes back to a rank, which waits for it: one pass at a time.
+        """
+        topology = self._context.topology
+        return topology.pp if topology.virtual_stages == 1 else 1
 
     @property
     def device(self) -> torch.device:
@@ -74,13 +75,16 @@ class Passes:
     @torch.inference_mode()
     def start(self, each: Pass) -> None:
         """Do this rank's part of a pass; :meth:`result` gives what comes of it."""
-        received = None if self._before is None else self._receive(each.tokens)
-        x = self._model.through(each.tokens, received, each.place)
-        if self._after is None:
-            result = each.finish(x)
-        else:
-            self._send(x)
-            result = torch.empty(each.shape, dtype=torch.float64, device=self.device)
+        topology = self._context.topology
+        result, x = torch.empty(each.shape, dtype=torch.float64, device=self.device), None
+        for stage in self._model.part.stages:
+            if stage and topology.pp > 1:
+                x = self._receive(each.tokens, stage - 1)
+            x = self._model.through(stage, each.tokens, x, each.place)
+            if stage + 1 == topology.num_stages:
+                result = each.finish(x)
+            elif topology.pp > 1:
+                self._send(x, stage + 1)
         group = self._context.model_group
         work = None
         if group.size > 1:
@@ -94,15 +98,20 @@ class Passes:
             work.wait()
         return result.cpu()
 
-    def _receive(self, tokens: Tensor) -> Tensor:
+    def _receive(self, tokens: Tensor, stage: int) -> Tensor:
         weight = next(self._model.parameters())
         x = torch.empty((*tokens.shape, self._model.hidden_size), dtype=weight.dtype, device=self.device)
-        dist.recv(x, self._before, group=self._context.pp_group.handle)
+        dist.recv(x, self._rank_of(stage), group=self._context.pp_group.handle)
         return x
 
-    def _send(self, x: Tensor) -> None:
+    def _send(self, x: Tensor, stage: int) -> None:
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
-        work = dist.isend(x.contiguous(), self._after, group=self._context.pp_group.handle)
+        x = x.contiguous()
+        work = dist.isend(x, self._rank_of(stage), group=self._context.pp_group.handle)
         if work is not None:
             self._sending.append((work, x))
+
+    def _rank_of(self, stage: int) -> int:
+        """The rank of this pipeline that runs a stage."""
+        return self._context.pp_group.ranks[self._context.topology.stage_owner(stage)]

@@ -13,7 +13,7 @@ from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.generate.asked import check_generate
 from megalm.generate.requests import GenerateRequest, Sampling
-from megalm.runs.find import FoundModel
+from megalm.runs.find import KnownModel
 
 DEFAULT_NEW_TOKENS = 120
 """Most new tokens where the user names no number, as far as the model has room for them."""
@@ -97,7 +97,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
     return prompts
 
 
-def requests_of(found: FoundModel, prompts: Sequence[Prompt], settings: Settings) -> list[GenerateRequest]:
+def requests_of(found: KnownModel, prompts: Sequence[Prompt], settings: Settings) -> list[GenerateRequest]:
     """The requests of prompts, checked against the model.
 
     Raises:

@@ -129,23 +129,25 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, place: Place | None = None) -> Tensor:
         """Token ids [B, S] ▶ logits [B, S, V]; for a part that is the whole model on one rank."""
-        return self.logits(self.through(tokens, None, place))
+        x = None
+        for stage in self.part.stages:
+            x = self.through(stage, tokens, x, place)
+        assert x is not None, "a rank runs a stage"
+        return self.logits(x)
 
-    def through(self, tokens: Tensor, received: Tensor | None, place: Place | None = None) -> Tensor:
-        """The blocks of this rank's stages, one after the other, for passes without a loss.
+    def through(self, stage: int, tokens: Tensor, received: Tensor | None, place: Place | None = None) -> Tensor:
+        """The blocks of one of this rank's stages, for passes without a loss.
 
         Args:
+            stage: number of the stage in the whole pipeline.
             tokens: ids, [B, S].
-            received: what the rank before gave, [B, S, H]; None on the first one, which reads the tokens.
+            received: what the stage before gave, [B, S, H]; None on the first one, which reads the tokens.
             place: positions, and keys and values of earlier tokens.
 
         Returns:
             The last block's output, [B, S, H].
         """
-        x, micro_batch = received, MicroBatch(tokens, tokens, tokens, place)
-        for stage in self.part.stages:
-            x, _ = self._blocks(stage, x, None, micro_batch)
-        assert x is not None, "a rank runs a stage"
+        x, _ = self._blocks(stage, received, None, MicroBatch(tokens, tokens, tokens, place))
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -307,6 +309,40 @@ def build_transformer(
         for block in model.blocks.values():
             block.compile(dynamic=False)
     return model
+
+
+def without_training(
+    trained: Transformer, config: Config, vocab_size: int, *, context: ParallelContext, objective: Learning
+) -> Transformer:
+    """A model that shares every parameter with one that is being trained, and computes whole sequences without a loss.
+
+    It knows neither the split of sequences (sequence and context parallelism) nor recomputation, and it may be asked
+    between any two steps: what a step changes it has, too.
+
+    Args:
+        trained: this rank's part, whose parameters are whole between steps (ZeRO stages 0 to 2).
+        config: of the run.
+        vocab_size: as ``trained`` was built with.
+        context: as ``trained`` was built with.
+        objective: as ``trained`` was built with.
+    """
+    view = Transformer(
+        config.model,
+        vocab_size,
+        part=trained.part,
+        tensor_parallel=TensorParallel(context.tp_group),
+        context_parallel=ContextParallel(),
+        engine=replace(config.engine, recompute="none"),
+        objective=objective,
+        seed=config.run.seed,
+        device=torch.device("meta"),
+    ).eval()
+    for shared, own in zip(view.modules(), trained.modules(), strict=True):
+        assert type(shared) is type(own), "both are built from one config"
+        shared._parameters.update(own._parameters)
+        shared._buffers.update(own._buffers)
+        vars(shared).update({name: value for name, value in vars(own).items() if isinstance(value, Tensor)})
+    return view
 
 
 def build_full_model(

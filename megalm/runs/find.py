@@ -29,13 +29,12 @@ _OF_THE_LAYOUT = ("parallel", "launch", "model", "world_size", "engine")
 
 
 @dataclass(frozen=True)
-class FoundModel:
-    """A trained model on the disk.
+class KnownModel:
+    """A model, but for its weights.
 
     Attributes:
         run: folder of the run.
-        checkpoint: the folder that the weights are in.
-        manifest: of the checkpoint.
+        checkpoint: the folder that the weights are in; of a run that is training, the one that they would be saved to.
         config: of the run, with what was changed for this use and the layout of this use.
         tokenizer: the one that it was trained with.
         vocabulary: the tokenizer, as data are compared with it.
@@ -44,7 +43,6 @@ class FoundModel:
 
     run: Path
     checkpoint: Path
-    manifest: Manifest
     config: Config
     tokenizer: Tokenizer
     vocabulary: Vocabulary
@@ -54,12 +52,6 @@ class FoundModel:
     def vocab_size(self) -> int:
         """Words of the model."""
         return resolve_vocab_size(self.config.model, self.tokenizer.vocab_size)
-
-    @property
-    def weights_hash(self) -> str | None:
-        """One hash of all weights, the same for every layout; None: the checkpoint is older than such hashes."""
-        fingerprints = self.manifest.fingerprints
-        return None if fingerprints is None else combined_hash(fingerprints)
 
     def check_tokens(self, token: int, what: str) -> None:
         """Refuse ids that the model has no embedding of: a tokenizer may have more words than its model.
@@ -85,6 +77,23 @@ class FoundModel:
             raise ConfigError(
                 f"{self.run}: model.causal=false: an encoder recovers masked tokens, it continues no text"
             )
+
+
+@dataclass(frozen=True)
+class FoundModel(KnownModel):
+    """A trained model on the disk.
+
+    Attributes:
+        manifest: of the checkpoint.
+    """
+
+    manifest: Manifest
+
+    @property
+    def weights_hash(self) -> str | None:
+        """One hash of all weights, the same for every layout; None: the checkpoint is older than such hashes."""
+        fingerprints = self.manifest.fingerprints
+        return None if fingerprints is None else combined_hash(fingerprints)
 
 
 def find_model(run: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> FoundModel:
@@ -115,7 +124,7 @@ def find_model(run: str | Path, overrides: Sequence[str] = (), world_size: int |
     vocabulary = Vocabulary.of(tokenizer, folder / TOKENIZER_FILE)
     manifest = read_manifest(checkpoint)
     check_own_tokenizer(checkpoint, manifest, vocabulary)
-    return FoundModel(folder, checkpoint, manifest, config, tokenizer, vocabulary, world_size)
+    return FoundModel(folder, checkpoint, config, tokenizer, vocabulary, world_size, manifest)
 
 
 def _alone() -> list[str]:

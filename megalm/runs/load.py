@@ -23,7 +23,7 @@ from megalm.models.balance import split_layers
 from megalm.models.transformer import Part, Transformer
 from megalm.objectives.base import Objective
 from megalm.objectives.registry import make_objective
-from megalm.runs.find import FoundModel, find_model
+from megalm.runs.find import FoundModel, KnownModel, find_model
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class TrainedModel:
         objective: what it was trained for.
         found: where it is from, its config and its tokenizer.
         context: this rank's place and groups.
+        in_training: whether a trainer changes the weights between questions, which must stay where they lie in memory.
     """
 
     model: Transformer
     objective: Objective
-    found: FoundModel
+    found: KnownModel
     context: ParallelContext
+    in_training: bool = False
 
     @property
     def tokenizer(self) -> Tokenizer:

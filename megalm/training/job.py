@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megalm.errors import ExitCode
-from megalm.evaluate.tasks.of_config import tasks_of_config
+from megalm.evaluate.tasks.of_config import prepared_of_config
 from megalm.launch import RankInfo
 from megalm.launch.job import Assignment, Prepared
 from megalm.launch.signals import StopRequest
@@ -29,7 +29,7 @@ class TrainJob:
         cancelled: Callable[[], bool],
     ) -> Iterator[Prepared]:
         """Check config, data, tasks and start point, and own the run's folder; see ``megalm.launch.job.Job``."""
-        planned = owned_plan(arguments, world_size, say=say, cancelled=cancelled, check=tasks_of_config)
+        planned = owned_plan(arguments, world_size, say=say, cancelled=cancelled, check=prepared_of_config)
         with planned as (plan, ownership):
             launch = plan.config.launch
             assignment = Assignment(

@@ -42,6 +42,7 @@ from megalm.training.callbacks.tensorboard import TensorBoardLog
 from megalm.training.callbacks.wandb import WandbLog
 from megalm.training.restoring import Restored, restore
 from megalm.training.saving import Saver
+from megalm.training.tasks import TrainingTasks
 from megalm.training.trainer import Trainer, Utilisation
 
 _OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
@@ -141,6 +142,18 @@ def build_trainer(
     callbacks = CallbackList(_make_callbacks(config, claim) if context.rank == 0 else [])
     attempt = _begin_attempt(config, run_dir, start, restored, rank.world_size) if context.rank == 0 else None
     callbacks.on_start(_run_context(config, context, restored, schedule, attempt, parameters))
+    tasks = None
+    if config.evaluate.tasks:
+        tasks = TrainingTasks(
+            config,
+            context=context,
+            model=engine.model,
+            objective=objective,
+            tokenizer=data.tokenizer,
+            run_dir=run_dir,
+            callbacks=callbacks,
+            stop=stop,
+        )
     lineage = {**restored.lineage, TOKENIZER: tokenizer_record(data.tokenizer)}
     trainer = Trainer(
         config,
@@ -148,6 +161,7 @@ def build_trainer(
         engine=engine,
         loader=loader,
         validator=None if data.val is None else Validator(config, context, data.val, objective, data.make_batch),
+        tasks=tasks,
         saver=Saver(config, context, run_dir, lineage=lineage, start=start, claim=claim),
         callbacks=callbacks,
         learning_rate=schedule,

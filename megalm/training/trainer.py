@@ -28,6 +28,7 @@ from megalm.training.metrics import StepTimer, mfu, peak_memory_gib, tokens_per_
 from megalm.training.progress import Progress
 from megalm.training.save_policy import SavePolicy
 from megalm.training.saving import RunState, Saver
+from megalm.training.tasks import TrainingTasks
 
 _STOPS = (None, Outcome.REQUEUE, Outcome.INTERRUPTED)
 """What a stop request means, in ascending precedence; ranks agree on the largest index."""
@@ -65,6 +66,7 @@ class Trainer:
         engine: takes the steps; its model knows the objective.
         loader: batches of this replica.
         validator: None: there are no validation data.
+        tasks: that the model is asked; None: there are none.
         saver: writes checkpoints.
         callbacks: told of everything that happens.
         learning_rate: of each step.
@@ -81,6 +83,7 @@ class Trainer:
         engine: DeepSpeedEngine,
         loader: TrainLoader,
         validator: Validator | None,
+        tasks: TrainingTasks | None,
         saver: Saver,
         callbacks: CallbackList,
         learning_rate: LearningRate,
@@ -93,6 +96,7 @@ class Trainer:
         self._engine = engine
         self._loader = loader
         self._validator = validator
+        self._tasks = tasks
         self._saves = SavePolicy(config.checkpoint, saver, callbacks, self._snapshot)
         self._callbacks = callbacks
         self._learning_rate = learning_rate
@@ -127,13 +131,16 @@ class Trainer:
             if end.stop is not None and self.progress.step < steps:
                 self._saves.save_and_stop(end.stop, self.progress.step)
                 return end.stop
-            if self._validates_now() and self.progress.step < steps:
+            if self._is_due(self._config.train.validate_every) and self.progress.step < steps:
                 self._validate(self._config.train.validation_samples)
+            if self._is_due(self._config.evaluate.every) and self.progress.step < steps:
+                self._ask_tasks()
             due = self._saves.is_due(self.progress.step, minutes_are_up=end.minutes_are_up)
             if due and self.progress.step < steps:
                 self._saves.save()
                 self._timer.restart()
         self._validate(None)
+        self._ask_tasks()
         self._saves.save_last()
         return Outcome.DONE
 
@@ -200,8 +207,8 @@ class Trainer:
             return 0
         return _STOPS.index(Outcome.INTERRUPTED if signal == "INT" else Outcome.REQUEUE)
 
-    def _validates_now(self) -> bool:
-        every = self._config.train.validate_every
+    def _is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, or never (0), happens after this one."""
         return every > 0 and self.progress.step % every == 0
 
     def _validate(self, samples: int | None) -> None:
@@ -216,6 +223,11 @@ class Trainer:
         )
         self._callbacks.on_validation(self._validation)
         self._timer.restart()
+
+    def _ask_tasks(self) -> None:
+        if self._tasks is not None:
+            self._tasks.ask(self.progress)
+            self._timer.restart()
 
     def _snapshot(self) -> tuple[Sequence[StatePiece], RunState]:
         """What a checkpoint of this moment holds."""

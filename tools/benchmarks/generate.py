@@ -80,6 +80,7 @@ def _paired(options: Options, folder: Path, name: str, dtype: Any, batch: int) -
 def _megalm(folder: Path, dtype: Any, batch: int) -> Callable[[Any, int], float]:
     from megalm.convert.huggingface.read import HfSource
     from megalm.generate.engine import Engine
+    from megalm.generate.one_row import lay_out_for_one_row
     from megalm.generate.requests import GenerateRequest, Sampling
     from megalm.generate.units import make_unit
     from megalm.mesh.groups import ParallelContext
@@ -90,6 +91,8 @@ def _megalm(folder: Path, dtype: Any, batch: int) -> Callable[[Any, int], float]
     model = build_full_model(source.info.model, words, dtype=dtype).eval()
     for tensor in model.tensors():
         tensor.tensor.data.copy_(source.read(tensor.name))
+    if batch == 1:
+        lay_out_for_one_row(model)
     engine = Engine(model, ParallelContext.single(), words=words, batch_size=batch)
     greedy, tokenizer = Sampling(temperature=0.0), _tokenizer()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megalm.config.arguments import expand_home
-from megalm.config.job import Job, Rule
+from megalm.config.job import Job, Rule, needs
 from megalm.config.search_path import SearchPath
 from megalm.config.violation import Fix, Violation, close_matches, spoken_list
 
@@ -46,4 +46,21 @@ def tasks_are_for_decoders(job: Job) -> Iterator[Violation]:
         )
 
 
-RULES: tuple[Rule, ...] = (tasks_are_known, one_file_per_task, tasks_are_for_decoders)
+@needs("engine.zero_stage")
+def tasks_need_whole_parameters(job: Job) -> Iterator[Violation]:
+    """ZeRO stage 3 splits each parameter over the replicas, and a question needs it whole."""
+    if job.config.evaluate.tasks is not None and job.config.engine.zero_stage == 3:
+        yield Violation(
+            "evaluate.tasks",
+            list(job.config.evaluate.tasks),
+            "engine.zero_stage=3 holds no parameter whole between steps; megalm evaluate asks a checkpoint of the run",
+            fixes=(Fix("evaluate.tasks", (None,)), Fix("engine.zero_stage", (2, 1))),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    tasks_are_known,
+    one_file_per_task,
+    tasks_are_for_decoders,
+    tasks_need_whole_parameters,
+)

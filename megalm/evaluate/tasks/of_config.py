@@ -6,8 +6,11 @@ from pathlib import Path
 
 from megalm.config.arguments import expand_home
 from megalm.config.schema import Config
+from megalm.data.shards.dataset import open_datasets, tokenizer_of
+from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.evaluate.tasks.data import HF
 from megalm.evaluate.tasks.load import Changes, LoadedTask, load_tasks
+from megalm.evaluate.tasks.requests import PreparedTask, prepare_tasks
 from megalm.evaluate.tasks.task_file import read_task
 
 
@@ -22,6 +25,23 @@ def tasks_of_config(config: Config) -> list[LoadedTask]:
     changes = Changes(examples=section.examples, limit=section.limit)
     names, data = section.tasks or (), section.data or ()
     return load_tasks(names, data, changes, asked_by="evaluate.tasks", data_by="evaluate.data")
+
+
+def prepared_of_config(config: Config, tokenizer: Tokenizer | None = None) -> list[PreparedTask]:
+    """The same, as requests for the model of the config; none: it names no tasks.
+
+    Args:
+        config: of a run.
+        tokenizer: of its data; None: read from there.
+
+    Raises:
+        ConfigError, DataError: as :func:`tasks_of_config`; and items that do not fit the model's sequences.
+    """
+    loaded = tasks_of_config(config)
+    if not loaded:
+        return []
+    tokenizer = tokenizer or tokenizer_of(open_datasets(config.data))
+    return prepare_tasks(loaded, tokenizer, config.model.sequence_length)
 
 
 def check_tasks(config: Config) -> str | None:

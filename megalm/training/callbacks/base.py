@@ -150,6 +150,35 @@ class ValidationMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskMetrics:
+    """One evaluation on the tasks of ``evaluate.tasks``, after ``step`` steps.
+
+    Attributes:
+        step: steps taken since the start of the run.
+        samples: sequences trained on since the start of the run.
+        tokens: tokens trained on since the start of the run.
+        scores: by ``TASK/METRIC``, and the ends of its 95 % interval by ``TASK/METRIC_low`` and ``…_high``.
+        headlines: each task that was asked, with the name of its first metric.
+        seconds: time that training stood still for it.
+        error: why some tasks were not asked, or have no result; None: all have.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    scores: Mapping[str, float]
+    headlines: tuple[tuple[str, str], ...]
+    seconds: float
+    error: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """The fields of ``metrics.jsonl``."""
+        place = {"step": self.step, "samples": self.samples, "tokens": self.tokens}
+        failed = {} if self.error is None else {"tasks_error": self.error}
+        return {**place, **self.scores, "tasks_seconds": self.seconds, **failed}
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointMetrics:
     """One checkpoint that is complete.
 
@@ -205,6 +234,9 @@ class Callback:
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """After each validation."""
 
+    def on_tasks(self, metrics: TaskMetrics) -> None:
+        """After each evaluation on tasks."""
+
     def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """After a checkpoint is complete."""
 
@@ -237,6 +269,10 @@ class CallbackList(Callback):
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """Pass on to every callback."""
         self._call("on_validation", metrics)
+
+    def on_tasks(self, metrics: TaskMetrics) -> None:
+        """Pass on to every callback."""
+        self._call("on_tasks", metrics)
 
     def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Pass on to every callback."""

@@ -18,6 +18,7 @@ from megalm.training.callbacks.base import (
     Outcome,
     RunContext,
     StepMetrics,
+    TaskMetrics,
     ValidationMetrics,
 )
 from megalm.training.callbacks.words import (
@@ -29,6 +30,7 @@ from megalm.training.callbacks.words import (
     short_step_summary,
     step_line,
     step_summary,
+    task_lines,
     validation_line,
 )
 
@@ -88,6 +90,11 @@ class ConsoleLog(Callback):
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """Print a line, above the bar."""
         self._print(validation_line(metrics, self._total_steps), style="bold")
+
+    def on_tasks(self, metrics: TaskMetrics) -> None:
+        """Print lines, above the bar."""
+        for line in task_lines(metrics, self._total_steps):
+            self._print(line, style="bold")
 
     def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Print a line, above the bar."""

@@ -18,6 +18,7 @@ from megalm.training.callbacks.base import (
     Outcome,
     RunContext,
     StepMetrics,
+    TaskMetrics,
     ValidationMetrics,
     warn,
 )
@@ -26,7 +27,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class MetricsJsonl(Callback):
-    """Appends a row for every start of the run, step, validation and checkpoint.
+    """Appends a row for every start of the run, step, validation, evaluation on tasks and checkpoint.
 
     A resumed run first drops the rows beyond the restored step: those steps are about to be taken again. A row is
     handed to the operating system at once, and forced to disk before each checkpoint is reported and at the end. Rows
@@ -59,6 +60,10 @@ class MetricsJsonl(Callback):
         self._append(metrics.row())
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
+        """Append a row."""
+        self._append(metrics.row())
+
+    def on_tasks(self, metrics: TaskMetrics) -> None:
         """Append a row."""
         self._append(metrics.row())
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalm.runs.folder import TENSORBOARD_FOLDER
-from megalm.training.callbacks.base import Callback, CheckpointMetrics, RunContext, StepMetrics, ValidationMetrics
+from megalm.training.callbacks.base import (
+    Callback,
+    CheckpointMetrics,
+    RunContext,
+    StepMetrics,
+    TaskMetrics,
+    ValidationMetrics,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -15,7 +24,10 @@ _FLUSH_SECONDS = 30
 
 
 class TensorBoardLog(Callback):
-    """Writes every row, under ``train/`` or ``validation/``, against the step; its writer has a thread of its own."""
+    """Writes every row, under ``train/``, ``validation/`` or ``tasks/``, against the step.
+
+    Its writer has a thread of its own.
+    """
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
@@ -38,6 +50,10 @@ class TensorBoardLog(Callback):
         """Write the row."""
         self._write("validation", metrics.row())
 
+    def on_tasks(self, metrics: TaskMetrics) -> None:
+        """Write the row's numbers."""
+        self._write("tasks", {"step": metrics.step, **metrics.scores})
+
     def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Write the row's numbers."""
         row = asdict(metrics)
@@ -56,3 +72,18 @@ class TensorBoardLog(Callback):
         for name, value in row.items():
             if value is not None:
                 self._writer.add_scalar(f"{group}/{name.removeprefix('val_')}", value, step)
+
+
+def write_scalars(run_dir: Path, scalars: Mapping[str, float], step: int) -> None:
+    """Add numbers to the event files of a run that is not training.
+
+    Args:
+        run_dir: folder of the run.
+        scalars: by their names.
+        step: that they are of.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run_dir / TENSORBOARD_FOLDER)) as writer:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 from urllib.parse import urlparse
 
 from megalm.config.parse import config_to_dict
+from megalm.config.schema import Config
 from megalm.runs.folder import WANDB_ID_FILE
 from megalm.training.callbacks.base import (
     Callback,
@@ -27,6 +28,7 @@ from megalm.training.callbacks.base import (
     Outcome,
     RunContext,
     StepMetrics,
+    TaskMetrics,
     ValidationMetrics,
     describe_error,
     warn,
@@ -64,10 +66,14 @@ class WandbLog(Callback):
     def on_start(self, context: RunContext) -> None:
         """Start the thread, which starts the W&B run."""
         self._step = context.start_step
+        self.start(context.config, context.run_dir)
+
+    def start(self, config: Config, run_dir: Path) -> None:
+        """Start or continue the W&B run of a folder, without waiting for it."""
         if self._mode == "disabled":
             return
-        run_id = stored_run_id(context.run_dir)
-        self._thread = threading.Thread(target=self._send_all, args=(context, run_id), name="wandb", daemon=True)
+        arguments = (config, run_dir, stored_run_id(run_dir))
+        self._thread = threading.Thread(target=self._send_all, args=arguments, name="wandb", daemon=True)
         self._thread.start()
 
     def on_step(self, metrics: StepMetrics) -> None:
@@ -78,6 +84,19 @@ class WandbLog(Callback):
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """Queue the row."""
         self._put(metrics.row())
+
+    def on_tasks(self, metrics: TaskMetrics) -> None:
+        """Queue the row's numbers."""
+        self._put({"step": metrics.step, **metrics.scores, "tasks/step": metrics.step})
+
+    def on_evaluation(self, row: Mapping[str, float], step: int) -> None:
+        """Queue results of a checkpoint, which may be behind what W&B has of the run: their own axis is ``tasks/step``.
+
+        Args:
+            row: as :attr:`TaskMetrics.scores`.
+            step: of the checkpoint.
+        """
+        self._put({**row, "tasks/step": step})
 
     def on_checkpoint(self, metrics: CheckpointMetrics) -> None:
         """Queue the row's numbers, beside those of the step that training has reached: W&B's steps never go back."""
@@ -106,12 +125,12 @@ class WandbLog(Callback):
         except queue.Full:
             self._warn("it is too slow and misses rows; metrics.jsonl has them all")
 
-    def _send_all(self, context: RunContext, run_id: str) -> None:
+    def _send_all(self, config: Config, run_dir: Path, run_id: str) -> None:
         """Body of the thread: start the W&B run, send rows until closed, finish."""
         try:
-            run = _start_run(context, run_id, self._mode)
+            run = _start_run(config, run_dir, run_id, self._mode)
             while (row := self._next_row()) is not None:
-                run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
+                run.log({key: value for key, value in row.items() if value is not None}, step=row.get("step"))
             run.finish(exit_code=self._exit_code)
         except Exception as error:
             self._warn(f"it is off for this run, which goes on without it ({describe_error(error)})")
@@ -165,7 +184,7 @@ def _has_api_key(environment: Mapping[str, str]) -> bool:
         return False
 
 
-def _start_run(context: RunContext, run_id: str, mode: str) -> Any:
+def _start_run(config: Config, run_dir: Path, run_id: str, mode: str) -> Any:
     """A W&B run that writes nothing to the terminal, uploads no code and measures no system."""
     import wandb
 
@@ -182,18 +201,18 @@ def _start_run(context: RunContext, run_id: str, mode: str) -> Any:
         x_disable_stats=True,
         x_disable_machine_info=True,
     )
-    names = context.config.logging
+    names = config.logging
     return wandb.init(
         project=names.wandb_project,
         entity=names.wandb_entity,
         group=names.wandb_group,
         tags=names.wandb_tags,
         notes=names.wandb_notes,
-        name=context.config.run.name,
+        name=config.run.name,
         id=run_id,
         resume="allow",
         mode=cast("Literal['online', 'offline']", mode),
-        dir=context.run_dir,
-        config=config_to_dict(context.config),
+        dir=run_dir,
+        config=config_to_dict(config),
         settings=settings,
     )

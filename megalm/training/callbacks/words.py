@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 
 from megalm.data.stream.batch_size import BatchSize
-from megalm.training.callbacks.base import CheckpointMetrics, Outcome, RunContext, StepMetrics, ValidationMetrics
+from megalm.training.callbacks.base import (
+    CheckpointMetrics,
+    Outcome,
+    RunContext,
+    StepMetrics,
+    TaskMetrics,
+    ValidationMetrics,
+)
 
 
 def banner(context: RunContext) -> list[str]:
@@ -68,6 +75,19 @@ def validation_line(metrics: ValidationMetrics, total_steps: int) -> str:
     if accuracy is not None:
         parts.append(f"accuracy {accuracy:.1%}")
     return "  ".join(parts)
+
+
+def task_lines(metrics: TaskMetrics, total_steps: int) -> list[str]:
+    """The headline of each task, and what went wrong."""
+    step = _step(metrics.step, total_steps)
+    lines = []
+    for task, metric in metrics.headlines:
+        value, low, high = (metrics.scores[f"{task}/{metric}{end}"] for end in ("", "_low", "_high"))
+        interval = f"{format_number(low, '.4g')} to {format_number(high, '.4g')}"
+        lines.append(f"{step}  task {task}: {metric} {format_number(value, '.4g')} ({interval})")
+    if metrics.error is not None:
+        lines.append(f"{step}  tasks: {metrics.error}; training goes on")
+    return lines
 
 
 def _loss(metrics: StepMetrics) -> str:

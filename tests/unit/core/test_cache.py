@@ -39,13 +39,13 @@ def test_cached_steps_equal_whole_sequences(fields: dict[str, Any], dtype: torch
     model = _model(**fields).to(dtype)
     tokens = torch.randint(WORDS, (3, 30), generator=torch.Generator().manual_seed(1))
     cache, longest = KeyValueCache(3, 30), max(LENGTHS)
-    model.through(tokens[:, :longest], None, Place(torch.arange(longest), memory=Prefill(cache, 0, LENGTHS)))
+    model.through(0, tokens[:, :longest], None, Place(torch.arange(longest), memory=Prefill(cache, 0, LENGTHS)))
     positions = list(LENGTHS)
     for _ in range(STEPS):
         newest = torch.stack([tokens[row, at] for row, at in enumerate(positions)])[:, None]
         memory = Decode(cache, positions, torch.device("cpu"))
         place = Place(torch.tensor(positions)[:, None], memory=memory)
-        logits = model.logits(model.through(newest, None, place))[:, 0]
+        logits = model.logits(model.through(0, newest, None, place))[:, 0]
         for row, at in enumerate(positions):
             whole = model(tokens[row : row + 1, : at + 1])[0, -1]
             assert (logits[row] - whole).abs().max() < bound
@@ -56,9 +56,8 @@ def test_cached_steps_equal_whole_sequences(fields: dict[str, Any], dtype: torch
 def test_a_window_bounds_what_is_kept_and_heads_are_kept_grouped() -> None:
     model = _model(attention_windows=(4,), num_kv_heads=1)
     cache = KeyValueCache(2, 32)
-    model.through(
-        torch.zeros(2, 20, dtype=torch.int64), None, Place(torch.arange(20), memory=Prefill(cache, 0, (20, 9)))
-    )
+    place = Place(torch.arange(20), memory=Prefill(cache, 0, (20, 9)))
+    model.through(0, torch.zeros(2, 20, dtype=torch.int64), None, place)
     keys_and_values, rows, kv_heads, places, head, layers, size = 2, 2, 1, 4, 8, 3, 4
     assert cache.nbytes == keys_and_values * rows * kv_heads * places * head * layers * size
 

@@ -144,7 +144,7 @@ def test_wandb_gets_the_names_of_the_config(monkeypatch, make_context):
     asked = {}
     monkeypatch.setattr(wandb, "setup", lambda **_: None)
     monkeypatch.setattr(wandb, "init", lambda **given: asked.update(given))
-    module._start_run(context, "id12", "offline")
+    module._start_run(context.config, context.run_dir, "id12", "offline")
     expected = {"project": "p", "entity": "team", "group": "a sweep", "tags": ("a", "b c"), "notes": "it's 1"}
     assert {name: asked[name] for name in expected} == expected
     assert asked["config"]["logging"]["wandb_tags"] == ["a", "b c"]
