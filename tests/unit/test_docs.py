@@ -38,6 +38,7 @@ TRUE_NOW = [page for page in PAGES if page.name not in (*MADE_OF_CODE, "CHANGELO
 """Pages written by hand that speak of the present and of this checkout, not of a user's files."""
 WRITTEN_BY_RUNS = {
     *(
+        "tasks/step",
         "config.yaml",
         "attempts/",
         "attempts/N.yaml",
@@ -49,7 +50,7 @@ WRITTEN_BY_RUNS = {
         "train/",
         "val/",
         "results/",
-    )
+    ),
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 THEORY = [
