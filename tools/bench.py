@@ -2,7 +2,8 @@
 """Measure megalm's speed and memory on this machine, each figure beside its target.
 
     tools/bench.py cpu                 one process against Hugging Face's GPT-2 (pip install 'megalm[bench]')
-    tools/bench.py generate            greedy generation against Hugging Face's, with its cache (the same)
+    tools/bench.py generate            greedy generation against Hugging Face's, with its cache (the same), evaluation
+                                       against lm-eval's hf (pip install 'megalm[harness]'), memory of a rank at tp2
     tools/bench.py pipeline            bubbles of every schedule, and DeepSpeed's PipelineEngine on the same stages
     tools/bench.py memory              activations that a layer keeps, against Korthikanti et al. 2022
     tools/bench.py norm                the gradient norm of up to a billion elements (4 GB): error and cost

@@ -73,6 +73,20 @@ class CheckpointReader:
         """
         return self.read_flat(name, kind, shard, 0, shard.local_numel).view(shard.local_shape)
 
+    def read_into(self, local: Tensor, name: str, kind: str, shard: ShardSpec) -> None:
+        """Fill the local tensor that ``shard`` describes, in whatever dtype; no copy of it is made on the way.
+
+        Raises:
+            CheckpointError: as for :meth:`read_local`.
+        """
+        record = self._record(name, kind, shard)
+        full = None if shard.is_whole else self._whole(record, kind)
+        if full is not None:
+            local.zero_()
+            shard.take_into(local, full)
+        else:
+            local.copy_(self.read_local(name, kind, shard))
+
     def read_flat(self, name: str, kind: str, shard: ShardSpec, flat_start: int, length: int) -> Tensor:
         """``length`` elements from ``flat_start`` on of the flattened local tensor that ``shard`` describes.
 
@@ -85,16 +99,25 @@ class CheckpointReader:
             return self._from_same_slice(name, kind, same, flat_start, length)
         if hole := record.holes(kind):
             raise CheckpointError(f"{self.path}: {name}: {kind} is incomplete: {hole}")
-        full = torch.empty(record.shape)
-        wanted = _extent(shard, flat_start, length)
-        for source, pieces in slices.items():
-            for piece in pieces:
-                if _overlap(wanted, _extent(source, piece.flat_start, piece.length)):
-                    values = self._read(piece)
-                    for rows in source.runs(piece.flat_start, piece.length):
-                        rows.of_full(full.view(-1)).copy_(rows.of_local(values))
+        full = self._whole(record, kind)
+        if full is None:
+            full = torch.empty(record.shape)
+            wanted = _extent(shard, flat_start, length)
+            for source, pieces in slices.items():
+                for piece in pieces:
+                    if _overlap(wanted, _extent(source, piece.flat_start, piece.length)):
+                        values = self._read(piece)
+                        for rows in source.runs(piece.flat_start, piece.length):
+                            rows.of_full(full.view(-1)).copy_(rows.of_local(values))
         local = shard.take(full) if shard.is_sharded else full
         return local.view(-1)[flat_start : flat_start + length]
+
+    def _whole(self, record: TensorRecord, kind: str) -> Tensor | None:
+        """A full tensor as it lies in a file, where one piece is all of it; not to be written to."""
+        for source, pieces in record.of_kind(kind).items():
+            if source.is_whole and len(pieces) == 1:
+                return self._read(pieces[0]).view(record.shape)
+        return None
 
     def _from_same_slice(self, name: str, kind: str, pieces: list[Piece], flat_start: int, length: int) -> Tensor:
         """A run of the very slice that these are runs of, in order."""

@@ -116,6 +116,16 @@ class ShardSpec:
         """Whether any dim is cut; a cut that keeps everything, as on one rank, counts."""
         return bool(self.cuts)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the local tensor is the full one: each cut keeps everything, in order, without padding."""
+        return all(
+            not cut.padding
+            and [stop for _, stop in cut.ranges][-1:] == [self.full_shape[cut.dim]]
+            and [start for start, _ in cut.ranges] == [0, *(stop for _, stop in cut.ranges[:-1])]
+            for cut in self.cuts
+        )
+
     @cached_property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of the tensor that the rank allocates (padding included)."""
@@ -143,12 +153,16 @@ class ShardSpec:
 
     def take(self, full: Tensor) -> Tensor:
         """The local tensor cut from a full one, ``full_shape`` ▶ ``local_shape``; always a new, contiguous tensor."""
+        local = full.new_zeros(self.local_shape)
+        self.take_into(local, full)
+        return local
+
+    def take_into(self, local: Tensor, full: Tensor) -> None:
+        """Write the slice of a full tensor into a local one, whose padding stays as it is."""
         if tuple(full.shape) != self.full_shape:
             raise ValueError(f"full tensor has shape {tuple(full.shape)}, expected {self.full_shape}")
-        local = full.new_zeros(self.local_shape)
         for source, target in self.blocks():
             local[target] = full[source]
-        return local
 
     def put(self, local: Tensor, full: Tensor) -> None:
         """Write a local tensor to its place in a full one, dropping padding; the inverse of :meth:`take`."""

@@ -110,7 +110,7 @@ def load_weights(model: Transformer, checkpoint: Path) -> None:
     reader.check_parameters({t.name: t.shard.full_shape for t in tensors}, whole_model=whole)
     with torch.no_grad():
         for t in tensors:
-            t.tensor.copy_(reader.read_local(t.name, BUFFER if t.record.is_buffer else WEIGHT, t.shard))
+            reader.read_into(t.tensor, t.name, BUFFER if t.record.is_buffer else WEIGHT, t.shard)
 
 
 def device_of_one_process(name: str) -> torch.device:

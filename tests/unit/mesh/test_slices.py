@@ -118,3 +118,15 @@ def test_padded_ranges_are_equally_long_and_cover_all(size: int, degree: int) ->
     ranges = [padded_range(size, rank, degree) for rank in range(degree)]
     assert len({stop - start + padding for (start, stop), padding in ranges}) == 1
     assert [i for (start, stop), _ in ranges for i in range(start, stop)] == list(range(size))
+
+
+@given(slices())
+def test_a_whole_slice_is_the_full_tensor(shard: ShardSpec) -> None:
+    full = numbered(shard.full_shape)
+    assert shard.is_whole == torch.equal(shard.take(full), full)
+
+
+def test_a_fused_weight_on_one_rank_is_whole() -> None:
+    assert ShardSpec((6, 2), (Cut(0, ((0, 2), (2, 4), (4, 6))),)).is_whole
+    assert not ShardSpec((6, 2), (Cut(0, ((2, 4), (0, 2), (4, 6))),)).is_whole
+    assert not ShardSpec((6, 2), (Cut(0, ((0, 6),), 1),)).is_whole
