@@ -159,3 +159,18 @@ def test_srun_starts_ranks_of_another_job(
     assert output.splitlines()[-1] == f"exit code {code}", output
     written = sorted(path.name for path in tmp_path.glob("sum-*"))
     assert written == ([f"sum-{rank}" for rank in range(4)] if outcome == "done" else [])
+
+
+def test_srun_generates_what_one_process_does(
+    cluster: SlurmCluster, short_runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = str(short_runs[0])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "def "}\n{"prompt": "return"}\n{"prompt": ""}\n')
+    ranks = ["srun", "--nodes=2", "--ntasks-per-node=2", "--export=ALL"]
+    files = ["--input", "prompts.jsonl", "--max-new-tokens", "8"]
+    said = ""
+    for launcher, output, layout in (([], "alone", []), (ranks, "split", ["parallel.tp=2"])):
+        command = [*launcher, sys.executable, "-m", "megalm", "generate", run, *files, "--output", output, *layout]
+        said = cluster.run("sh", "-c", f"{shlex.join(command)} 2>&1", cwd=tmp_path)
+    assert (tmp_path / "split").read_text() == (tmp_path / "alone").read_text(), said
+    assert said.count("3 prompts") == 1, "rank 0 alone speaks"
