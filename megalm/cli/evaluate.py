@@ -123,7 +123,7 @@ def read(arguments: Sequence[str], world_size: int | None) -> Evaluate:
     if problems:
         raise ConfigError(problems)
     if world_size is None:
-        tell_unused("evaluate", overrides)
+        tell_unused("evaluate --task memorisation" if memorisation is not None else "evaluate", overrides)
     text = None if options.text is None else RawText.read(Path(options.text))
     found, *others = [find_model(run, overrides, world_size) for run in runs]
     if loaded or text is not None:

@@ -120,18 +120,22 @@ class MemorisationJob:
 def _case_lines(number: int, case: dict[str, Any], show: Sequence[str]) -> Iterator[str]:
     """One of the worst cases for people; ``show`` is the command that shows documents of the run."""
     shortest = next(length for length, verbatim in case["verbatim"].items() if verbatim)
-    yield f"worst {number}: read {case['times']:,} times, given word for word after {shortest} tokens"
+    yield f"worst {number}: read {_times(case['times'])}, given word for word after {shortest} tokens"
     yield f"  prompt        {_shown(case['prompt'])}"
     yield f"  continuation  {_shown(case['continuation'])}"
     sources = [source for source in case["sources"] if source["times"]]
     for source in sources[:_SHOWN]:
         where = f"{source['dataset']} {source['shard']}, from its token {source['first']:,} on"
-        yield f"  document      {source['document']} ({where}), read {source['times']:,} times"
-    if case["copies"] > _SHOWN:
-        yield f"                and {case['copies'] - _SHOWN:,} more places; the file names {len(sources):,}"
+        yield f"  document      {source['document']} ({where}), read {_times(source['times'])}"
+    if (more := case["copies"] - len(sources[:_SHOWN])) > 0:
+        yield f"                and {more:,} more places; the file names {len(case['sources']):,}"
     steps = ", ".join(f"{step:,}" for step in case["steps"][:_SHOWN])
     yield f"  steps         {steps}{' and more' if len(case['steps']) > _SHOWN or case['more_steps'] else ''}"
     yield f"  trace         {shlex.join([*show, '--document', sources[0]['document']])}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
 
 
 def _shown(text: str) -> str:

@@ -88,11 +88,15 @@ class Drawn:
     kept: Candidates = field(default_factory=Candidates.none)
 
     def add(self, more: Candidates) -> None:
-        """Keep more passages, as many as there is room for."""
-        self.kept = self.kept.with_more(more)
+        """Keep more passages, as many as there is room for; of those that were let go, no later copy comes back."""
+        self.kept = self._below_the_bound(self.kept.with_more(more))
         while self.kept.hashes.size > MOST_KEPT:
             self.share /= 2
-            self.kept = self.kept.where(self.kept.hashes < np.uint64(int(2**64 * self.share)))
+            self.kept = self._below_the_bound(self.kept)
+
+    def _below_the_bound(self, candidates: Candidates) -> Candidates:
+        """Those whose hashes are in the share of all hashes that is kept."""
+        return candidates.where(candidates.hashes <= np.uint64(int(2**64 * self.share) - 1))
 
     def counts(self) -> dict[str, int | float]:
         """As a result's record has it."""

@@ -74,7 +74,7 @@ def read_task(name: str, *, asked_by: str = "--task", search_path: SearchPath | 
     found = read_fields(name, asked_by=asked_by, search_path=search_path)
     if found.is_memorisation:
         wrong = "asks a trained model for what the run has read until then"
-        right = f"megalm evaluate RUN --task {name}, when there is a checkpoint"
+        right = f"megalm evaluate RUN --task {name}, after training"
         raise ConfigError(str(Violation(asked_by, name, wrong, right)))
     return _Reader(found.values, found.places).task(found.name)
 
