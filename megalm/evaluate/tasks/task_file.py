@@ -81,7 +81,10 @@ def read_task(name: str, *, asked_by: str = "--task", search_path: SearchPath | 
 
 def _file_of(name: str, asked_by: str, search_path: SearchPath) -> Path:
     if name.endswith(_SUFFIXES):
-        path = Path(expand_home(name))
+        try:
+            path = Path(expand_home(name))
+        except ValueError as error:
+            raise ConfigError(str(Violation(asked_by, name, str(error), "a task file, or a task's name"))) from None
         if path.is_file():
             return path
         raise ConfigError(str(Violation(asked_by, name, "there is no such file", "a task file, or a task's name")))

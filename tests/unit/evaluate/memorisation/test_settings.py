@@ -80,6 +80,11 @@ def test_where_other_tasks_are_asked_it_is_refused() -> None:
     )
 
 
+def test_a_home_folder_that_is_not_there_is_a_line() -> None:
+    with pytest.raises(ConfigError, match=r"^--task=~nobody-here/x\.yaml: there is no home folder of 'nobody-here'"):
+        read_fields("~nobody-here/x.yaml")
+
+
 def test_the_docs_name_every_field() -> None:
     page = DOCS.read_text(encoding="utf-8")
     section = page[page.index("## Memorisation") :]
