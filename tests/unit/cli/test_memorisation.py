@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import megalm
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.store import locate
 from megalm.cli.main import main
 from megalm.config.compose import load_run_config
+from megalm.data.shards.tokens import SplitTokens
 from megalm.data.stream.phases import order_of
 from megalm.runs.ledger import corpora_of_run
 
@@ -44,35 +46,67 @@ def record_of(capsys: pytest.CaptureFixture, *arguments: str | Path) -> tuple[di
     return record, [json.loads(row) for row in rows]
 
 
+def times_by_hand(run: Path, rows: list[dict[str, Any]], samples: int, tokens: int) -> list[int]:
+    """How often the first samples of a run read the passages of some rows, from every sequence that was taken."""
+    config = load_run_config(run)
+    corpora = corpora_of_run(config, run)
+    read = Counter(order_of(corpora, config.data, config.run.seed)(np.arange(samples))[2].tolist())
+    index = corpora.shards[0].index
+    text = SplitTokens(corpora.shards[0].store).at(0, index.tokens).tolist()
+    starts = {document["name"]: document["start"] for document in _documents(config)}
+    found = []
+    for row in rows:
+        start = starts[row["sources"][0]["document"]] + row["sources"][0]["first"]
+        passage = text[start : start + tokens]
+        places = [at for at in range(len(text) - tokens + 1) if text[at : at + tokens] == passage]
+        held_by = [{(at + offset) // 32 for offset in range(tokens - 1)} for at in places]
+        found.append(sum(min(read[sequence] for sequence in each) for each in held_by))
+    return found
+
+
 def test_a_run_is_asked_for_what_it_read_until_its_checkpoint(
     short_runs: tuple[Path, Path], capsys: pytest.CaptureFixture
 ) -> None:
     run = short_runs[0]
     record, rows = record_of(capsys, run, "--task", "mine.yaml")
-    config = load_run_config(run)
-    corpora = corpora_of_run(config, run)
-    samples = record["samples_read"]
-    assert samples == read_manifest(locate(run).path).data["consumed_samples"] == 32
-    read = Counter(order_of(corpora, config.data, config.run.seed)(np.arange(samples))[2].tolist())
-    index = corpora.shards[0].index
-    text = np.concatenate([corpora.shards[0]._chunks.chunk(n).tokens[:-1] for n in range(index.num_chunks)])
-    text = text[: index.tokens].tolist()
-    tokens = record["definition"]["prompt_tokens"][-1] + record["definition"]["continuation_tokens"]
-    starts = {document["name"]: document["start"] for document in _documents(run, config)}
-    for row in (row for row in rows if row["group"] not in ("held out",) and row["copies"] < 100):
-        source = row["sources"][0]
-        start = starts[source["document"]] + source["first"]
-        passage = text[start : start + tokens]
-        places = [at for at in range(len(text) - tokens + 1) if text[at : at + tokens] == passage]
-        held_by = [{(at + offset) // 32 for offset in range(tokens - 1)} for at in places]
-        assert row["times"] == sum(min(read[sequence] for sequence in each) for each in held_by)
-    groups = Counter(row["group"] for row in rows)
-    assert record["groups"] == groups and {"held out", "not read yet", "1"} <= set(groups)
+    assert record["samples_read"] == read_manifest(locate(run).path).data["consumed_samples"] == 32
+    trained = [row for row in rows if row["group"] != "held out"]
+    assert [row["times"] for row in trained] == times_by_hand(run, trained, 32, 10)
+    assert record["groups"] == Counter(row["group"] for row in rows)
+    assert {"held out", "not read yet", "1"} <= set(record["groups"])
     assert record["drawn"]["training"]["too_short"] > 0
     assert record["metrics"]["verbatim/1/6"]["low"] <= record["metrics"]["verbatim/1/6"]["value"]
 
 
-def _documents(run: Path, config: Any) -> list[dict[str, Any]]:
+def test_an_earlier_checkpoint_has_read_less_than_the_run(
+    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    overrides = [
+        *("experiment=quickstart", f"data.path={tiny_dataset}", f"run.dir={tmp_path}", "run.name=two"),
+        *("parallel=single", "engine.dtype=fp32", "model.num_layers=1", "model.hidden_size=16", "model.num_heads=2"),
+        *("model.sequence_length=32", "train.steps=60", "checkpoint.every=20", "checkpoint.keep_last=0"),
+        *(
+            "optim.warmup_tokens=0",
+            "report.prompt=null",
+            "report.plot=false",
+            "logging.tensorboard=false",
+            "logging.wandb=disabled",
+        ),
+    ]
+    run = megalm.train(megalm.compose(overrides)).folder
+    capsys.readouterr()
+    times = {}
+    for step in (20, 60):
+        record, rows = record_of(capsys, run / "checkpoints" / f"step-{step:08d}", "--task", "mine.yaml")
+        assert record["samples_read"] == 8 * step
+        trained = [row for row in rows if row["group"] != "held out"]
+        times[step] = [row["times"] for row in trained]
+        assert times[step] == times_by_hand(run, trained, 8 * step, 10)
+        assert all(reading <= step for case in record["worst"] for reading in case["steps"])
+    assert max(times[20]) < max(times[60])
+
+
+def _documents(config: Any) -> list[dict[str, Any]]:
     folder = Path(config.data.path[0]) / "train"
     files = sorted(folder.glob("*.documents.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
