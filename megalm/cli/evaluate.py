@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.cli.command import add_run, parse, tell_unused
+from megalm.cli.memorisation import MemorisationJob
 from megalm.cli.table import COMMANDS
 from megalm.cli.task_options import add_task_options, tasks_of_options
 from megalm.cli.task_results import show_comparison, show_results
@@ -48,6 +49,7 @@ class Evaluate:
         overrides: of the command line, but for a second run.
         tasks: that the model is asked; none: it is evaluated on text.
         text: whose perplexity is asked for; None: that of the validation split.
+        memorisation: the task that asks for what the run has read; None: it is not asked.
         other: the model that it is compared with, and the same tasks for its tokenizer; None: there is none.
     """
 
@@ -56,6 +58,7 @@ class Evaluate:
     overrides: Sequence[str]
     tasks: list[PreparedTask]
     text: RawText | None
+    memorisation: MemorisationJob | None
     other: tuple[FoundModel, list[PreparedTask]] | None
 
     @property
@@ -65,6 +68,8 @@ class Evaluate:
 
     def drive(self, model: AskedModel) -> ExitCode:
         """Measure, and show what was found."""
+        if self.memorisation is not None:
+            return self.memorisation.drive(model, self.overrides, as_json=self.options.json)
         if not self.tasks:
             self._perplexity(model)
             return ExitCode.DONE
@@ -119,24 +124,28 @@ def read(arguments: Sequence[str], world_size: int | None) -> Evaluate:
     runs, overrides = _parted(options)
     problems = _contradictions(options, runs, world_size)
     loaded: list[LoadedTask] = []
+    memorisation = None
     try:
-        loaded = tasks_of_options(options)
+        loaded, memorisation = tasks_of_options(options)
     except ConfigError as error:
         problems += error.lines
+    if memorisation is not None and len(runs) == 2:
+        problems.append(f"{' '.join(runs)}: --task={memorisation.name} asks a run for what it has read itself; one run")
     if problems:
         raise ConfigError(problems)
     if world_size is None:
-        tell_unused("evaluate", overrides)
+        tell_unused("evaluate --task memorisation" if memorisation is not None else "evaluate", overrides)
     text = None if options.text is None else RawText.read(Path(options.text))
     found, *others = [find_model(run, overrides, world_size) for run in runs]
     if loaded or text is not None:
         found.check_causal()
-    if not loaded and text is None:
+    if not loaded and text is None and memorisation is None:
         check_split(found)
     if text is not None:
         check_stride(options.stride, found.config.model.sequence_length)
     other = (others[0], _prepared(loaded, others[0])) if others else None
-    return Evaluate(found, options, overrides, _prepared(loaded, found), text, other)
+    job = None if memorisation is None else MemorisationJob.prepare(memorisation, found)
+    return Evaluate(found, options, overrides, _prepared(loaded, found), text, job, other)
 
 
 def _prepared(loaded: list[LoadedTask], found: FoundModel) -> list[PreparedTask]:

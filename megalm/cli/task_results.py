@@ -30,9 +30,9 @@ def show_results(found: Sequence[TaskResult], config: Config, files: Sequence[Pa
     """
     if as_json:
         records = [results.as_json(each, config) for each in found]
-        _print_json({"results": records, "files": [str(file) for file in files]})
+        print_json({"results": records, "files": [str(file) for file in files]})
         return
-    _print_table(results.HEADINGS, results.table(found))
+    print_table(results.HEADINGS, results.table(found))
     for line in (*results.signatures(found), *(note for each in found for note in each.notes())):
         print(line)
     for file in files:
@@ -48,17 +48,19 @@ def show_comparison(names: tuple[str, str], found: Sequence[MetricComparison], *
         as_json: one object ``{"A": ..., "B": ..., "comparison": [...]}`` instead of a table.
     """
     if as_json:
-        _print_json({"A": names[0], "B": names[1], "comparison": [each.as_json() for each in found]})
+        print_json({"A": names[0], "B": names[1], "comparison": [each.as_json() for each in found]})
         return
     print(f"A is {names[0]}, B is {names[1]}")
-    _print_table(compare.HEADINGS, [each.row() for each in found])
+    print_table(compare.HEADINGS, [each.row() for each in found])
 
 
-def _print_json(value: object) -> None:
+def print_json(value: object) -> None:
+    """One JSON object on standard output."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1))
 
 
-def _print_table(headings: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+def print_table(headings: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+    """A table on standard output; its first column is text."""
     columns = [Column(escape(name), justify="left" if number == 0 else "right") for number, name in enumerate(headings)]
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:

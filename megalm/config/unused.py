@@ -141,6 +141,7 @@ _USED_BY = {
     | {"objective", "run.seed", "train.micro_batch_size"}
     | {"data.path", "data.reset_at_documents", "data.cache_dir", "data.cache_gib"}
     | {"logging.tensorboard", "logging.wandb"},
+    "evaluate --task memorisation": _ASKED | {"objective", "run.seed", "data"},
 }
 """Fields and sections of a run's config that a command reads, besides the layout in which it holds the model."""
 

@@ -10,19 +10,25 @@ from megalm.config.job import Job, Rule, needs
 from megalm.config.search_path import SearchPath
 from megalm.config.violation import Fix, Violation, close_matches, spoken_list
 
+_OF_TRAINED_RUNS = ("memorisation",)
+"""Shipped tasks that only ``megalm evaluate`` asks; files that are based on one are refused when they are read."""
+
 
 def tasks_are_known(job: Job) -> Iterator[Violation]:
     """Each task is one of megalm's, one of ``./conf/task``, or a file that is there; none is given twice."""
     names = job.config.evaluate.tasks or ()
-    known = SearchPath.of().tasks() if names else []
+    known = [task for task in SearchPath.of().tasks() if task not in _OF_TRAINED_RUNS] if names else []
     for name in names:
         if name.endswith((".yaml", ".yml")):
             if not Path(expand_home(name)).is_file():
                 yield Violation("evaluate.tasks", name, "there is no such file", "a task file, or a task's name")
-        elif name not in known:
+        elif name not in (*known, *_OF_TRAINED_RUNS):
             close = close_matches(name, known)
             right = f"did you mean {spoken_list(close)}?" if close else f"{spoken_list(known)}, or a file NAME.yaml"
             yield Violation("evaluate.tasks", name, "there is no such task", right)
+        elif name in _OF_TRAINED_RUNS:
+            wrong = "asks a trained model for what the run has read until then"
+            yield Violation("evaluate.tasks", name, wrong, f"megalm evaluate RUN --task {name}, after training")
     if len(set(names)) < len(names):
         yield Violation("evaluate.tasks", list(names), "a task is there twice", "each task once")
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megalm.data.shards.documents import DocumentSpan, documents_of_shard
 from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.order import BlendedOrder
@@ -175,6 +178,49 @@ class Ledger:
             raise DataError(self._no_such_document(name))
         readings = [reading for corpus, document in found for reading in self._readings(corpus, document)]
         return sorted(readings, key=lambda reading: reading.sample)
+
+    def times_read(self, corpus: int, starts: NDArray[np.int64], tokens: int) -> NDArray[np.int64]:
+        """How often the phase so far read all of some passages: as often as the least read of their sequences.
+
+        Args:
+            corpus: number of the dataset.
+            starts: [N], first token of each passage, counted over the split.
+            tokens: of each passage, two or more.
+
+        Returns:
+            [N].
+        """
+        first, last = self.sequences_of(starts, tokens)
+        counts = self._sequences_read(corpus, first)
+        for more in range(1, int((last - first).max(initial=0)) + 1):
+            counts = np.minimum(counts, self._sequences_read(corpus, np.minimum(first + more, last)))
+        return counts
+
+    def sequences_of(self, starts: NDArray[np.int64], tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First and last sequence that passages of so many tokens lie in; a sequence's last label is its own, too."""
+        length = self._corpora.sequence_length
+        return starts // length, (starts + tokens - 2) // length
+
+    def steps_reading(self, corpus: int, token: int) -> list[int]:
+        """The steps on record that read the sequence which begins with or before a token, in order."""
+        length, each = self._corpora.sequence_length, self._corpora.sequences_per_example
+        example, within = divmod(token // length, each)
+        if example >= self._corpora.sizes[corpus]:
+            return []
+        epochs = np.arange(int(self._order.epochs_after((self._end - self._start) // each)[corpus]) + 2)
+        samples = self._order.sample_of(corpus, epochs, example) * each + within + self._start
+        return sorted(
+            self._steps.step_of(sample)
+            for sample in samples.tolist()
+            if self._steps.earlier_samples <= sample < min(self._end, self._steps.samples)
+        )
+
+    def _sequences_read(self, corpus: int, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[N]: how often the phase so far read each of some sequences; a rest that fills no example is never read."""
+        each, examples = self._corpora.sequences_per_example, self._corpora.sizes[corpus]
+        numbers = sequences // each
+        counts = self._order.times_read(corpus, np.minimum(numbers, examples - 1), (self._end - self._start) // each)
+        return np.where(numbers < examples, counts, 0)
 
     def _readings(self, corpus: int, document: DocumentSpan) -> Iterator[Reading]:
         shards = self._corpora.shards[corpus]

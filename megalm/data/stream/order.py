@@ -188,6 +188,20 @@ class BlendedOrder:
         counts = samples_of_each(self.quotas, self.orders[0].lanes, samples)
         return [Fraction(count, order.num_sequences) for count, order in zip(counts, self.orders, strict=True)]
 
+    def times_read(self, corpus: int, sequences: ArrayLike, samples: int) -> _Int:
+        """How often the first ``samples`` samples read each of some sequences of a corpus.
+
+        Epochs that are over are counted, and only in the last one or two is each sequence looked up.
+        """
+        numbers = _integers(sequences)
+        lanes, size = self.orders[corpus].lanes, self.orders[corpus].num_sequences
+        of_lanes = _samples_of_lanes(self.quotas, lanes, samples)[corpus]
+        over, begun = int(of_lanes.min()) * lanes // size, -(-int(of_lanes.max()) * lanes // size)
+        counts = np.full(numbers.shape, over, dtype=np.int64)
+        for epoch in range(over, begun):
+            counts += self.sample_of(corpus, epoch, numbers) < samples
+        return counts
+
     def _split(self, samples: _Int) -> tuple[_Int, _Int]:
         """Sample numbers ▶ (corpus, number among that corpus's samples)."""
         lanes = self.orders[0].lanes
@@ -245,12 +259,20 @@ def samples_of_each(quotas: Sequence[int], lanes: int, samples: int) -> list[int
     """
     if len(quotas) == 1:
         return [samples]
-    before = _Template.of(quotas).before
+    return [int(count) for count in _samples_of_lanes(quotas, lanes, samples).sum(axis=1)]
+
+
+def _samples_of_lanes(quotas: Sequence[int], lanes: int, samples: int) -> _Int:
+    """[corpora, lanes]: how many of the first ``samples`` samples are of each corpus and lane."""
     lane = np.arange(lanes, dtype=np.int64)
+    taken = (samples - lane + lanes - 1) // lanes
+    if len(quotas) == 1:
+        return taken[None]
+    before = _Template.of(quotas).before
     start = lane * PERIOD // lanes
-    period, slot = np.divmod((samples - lane + lanes - 1) // lanes + start, PERIOD)
-    own = period * np.array(quotas, dtype=np.int64)[:, None] + before[:, slot] - before[:, start]
-    return [int(count) for count in own.sum(axis=1)]
+    period, slot = np.divmod(taken + start, PERIOD)
+    own: _Int = period * np.array(quotas, dtype=np.int64)[:, None] + before[:, slot] - before[:, start]
+    return own
 
 
 def quotas_of(weights: Sequence[float]) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ def as_json(result: TaskResult, config: Config) -> dict[str, Any]:
         "definition": result.task.definition(),
         "data_sha256": loaded.data_hash,
         "examples_sha256": loaded.examples_hash,
-        "versions": _versions(),
+        "versions": versions(),
         "config": config_to_dict(config),
     }
 
@@ -125,7 +125,12 @@ def items(result: TaskResult) -> Iterator[dict[str, Any]]:
 
 
 def save_results(run_dir: Path, results: Sequence[TaskResult], config: Config) -> list[Path]:
-    """Write both files of each result into the folder of the run; the ``.json`` last, so that it has its items.
+    """Write both files of each result; see :func:`save_records`."""
+    return save_records(run_dir, [(as_json(result, config), items(result)) for result in results])
+
+
+def save_records(run_dir: Path, records: Iterable[tuple[dict[str, Any], Iterable[dict[str, Any]]]]) -> list[Path]:
+    """Write records and their rows into the folder of the run; the ``.json`` last, so that it has its items.
 
     Returns:
         The ``.json`` files.
@@ -137,11 +142,10 @@ def save_results(run_dir: Path, results: Sequence[TaskResult], config: Config) -
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for result in results:
-            record = as_json(result, config)
+        for record, rows in records:
             path = folder / f"{file_stem(record)}.json"
-            rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in items(result))
-            _write(path.with_suffix(".jsonl"), "".join(f"{row}\n" for row in rows))
+            lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+            _write(path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
             _write(path, json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
             written.append(path)
         flush(folder)
@@ -198,7 +202,8 @@ def finite_or_word(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of megalm, Python and the libraries that a result depends on."""
     found = {"megalm": __version__, "python": platform.python_version()}
     for library in _LIBRARIES:
         try:

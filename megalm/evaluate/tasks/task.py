@@ -10,6 +10,9 @@ GENERATION, MULTIPLE_CHOICE, CLOZE = "generation", "multiple_choice", "cloze"
 KINDS = (GENERATION, MULTIPLE_CHOICE, CLOZE)
 """How the model is asked: to write a text, to choose among texts by their likelihood, or how likely one text is."""
 
+MEMORISATION = "memorisation"
+"""The kind of task whose items are the run's own training text: see :mod:`megalm.evaluate.memorisation.settings`."""
+
 NUMBER, NUMBER_FROM_1, LETTER, TEXT = "number", "number_from_1", "letter", "text"
 ANSWERS = (NUMBER, NUMBER_FROM_1, LETTER, TEXT)
 """How data name the right choice: 0 is the first; 1 is; A is; or by its text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from megalm.config.violation import Violation, close_matches, spoken_list
 from megalm.config.yaml_file import YamlFile, read_yaml, shown_path
 from megalm.errors import ConfigError
 from megalm.evaluate.tasks.metrics.registry import EXTRA, METRICS, metric_kind, missing_library, names_of
-from megalm.evaluate.tasks.task import CLOZE, GENERATION, KINDS, MULTIPLE_CHOICE, MetricChoice, Task
+from megalm.evaluate.tasks.task import CLOZE, GENERATION, KINDS, MEMORISATION, MULTIPLE_CHOICE, MetricChoice, Task
 from megalm.evaluate.tasks.task_values import CHECKS, Wrong
 
 BASE = "base"
@@ -27,8 +27,28 @@ def task_names(search_path: SearchPath | None = None) -> list[str]:
     return (search_path or SearchPath.of()).tasks()
 
 
-def read_task(name: str, *, asked_by: str = "--task", search_path: SearchPath | None = None) -> Task:
-    """A task by its name or its file.
+@dataclass(frozen=True)
+class TaskFields:
+    """A task file as it is read, with those of its base; values are not checked.
+
+    Attributes:
+        name: of the task.
+        values: field ▶ value.
+        places: field ▶ file and line where it is set; empty text ▶ the file.
+    """
+
+    name: str
+    values: Mapping[Any, Any]
+    places: Mapping[str, str]
+
+    @property
+    def is_memorisation(self) -> bool:
+        """Whether its items are the run's own training text, so that it is no :class:`Task`."""
+        return bool(self.values.get("kind") == MEMORISATION)
+
+
+def read_fields(name: str, *, asked_by: str = "--task", search_path: SearchPath | None = None) -> TaskFields:
+    """A task's fields by its name or its file.
 
     Args:
         name: of ``conf/task/NAME.yaml``, or the path of a file that ends with ``.yaml``.
@@ -36,18 +56,35 @@ def read_task(name: str, *, asked_by: str = "--task", search_path: SearchPath | 
         search_path: where names are looked for; None: ``./conf``, then megalm's own.
 
     Raises:
-        ConfigError: there is no such task, or its file is wrong: everything that is, one per line.
+        ConfigError: there is no such task, or its file cannot be read.
     """
     found = search_path or SearchPath.of()
     file = _file_of(name, asked_by, found)
     values, places = _with_base(read_yaml(file), found, (file.resolve(),))
-    places[""] = shown_path(file)
-    return _Reader(values, places).task(file.stem)
+    return TaskFields(file.stem, values, {**places, "": shown_path(file)})
+
+
+def read_task(name: str, *, asked_by: str = "--task", search_path: SearchPath | None = None) -> Task:
+    """A task that has data, by its name or its file; arguments as of :func:`read_fields`.
+
+    Raises:
+        ConfigError: there is no such task, or its file is wrong: everything that is, one per line; or its items are
+            the run's own training text.
+    """
+    found = read_fields(name, asked_by=asked_by, search_path=search_path)
+    if found.is_memorisation:
+        wrong = "asks a trained model for what the run has read until then"
+        right = f"megalm evaluate RUN --task {name}, after training"
+        raise ConfigError(str(Violation(asked_by, name, wrong, right)))
+    return _Reader(found.values, found.places).task(found.name)
 
 
 def _file_of(name: str, asked_by: str, search_path: SearchPath) -> Path:
     if name.endswith(_SUFFIXES):
-        path = Path(expand_home(name))
+        try:
+            path = Path(expand_home(name))
+        except ValueError as error:
+            raise ConfigError(str(Violation(asked_by, name, str(error), "a task file, or a task's name"))) from None
         if path.is_file():
             return path
         raise ConfigError(str(Violation(asked_by, name, "there is no such file", "a task file, or a task's name")))
@@ -114,7 +151,7 @@ class _Reader:
         parsed = {field: self._parsed(field, check) for field, check in CHECKS.items() if field in self._values}
         kind = parsed.get("kind")
         if "kind" not in self._values:
-            self._note("kind", None, "missing", spoken_list(KINDS))
+            self._note("kind", None, "missing", spoken_list((*KINDS, MEMORISATION)))
         elif kind is not None:
             self._fields_of(kind)
             parsed["metrics"] = tuple(self._metrics(kind))

@@ -10,7 +10,7 @@ from megalm.config.support import LARGEST_INT, LARGEST_INT64
 from megalm.config.violation import spoken_list
 from megalm.evaluate.tasks.filters import FILTERS, REGEX
 from megalm.evaluate.tasks.prompts import WHOLE, syntax_problem
-from megalm.evaluate.tasks.task import ANSWERS, KINDS, TOO_LONG, Filter
+from megalm.evaluate.tasks.task import ANSWERS, KINDS, MEMORISATION, TOO_LONG, Filter
 
 
 class Wrong(Exception):  # noqa: N818 - caught below
@@ -21,23 +21,25 @@ class Wrong(Exception):  # noqa: N818 - caught below
         self.wrong, self.right = wrong, right
 
 
-def _text(value: Any) -> str:
+def text_value(value: Any) -> str:
+    """Text."""
     if not isinstance(value, str):
         raise Wrong("not text", "text, in quotes if YAML takes it for something else")
     return value
 
 
-def _filled(value: Any) -> str:
-    if not _text(value).strip():
+def filled_text(value: Any) -> str:
+    """Text that is more than spaces."""
+    if not text_value(value).strip():
         raise Wrong("empty", "text")
-    return _text(value)
+    return text_value(value)
 
 
 def _template(value: Any) -> str:
-    problem = syntax_problem(_text(value))
+    problem = syntax_problem(text_value(value))
     if problem is not None:
         raise Wrong(problem, "text with {{ field }} in it, as Jinja has it")
-    return _text(value)
+    return text_value(value)
 
 
 def _choice(*known: str) -> Callable[[Any], str]:
@@ -49,7 +51,9 @@ def _choice(*known: str) -> Callable[[Any], str]:
     return check
 
 
-def _whole(low: int, high: int) -> Callable[[Any], int]:
+def whole_number(low: int, high: int) -> Callable[[Any], int]:
+    """An integer in a range, both ends included."""
+
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise Wrong("out of range" if type(value) is int else "not an integer", f"an integer, {low} to {high}")
@@ -112,30 +116,30 @@ def _filter(value: Any) -> Filter:
 
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
-    "kind": _choice(*KINDS),
-    "about": _text,
-    "data": _filled,
-    "hf_config": _filled,
-    "hf_split": _filled,
+    "kind": _choice(*KINDS, MEMORISATION),
+    "about": text_value,
+    "data": filled_text,
+    "hf_config": filled_text,
+    "hf_split": filled_text,
     "prompt": _template,
     "target": _template,
-    "references": _filled,
+    "references": filled_text,
     "choices": _choices,
     "answer": _template,
     "answer_is": _choice(*ANSWERS),
-    "unconditional_prompt": _filled,
+    "unconditional_prompt": filled_text,
     "instruction": _template,
-    "separator": _text,
-    "example_separator": _text,
+    "separator": text_value,
+    "example_separator": text_value,
     "settings": _settings,
-    "examples": _whole(0, LARGEST_INT),
-    "examples_data": _filled,
-    "examples_split": _filled,
+    "examples": whole_number(0, LARGEST_INT),
+    "examples_data": filled_text,
+    "examples_split": filled_text,
     "examples_shared": _flag,
-    "seed": _whole(0, LARGEST_INT64),
-    "limit": _whole(1, LARGEST_INT),
+    "seed": whole_number(0, LARGEST_INT64),
+    "limit": whole_number(1, LARGEST_INT),
     "too_long": _choice(*TOO_LONG),
-    "max_new_tokens": _whole(1, LARGEST_INT),
+    "max_new_tokens": whole_number(1, LARGEST_INT),
     "stop": _stops,
     "temperature": _temperature,
     "filters": _filters,

@@ -70,7 +70,7 @@ def test_every_yaml_file_is_an_option() -> None:
     files = {path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*") if path.is_file()}
     tasks = {f"task/{name}.yaml" for name in SearchPath.of().tasks()}  # which are no options of a run
     assert files == {CONFIG_FILE, *(f"{group}/{name}.yaml" for group, name in OPTIONS), *tasks}
-    assert len(tasks) == 6
+    assert len(tasks) == 7
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -388,6 +388,10 @@ def test_tasks_are_refused_with_the_known_ones_before_anything_starts() -> None:
     assert only_line(evaluate__tasks="qa", evaluate__data=["a", "b"]) == (
         'evaluate.data=["a", "b"]: 2 for the 1 of evaluate.tasks; one for each, in their order, or evaluate.data=null'
     )
+    assert only_line(evaluate__tasks="memorisation") == (
+        "evaluate.tasks=memorisation: asks a trained model for what the run has read until then; "
+        "megalm evaluate RUN --task memorisation, after training"
+    )
     encoder = {"model__causal": False, "objective__name": "mlm"}
     assert only_line(evaluate__tasks="qa", **encoder) == (
         'evaluate.tasks=["qa"]: model.causal=false continues no text; evaluate.tasks=null'

@@ -90,6 +90,9 @@ def test_overrides_that_a_command_takes_and_does_not_use_are_said() -> None:
         "data.path=a",
     ]
     assert unused_overrides("evaluate", overrides) == ["parallel.schedule=gpipe: not used by megalm evaluate"]
+    assert unused_overrides("evaluate --task memorisation", ["data.phase=0", "train.micro_batch_size=3"]) == [
+        "train.micro_batch_size=3: not used by megalm evaluate --task memorisation"
+    ]
     assert unused_overrides("generate", overrides) == [
         "parallel.schedule=gpipe: not used by megalm generate",
         "train.micro_batch_size=2: not used by megalm generate",

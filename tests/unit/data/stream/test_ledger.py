@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,32 @@ def test_a_document_lists_the_steps_that_saw_it(ledger: Ledger, seen: list[dict[
         assert [(r.step, r.sample) for r in readings] == expected
         assert all(0 <= r.first <= r.last < r.document.tokens for r in readings)
     assert any(r.epoch for r in ledger.readings_of_document("1/0")), "the small corpus was read again"
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 9, 10, 25])
+def test_passages_are_counted_as_often_as_a_loader_gave_their_tokens(
+    ledger: Ledger, corpora: Corpora, tokens: int
+) -> None:
+    """Of a passage that lies in several sequences, as often as the rarest was read."""
+    order, each, length = order_of(corpora, SETTINGS, 3), corpora.sequences_per_example, LENGTH
+    taken = ledger._end // each
+    of_examples = list(zip(*(part.tolist() for part in order(np.arange(taken))), strict=True))
+    for corpus, shards in enumerate(corpora.shards):
+        read = Counter(number * each + within for c, _, number in of_examples if c == corpus for within in range(each))
+        starts = np.arange(shards.index.tokens - tokens + 1)
+        brute = [
+            min(read[sequence] for sequence in {(start + offset) // length for offset in range(tokens - 1)})
+            for start in starts.tolist()
+        ]
+        assert ledger.times_read(corpus, starts, tokens).tolist() == brute
+        assert max(brute) > 0
+
+
+def test_the_steps_that_read_a_token_are_those_that_saw_it(ledger: Ledger) -> None:
+    readings = ledger.readings_of_document("0/2")
+    for token in range(33, 33 + 90 - 1):
+        expected = [r.step for r in readings if r.first <= token - 33 < r.last]
+        assert ledger.steps_reading(0, token) == expected
 
 
 def test_a_name_that_no_document_has(ledger: Ledger) -> None:

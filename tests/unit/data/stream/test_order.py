@@ -219,3 +219,24 @@ GOLDEN_BLEND = [
     [3, 3, 2, 3, 3, 3, 3, 2, 2, 3, 3, 3],
     [244, 950, 169, 138, 246, 951, 300, 237, 239, 139, 301, 136],
 ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    lanes=st.integers(1, 5),
+    block=st.integers(1, 4),
+    samples=st.integers(0, 700),
+)
+def test_times_read_are_those_of_the_samples(sizes: list[int], lanes: int, block: int, samples: int) -> None:
+    order = BlendedOrder.of(sizes, seed=5, block_sequences=block, lanes=lanes, window_blocks=2)
+    corpora, _, sequences = order(np.arange(samples)) if samples else (np.empty(0, np.int64),) * 3
+    for corpus, size in enumerate(sizes):
+        counted = np.bincount(sequences[corpora == corpus], minlength=size)
+        assert order.times_read(corpus, np.arange(size), samples).tolist() == counted.tolist()
+
+
+def test_times_read_of_a_long_run_look_up_its_last_epoch_alone() -> None:
+    order = BlendedOrder.of([10**9, 10**6], [1, 1], seed=0, block_sequences=64, lanes=1024, window_blocks=8)
+    counts = order.times_read(1, np.arange(1000), 2 * 10**12)
+    assert set(counts.tolist()) <= {999_999, 1_000_000, 1_000_001}

@@ -44,8 +44,8 @@ def test_a_task_that_there_is_not() -> None:
         load_tasks(["arithmatic", "xyz", "none.yaml"])
     assert refused.value.lines == [
         "--task=arithmatic: there is no such task; did you mean arithmetic?",
-        "--task=xyz: there is no such task; arithmetic, cloze, multiple_choice, qa, summarisation or translation, or a "
-        "file NAME.yaml",
+        "--task=xyz: there is no such task; arithmetic, cloze, memorisation, multiple_choice, qa, summarisation or "
+        "translation, or a file NAME.yaml",
         "--task=none.yaml: there is no such file; a task file, or a task's name",
     ]
 
@@ -106,13 +106,15 @@ def test_everything_that_is_wrong_with_a_file_is_said_at_once() -> None:
 
 
 def test_a_kind_asks_for_its_fields() -> None:
-    assert lines_of("prompt: x\n") == ["mine.yaml: kind=null: missing; generation, multiple_choice or cloze"]
+    assert lines_of("prompt: x\n") == [
+        "mine.yaml: kind=null: missing; generation, multiple_choice, cloze or memorisation"
+    ]
     assert lines_of("kind: generation\n") == [
         f"mine.yaml: {field}=null: a task of kind generation needs it; see docs/evaluation.md"
         for field in ("prompt", "target", "metrics")
     ]
     assert lines_of("kind: choose\nmetrics: []\n") == [
-        "mine.yaml:1: kind=choose: there is no such choice; generation, multiple_choice or cloze"
+        "mine.yaml:1: kind=choose: there is no such choice; generation, multiple_choice, cloze or memorisation"
     ]
     assert lines_of(GOOD.replace("[exact_match]", "[]")) == [
         f"mine.yaml:4: metrics=[]: not a list of metrics; {WORDS}",
@@ -147,7 +149,7 @@ def test_own_tasks_are_found_by_name() -> None:
     Path("conf/task").mkdir(parents=True)
     written(Path("conf/task/mine.yaml"), "base: qa", "data: d.jsonl")
     written(Path("conf/task/qa.yaml"), "base: cloze")
-    assert task_names()[:4] == ["arithmetic", "cloze", "mine", "multiple_choice"]
+    assert task_names()[:5] == ["arithmetic", "cloze", "memorisation", "mine", "multiple_choice"]
     assert read_task("mine").kind == "cloze", "an own file of a shipped name goes before it"
     assert "task" not in SearchPath.of().group_options()
 

@@ -61,7 +61,7 @@ def counting(share: int) -> Scripted:
 
 
 def results_of(model: Bigrams, *arguments: str) -> list[TaskResult]:
-    tasks = tasks_of_options(parsed(*arguments))
+    tasks, _ = tasks_of_options(parsed(*arguments))
     return evaluate_tasks(model, prepare_tasks(tasks, model.tokenizer, model.config.model.sequence_length))
 
 
@@ -190,7 +190,7 @@ def test_a_model_whose_likelihoods_are_no_numbers_is_refused() -> None:
 
 
 def test_options_are_checked_before_anything_is_loaded() -> None:
-    assert tasks_of_options(parsed()) == []
+    assert tasks_of_options(parsed()) == ([], None)
     with pytest.raises(ConfigError) as refused:
         tasks_of_options(parsed(*SUMS, "--examples", "-1", "--limit", "0", "--seed", "-1", "--batch-size", "0"))
     assert refused.value.lines == [
