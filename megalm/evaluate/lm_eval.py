@@ -7,8 +7,10 @@ It takes ``lm_eval``'s own arguments, with one more model:
 ``model_args`` are ``path`` (a run, or one of its checkpoints), the layout ``tp``, ``pp`` and ``ranks`` (replicas share
 the requests), ``dtype``, ``device``, ``max_length`` (shorter than the model's), ``max_gen_toks`` (256) and
 ``add_bos_token``. Contexts and continuations are tokenised as the harness has it: together, and parted by the length of
-the context's own tokens. What is longer than the model's sequences loses its beginning, as with ``--model hf``; how
-often is said at the end.
+the context's own tokens; where that leaves nothing of the continuation, since a token crosses the border, where the
+tokens depart from the context's. Marks of the chat template are tokens in every text, and a text that already begins as
+a document does gets no second beginning. What is longer than the model's sequences loses its beginning, as with
+``--model hf``; how often is said at the end. Generation is greedy unless a temperature is named.
 
 Tested with lm-eval 0.4.13.
 """
@@ -16,7 +18,8 @@ Tested with lm-eval 0.4.13.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -26,7 +29,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from megalm.errors import ConfigError
+from megalm.config.violation import format_value
+from megalm.data.tokenization.chat import ASSISTANT, TemplateRefusal
+from megalm.data.tokenization.tokenizer import Tokenizer
+from megalm.errors import ConfigError, DataError
 from megalm.generate.asked import BATCH_SIZE, AskedModel
 from megalm.generate.open import start
 from megalm.generate.requests import Completion, GenerateRequest, Sampling, Score, ScoreRequest
@@ -86,6 +92,7 @@ class MegalmLM(TemplateLM):
         self.max_length, self.max_gen_toks = max_length or longest, max_gen_toks
         self._tokenizer = found.tokenizer
         self._begins = bool(found.tokenizer.before_ids) if add_bos_token is None else add_bos_token
+        self._converses = _converses(found.tokenizer)
         self._cut = 0
         self.model = AskedModel(found, start(found, overrides), batch_size=self.batch_size)
 
@@ -106,18 +113,41 @@ class MegalmLM(TemplateLM):
         return f"megalm-{self._tokenizer.sha256[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:  # noqa: ARG002
-        """Tokens of a text, behind what begins a document where such texts begin so."""
+        """Tokens of a text, behind what begins a document where such texts begin so; a template may have written it."""
         begins = self._begins if add_special_tokens is None else add_special_tokens
-        tokens = self._tokenizer.encode(string)
-        return [*self._tokenizer.before_ids, *tokens] if begins else tokens
+        before = self._tokenizer.before_ids
+        tokens = self._tokenizer.encode_marked(string) if self._converses else self._tokenizer.encode(string)
+        return [*before, *tokens] if begins and tuple(tokens[: len(before)]) != before else tokens
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Source of the tokenizer's template, for the harness's record; None: it is not asked for."""
         return self._tokenizer.conversations.template.source if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the run's template writes it."""
-        return self._tokenizer.conversations.template.text(chat_history, add_generation_prompt=add_generation_prompt)
+        """A conversation as the run's template writes it; without the prompt, up to what its last message says.
+
+        Raises:
+            DataError: there is no template, or it refuses the conversation.
+        """
+        template = self._tokenizer.conversations.template
+        try:
+            text = template.text(chat_history, add_generation_prompt=add_generation_prompt)
+        except TemplateRefusal as reason:
+            raise DataError(f"{reason}; another template, or other messages (--system_instruction)") from None
+        if add_generation_prompt or not chat_history or chat_history[-1]["role"] != ASSISTANT:
+            return text
+        # The harness puts the beginning of an answer last, which the model is to go on with.
+        said = chat_history[-1]["content"].strip()
+        return text[: text.rindex(said) + len(said)] if said in text else text
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        before, after = super()._encode_pair(context, continuation)
+        if after:
+            return before, after
+        whole = self.tok_encode(context + continuation)
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
+        shared = sum(1 for _ in alike)
+        return whole[:shared] or [self.prefix_token_id], whole[shared:]
 
     def _loglikelihood_tokens(
         self,
@@ -176,14 +206,17 @@ class MegalmLM(TemplateLM):
             raise ConfigError([f"gen_kwargs: {name}={kwargs[name]!r}: not a setting of megalm's" for name in unknown])
         new = int(kwargs["max_gen_toks"])
         if new >= self.max_length:
-            raise ConfigError(f"max_gen_toks={new}: leaves no room for a context; below {self.max_length} (max_length)")
+            raise ConfigError(
+                f"max_gen_toks={new}: leaves no room for a context; below {self.max_length} (max_length), by "
+                "--gen_kwargs max_gen_toks=N, or by --model_args max_gen_toks=N for tasks that name no number"
+            )
         tokens = self.tok_encode(context) or [self.prefix_token_id]
         room = self.max_length - new
         self._cut += len(tokens) > room
         return GenerateRequest(
             tokens=tuple(tokens[-room:]),
             max_new_tokens=new,
-            sampling=Sampling(**{name: value for name, value in kwargs.items() if name in _SAMPLED}),
+            sampling=_sampling(kwargs),
             stop=tuple(text for text in stop if text),
             beams=int(kwargs.get("num_beams", 1)),
             length_penalty=float(kwargs.get("length_penalty", 1.0)),
@@ -209,6 +242,28 @@ class MegalmLM(TemplateLM):
         if self._cut:
             print(f"{self._cut} requests lost their beginning: more tokens than {self.max_length}", file=sys.stderr)
             self._cut = 0
+
+
+def _sampling(kwargs: Mapping[str, Any]) -> Sampling:
+    """Greedy, unless a temperature is named: the harness takes it for 0 then, and says so where ``do_sample`` is set."""
+    named = {name: value for name, value in kwargs.items() if name in _SAMPLED and value is not None}
+    settings = {"temperature": 0.0, **named}
+    if wrong := [name for name, value in settings.items() if type(value) not in (int, float)]:
+        raise ConfigError([f"gen_kwargs: {name}={format_value(settings[name])}: not a number" for name in wrong])
+    if settings["temperature"] > 0 and int(kwargs.get("num_beams", 1)) > 1:
+        raise ConfigError(
+            f"gen_kwargs: num_beams={kwargs['num_beams']}: beam search draws nothing; do_sample=False, or num_beams=1"
+        )
+    whole = {name: int(settings[name]) for name in ("top_k", "seed") if name in settings}
+    return Sampling(**{**settings, **whole})
+
+
+def _converses(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has marks of conversations."""
+    try:
+        return bool(tokenizer.conversations)
+    except DataError:
+        return False
 
 
 def _batch_size(value: int | str) -> int:

@@ -242,9 +242,17 @@ class Tokenizer:
         Where the tokenizer has a chat template, the marks that this writes are tokens in the text too. Any other
         special token that the text spells stays text.
         """
-        ids = self.encode(text) if self.chat is None else self._as_text(self._marking(text).ids, self.chat.mark_ids)
+        ids = self.encode(text) if self.chat is None else self.encode_marked(text)
         begun = self.chat is not None and tuple(ids[: len(self.before_ids)]) == self.before_ids
         return (ids if begun else [*self.before_ids, *ids]) or [self.eos_id]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """What :meth:`encode` gives, but marks of conversations are tokens: of a text that a template has written.
+
+        Raises:
+            DataError: the tokenizer has no chat template and no marks of turns.
+        """
+        return self._as_text(self._marking(text).ids, self.conversations.mark_ids)
 
     def encode_conversation(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant begins to speak, as documents of such data begin.
@@ -263,7 +271,7 @@ class Tokenizer:
             text = conversations.template.text(messages, add_generation_prompt=True)
         except TemplateRefusal as reason:
             raise DataError(str(reason)) from None
-        ids = self._as_text(self._marking(text).ids, conversations.mark_ids)
+        ids = self.encode_marked(text)
         return ids if tuple(ids[: len(self.before_ids)]) == self.before_ids else [*self.before_ids, *ids]
 
     @cached_property
