@@ -245,17 +245,17 @@ class MegalmLM(TemplateLM):
 
 
 def _sampling(kwargs: Mapping[str, Any]) -> Sampling:
-    """Greedy, unless a temperature is named: the harness takes it for 0 then, and says so where ``do_sample`` is set."""
+    """Greedy, unless a temperature is named: the harness takes it for 0, and says so where ``do_sample`` is set."""
     named = {name: value for name, value in kwargs.items() if name in _SAMPLED and value is not None}
-    settings = {"temperature": 0.0, **named}
+    settings: dict[str, Any] = {"temperature": 0.0, **named}
     if wrong := [name for name, value in settings.items() if type(value) not in (int, float)]:
         raise ConfigError([f"gen_kwargs: {name}={format_value(settings[name])}: not a number" for name in wrong])
     if settings["temperature"] > 0 and int(kwargs.get("num_beams", 1)) > 1:
         raise ConfigError(
             f"gen_kwargs: num_beams={kwargs['num_beams']}: beam search draws nothing; do_sample=False, or num_beams=1"
         )
-    whole = {name: int(settings[name]) for name in ("top_k", "seed") if name in settings}
-    return Sampling(**{**settings, **whole})
+    settings |= {name: int(settings[name]) for name in ("top_k", "seed") if name in settings}
+    return Sampling(**settings)
 
 
 def _converses(tokenizer: Tokenizer) -> bool:
