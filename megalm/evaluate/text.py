@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.config.violation import format_value
-from megalm.data.tokenization.tokenizer import Tokenizer
+from megalm.data.tokenization.tokenizer import Tokenizer, check_text
 from megalm.errors import ConfigError, DataError
 from megalm.evaluate.units import TextSize
 from megalm.generate.requests import LanguageModel, Progress, ScoreRequest
@@ -52,7 +52,8 @@ class RawText:
 
 
 def _texts(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): its other line ends, such as U+2028, may stand in a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -62,6 +63,10 @@ def _texts(path: Path, text: str) -> Iterator[str]:
         found = fields.get("text") if isinstance(fields, dict) else None
         if not isinstance(found, str):
             raise DataError(f'{path}: line {number}: {format_value(fields)}: no field "text" with a text')
+        try:
+            check_text(found)
+        except DataError as error:
+            raise DataError(f"{path}: line {number}: text: {error}") from None
         yield found
 
 

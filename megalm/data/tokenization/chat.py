@@ -31,6 +31,8 @@ CHATML = (
 """OpenAI's Chat Markup Language, for tokenizers that have its marks and no template."""
 ASSISTANT = "assistant"
 """The role whose turns are learnt."""
+TOOL_CALLS = ("tool_calls", "function_call")
+"""Fields in which some messages say what their content does not."""
 
 Message = Mapping[str, str]
 Span = tuple[int, int]

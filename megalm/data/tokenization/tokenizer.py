@@ -233,7 +233,12 @@ class Tokenizer:
         return continues
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text, without what begins and ends a document."""
+        """Token ids of one text, without what begins and ends a document.
+
+        Raises:
+            DataError: UTF-8 cannot hold the text.
+        """
+        check_text(text)
         return list(self._as_text(self._tokenizer.encode(text, add_special_tokens=False).ids))
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -330,6 +335,7 @@ class Tokenizer:
 
     def _marking(self, text: str) -> tokenizers.Encoding:
         """A text with the marks of the chat template as tokens."""
+        check_text(text)
         return self.conversations.tokenizer.encode(text, add_special_tokens=False)
 
     def _as_text(self, ids: list[int], marks: frozenset[int] = frozenset()) -> list[int]:
@@ -358,6 +364,23 @@ class Tokenizer:
         number = self._tokenizer.token_to_id(token)
         assert number is not None, token
         return int(number)
+
+
+def check_text(text: object) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        DataError: it is no text, or JSON has spelt half of a surrogate pair in it.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{type(text).__name__} where a text belongs; a str")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(
+            f"character {error.start + 1} is half of one (the lone surrogate {half}); text that UTF-8 can hold"
+        ) from None
 
 
 def _text_of(folder: Path, name: str) -> str | None:
