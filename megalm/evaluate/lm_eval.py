@@ -17,8 +17,11 @@ Tested with lm-eval 0.4.13.
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -35,7 +38,7 @@ from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.generate.asked import BATCH_SIZE, AskedModel
 from megalm.generate.open import start
-from megalm.generate.requests import Completion, GenerateRequest, Sampling, Score, ScoreRequest
+from megalm.generate.requests import LARGEST_SEED, Completion, GenerateRequest, Sampling, Score, ScoreRequest
 from megalm.launch.guard import guarded
 from megalm.runs.find import find_model
 
@@ -183,7 +186,7 @@ class MegalmLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to a stop text, the end of a document, or a number of tokens."""
-        asked = [self._generation(*request.args) for request in requests]
+        asked = _each_drawn(self._generation(*request.args) for request in requests)
         texts = [""] * len(requests)
         # The longest first, so that memory runs out at once or never.
         order = sorted(range(len(asked)), key=lambda number: (-len(asked[number].tokens), number))
@@ -256,6 +259,22 @@ def _sampling(kwargs: Mapping[str, Any]) -> Sampling:
         )
     settings |= {name: int(settings[name]) for name in ("top_k", "seed") if name in settings}
     return Sampling(**settings)
+
+
+def _each_drawn(requests: Iterable[GenerateRequest]) -> list[GenerateRequest]:
+    """The requests, each repetition of one with a seed of its own: a task's ``repeats`` are to be different texts."""
+    seen: Counter[GenerateRequest] = Counter()
+    made = []
+    for request in requests:
+        count = seen[request]
+        seen[request] += 1
+        if count and request.sampling.temperature > 0:
+            digest = hashlib.sha256(f"{request.sampling.seed}/{count}".encode()).digest()
+            seed = int.from_bytes(digest[:8], "big") % LARGEST_SEED
+            made.append(replace(request, sampling=replace(request.sampling, seed=seed)))
+        else:
+            made.append(request)
+    return made
 
 
 def _converses(tokenizer: Tokenizer) -> bool:

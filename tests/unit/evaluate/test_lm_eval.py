@@ -117,6 +117,21 @@ def test_sampling_that_is_asked_for(models) -> None:
         temperature(do_sample=True, top_k="many")
 
 
+def test_repeats_of_a_request_are_different_texts_and_the_same_every_time(models) -> None:
+    """As ``repeats`` of a task have them, which a vote over its answers needs."""
+    _, ours, _ = models
+    settings = {"until": [], "max_gen_toks": 8, "temperature": 1.0}
+    asked = [("The quick", settings)] * 3 + [("dog", settings)]
+    texts = ours.generate_until(_requests("generate_until", asked))
+    assert len(set(texts)) == 4
+    assert ours.generate_until(_requests("generate_until", asked)) == texts
+    assert ours.generate_until(_requests("generate_until", asked[:1])) == texts[:1]
+    other = {**settings, "seed": 1}
+    assert set(ours.generate_until(_requests("generate_until", [("The quick", other)] * 3))).isdisjoint(texts)
+    greedy = [("The quick", {**settings, "temperature": 0})] * 2
+    assert len(set(ours.generate_until(_requests("generate_until", greedy)))) == 1
+
+
 def test_a_continuation_whose_beginning_is_in_a_token_of_the_context(models) -> None:
     """Both texts are three tokens, so that the length of the context's leaves nothing of the continuation."""
     _, ours, _ = models
