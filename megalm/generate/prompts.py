@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.config.violation import format_value
+from megalm.data.prepare.corpora.streams import open_text
 from megalm.data.tokenization.chat import TOOL_CALLS
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError, DataError, MegalmError
@@ -111,14 +113,12 @@ def requests_of(found: FoundModel, prompts: Sequence[Prompt], settings: Settings
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, and what messages call them."""
+    """Lines that are not blank, and what messages call them; the file may be compressed."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
+        with open_text(path, None) as file:
+            for number, line in enumerate(io.TextIOWrapper(file.content, encoding="utf-8"), 1):
                 if line.strip():
                     yield f"{path}: line {number}", line
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; text in UTF-8") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,19 @@ def _file(folder: Path, *lines: str) -> Path:
     path = folder / "prompts.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+def test_a_compressed_file_and_one_with_a_mark(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    line = json.dumps({"prompt": "dé"}, ensure_ascii=False) + "\r\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line.encode()))
+    (tmp_path / "b.jsonl").write_bytes(line.encode("utf-8-sig"))
+    for name in ("a.jsonl.gz", "b.jsonl"):
+        (prompt,) = read_prompts(tmp_path / name, tokenizer)
+        assert tokenizer.decode(prompt.tokens) == "dé"
+    (tmp_path / "c.jsonl").write_bytes(line.encode("latin-1"))
+    for name, wrong in (("c.jsonl", "not UTF-8"), ("d.jsonl", "cannot be read: No such file")):
+        with pytest.raises(DataError, match=wrong):
+            read_prompts(tmp_path / name, tokenizer)
 
 
 def test_line_ends_of_unicode_stand_in_a_prompt(tmp_path: Path, tokenizer: Tokenizer) -> None:
