@@ -65,11 +65,15 @@ class MegalmLM(TemplateLM):
         max_gen_toks: most tokens to generate, where a task names no number.
         add_bos_token: whether texts begin with the tokenizer's token for it; None: as documents of its data do.
         max_batch_size: the harness's own; not used.
+        others: refused.
+
+    Raises:
+        ConfigError: an argument is wrong, or the folder is no run.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str = "",
         tp: int = 1,
         pp: int = 1,
         ranks: int = 0,
@@ -80,8 +84,14 @@ class MegalmLM(TemplateLM):
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
         max_batch_size: int | None = None,  # noqa: ARG002
+        **others: Any,
     ) -> None:
         super().__init__()
+        known = "path, tp, pp, ranks, dtype, device, batch_size, max_length, max_gen_toks and add_bos_token"
+        if others:
+            raise ConfigError([f"model_args: {name}: megalm has no such argument; {known}" for name in others])
+        if not path:
+            raise ConfigError("model_args: no path; path=runs/NAME")
         overrides = [f"parallel.tp={tp}", f"parallel.pp={pp}", f"launch.ranks={ranks}"]
         overrides += [f"engine.dtype={dtype}"] if dtype is not None else []
         # The harness names a GPU by default, also where there is none.
@@ -287,14 +297,23 @@ def _converses(tokenizer: Tokenizer) -> bool:
 
 def _batch_size(value: int | str) -> int:
     """A number; ``auto`` and ``auto:N`` take the default, since memory is bounded by tokens per pass."""
-    return BATCH_SIZE if str(value).startswith("auto") else int(value)
+    if str(value).startswith("auto"):
+        return BATCH_SIZE
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ConfigError(f"batch_size={value}: no number of rows; 1 or above, or auto")
+    return int(value)
 
 
 def main() -> int:
     """Run ``lm_eval``'s own command line."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        if "not found" not in str(error):
+            raise
+        raise ConfigError(f"--tasks: {error}; `python -m megalm.evaluate.lm_eval ls tasks` lists them") from None
     return 0
 
 

@@ -270,6 +270,7 @@ class Tokenizer:
         """
         conversations = self.conversations
         for message in messages:
+            check_text(message["content"])
             if spelt := [mark for mark in conversations.template.marks if mark in message["content"]]:
                 raise DataError(f"a message spells {spelt[0]}, which marks turns; no message may hold it")
         try:
@@ -377,10 +378,11 @@ def check_text(text: object) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(
-            f"character {error.start + 1} is half of one (the lone surrogate {half}); text that UTF-8 can hold"
-        ) from None
+        code = ord(text[error.start])
+        # Python keeps a byte of a command line or a terminal that is no UTF-8 as a surrogate of this range.
+        byte = f"the byte {code - 0xDC00:#04x}, which is no UTF-8; text in UTF-8"
+        half = f"half of one (the lone surrogate \\u{code:04x}); text that UTF-8 can hold"
+        raise DataError(f"character {error.start + 1} is {byte if 0xDC80 <= code <= 0xDCFF else half}") from None
 
 
 def _text_of(folder: Path, name: str) -> str | None:

@@ -19,7 +19,7 @@ pytest.importorskip("accelerate")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from megalm.evaluate.lm_eval import MegalmLM  # noqa: E402
+from megalm.evaluate.lm_eval import MegalmLM, main  # noqa: E402
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps. "
 PAIRS = [
@@ -93,6 +93,27 @@ def test_settings_that_megalm_has_not_are_refused(models) -> None:
         ours.generate_until(_requests("generate_until", [("dog", {"until": [], "max_gen_toks": 64})]))
     with pytest.raises(ConfigError, match=r"max_length=65: from 1 to 64"):
         MegalmLM(str(run), max_length=65)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        ({"path": "RUN", "paths": "x", "tpp": 2}, r"model_args: paths: megalm has no such argument; path, tp, "),
+        ({}, "model_args: no path; path=runs/NAME"),
+        ({"path": "RUN", "batch_size": 0}, "batch_size=0: no number of rows; 1 or above, or auto"),
+        ({"path": "RUN", "batch_size": "many"}, "batch_size=many: no number of rows"),
+    ],
+)
+def test_arguments_that_are_wrong(models, arguments: dict[str, Any], wrong: str) -> None:
+    run, _, _ = models
+    with pytest.raises(ConfigError, match=wrong):
+        MegalmLM(**{name: str(run) if value == "RUN" else value for name, value in arguments.items()})
+
+
+def test_a_task_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lm_eval", "--model", "megalm", "--model_args", "path=x", "--tasks", "nosuchtask"])
+    with pytest.raises(ConfigError, match=r"--tasks: Tasks not found: nosuchtask; .* ls tasks` lists them"):
+        main()
 
 
 def test_generation_is_greedy_where_a_task_names_neither_sampling_nor_temperature(models) -> None:

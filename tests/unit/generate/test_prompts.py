@@ -51,12 +51,13 @@ def test_line_ends_of_unicode_stand_in_a_prompt(tmp_path: Path, tokenizer: Token
     ("fields", "wrong"),
     [
         ({"prompt": "a\ud83d"}, r"line 2: prompt: character 2 is half of one \(the lone surrogate \\ud83d\)"),
-        ({"messages": [{"role": "user", "content": "\ude00"}]}, r"line 2: messages: character \d+ is half of one"),
+        ({"messages": [{"role": "user", "content": "\ude00"}]}, r"line 2: messages: character 1 is half of one"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, 'line 2: has "prompt" and "messages"'),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
             "line 2: message 1: has tool_calls, and text alone is read",
         ),
+        ({"prompt": "ab\udcff"}, "line 2: prompt: character 3 is the byte 0xff, which is no UTF-8; text in UTF-8"),
         ({"messages": None}, "line 2: messages=null: no messages"),
         ({"prompt": None}, "line 2: prompt=null: no text"),
     ],
