@@ -86,8 +86,8 @@ class TaskResult:
         for metric in (found.metric for found in self.metrics):
             if isinstance(metric, OverReferences) and (emptied := metric.emptied(self.answers)):  # type: ignore[arg-type]
                 lines.append(
-                    f"{self.task.name}/{metric.name}: of {emptied} right answers nothing is left by normalise:squad, as "
-                    "of a, an and the, so that writing nothing is right; exact_match with normalise: none compares them"
+                    f"{self.task.name}/{metric.name}: of {emptied} right answers nothing is left by normalise:squad, "
+                    "as of a, an and the, so that writing nothing is right; exact_match with normalise: none keeps them"
                 )
         return lines
 
