@@ -12,11 +12,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from megalm.config.schema import Config
+from megalm.config.violation import format_value
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError
+from megalm.evaluate.tasks.requests import split
 from megalm.generate.asked import BATCH_SIZE, AskedModel
 from megalm.generate.open import start
-from megalm.generate.prompts import Settings, check_settings, requests_of, text_prompt
+from megalm.generate.prompts import Settings, check_settings, checked_messages, requests_of, text_prompt
 from megalm.generate.requests import Completion, Sampling, Score, ScoreRequest
 from megalm.runs.find import find_model
 
@@ -145,15 +147,18 @@ class LoadedModel:
         return math.exp(self.loss(text))
 
     def score(self, context: str, continuation: str) -> Score:
-        """How likely a continuation is after a context; the two are tokenised apart.
+        """How likely a continuation is after a context.
+
+        The two are tokenised as one text, and the score is of the tokens from where that departs from the context
+        alone: a space at the end of the context goes to the continuation, and so does what shares a token with it.
 
         Raises:
             ConfigError: the model is an encoder, the continuation is empty, or both are too long.
             DataError: the model has no embedding of a token.
         """
-        tokens = tuple(self.tokenizer.encode(continuation))
-        request = ScoreRequest(context=tuple(self.tokenizer.encode_prompt(context)), continuation=tokens)
-        return self._asked.score([request])[0]
+        if not continuation:
+            raise ConfigError("continuation: an empty text; at least one character")
+        return self._asked.score(split(self.tokenizer, context, [continuation]))[0]
 
     def generate(
         self, prompt: str, *, max_new_tokens: int = 120, temperature: float = 0.8, top_k: int = 40, seed: int = 1234
@@ -180,6 +185,8 @@ class LoadedModel:
         Raises:
             ConfigError: the model is an encoder, a setting is wrong, or a prompt too long.
         """
+        if isinstance(prompts, str):
+            raise ConfigError(f"prompts={format_value(prompts)}: one text; a list of texts")
         settings = settings or Settings()
         check_settings(settings)
         made = [text_prompt(self.tokenizer, prompt) for prompt in prompts]
@@ -193,11 +200,13 @@ class LoadedModel:
             settings: as for :meth:`complete`.
 
         Raises:
-            ConfigError: as for :meth:`complete`.
-            DataError: the tokenizer has no chat template, or it refuses the messages.
+            ConfigError: as for :meth:`complete`; or several samples, where one turn is the answer.
+            DataError: they are no messages, the tokenizer has no chat template, or it refuses them.
         """
         settings = settings or Settings()
         check_settings(settings)
-        tokens = self.tokenizer.encode_conversation(messages)
+        if settings.samples > 1:
+            raise ConfigError(f"samples={settings.samples}: a conversation goes on from one text; samples=1")
+        tokens = self.tokenizer.encode_conversation(checked_messages(messages, "chat"))
         request = settings.request(tokens, self.config.model.sequence_length)
         return self._asked.generate([request])[0][0].text

@@ -199,6 +199,8 @@ def _contradictions(options: argparse.Namespace, world_size: int | None) -> list
         problems.append(f"{named}: one of --prompt TEXT, --input FILE and --chat")
     if (options.input is None) != (options.output is None):
         problems.append("--input and --output: both, or neither: prompts are read from one file, texts go to the other")
+    elif options.output is not None and not Path(options.output).absolute().parent.is_dir():
+        problems.append(f"--output={options.output}: there is no folder {Path(options.output).parent}; make it")
     if options.system is not None and not options.chat:
         problems.append(f"--system={format_value(options.system)}: of a conversation; --chat")
     if options.chat and world_size is not None:

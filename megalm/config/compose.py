@@ -139,7 +139,11 @@ def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Confi
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         wrong = f"holds no {CONFIG_FILE}" if path.parent.is_dir() else "no such folder"
-        raise ConfigError(f"run={run_dir}: {wrong}; the folder of a run, such as runs/quickstart") from None
+        right = "the folder of a run, such as runs/quickstart"
+        if path.with_name("config.json").is_file():
+            command = f"megalm convert --from hf --to megalm {run_dir} runs/NAME"
+            right = f"a model of Hugging Face's; {command} makes a run of it"
+        raise ConfigError(f"run={run_dir}: {wrong}; {right}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"run={run_dir}: cannot read {CONFIG_FILE} ({_one_line(error)}); a run's own file") from None
     mapping = config_to_dict(config_from_dict(saved))

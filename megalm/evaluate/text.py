@@ -8,6 +8,7 @@ token that begins one, or else behind the one that ends the document before it. 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megalm.config.violation import format_value
-from megalm.data.tokenization.tokenizer import Tokenizer
+from megalm.data.prepare.corpora.streams import open_text
+from megalm.data.tokenization.tokenizer import Tokenizer, check_text
 from megalm.errors import ConfigError, DataError
 from megalm.evaluate.units import TextSize
 from megalm.generate.requests import LanguageModel, Progress, ScoreRequest
@@ -34,25 +36,26 @@ class RawText:
 
     @classmethod
     def read(cls, path: Path) -> RawText:
-        """A file of one text, or of JSON Lines with a field ``text``, each a document.
+        """A file of one text, or of JSON Lines with a field ``text``, each a document; it may be compressed.
 
         Raises:
             DataError: it cannot be read, or a line has no text: the first such line.
         """
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; text in UTF-8") from None
-        documents = tuple(_texts(path, text)) if path.suffix in _JSON_LINES else (text,)
+        with open_text(path, None) as file:
+            try:
+                text = io.TextIOWrapper(file.content, encoding="utf-8").read()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; text in UTF-8") from None
+            plain = Path(path.stem) if file.compressed else path
+        documents = tuple(_texts(path, text)) if plain.suffix in _JSON_LINES else (text,)
         if not any(documents):
             raise DataError(f"{path}: holds no text")
         return cls(path, tuple(filter(None, documents)))
 
 
 def _texts(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): its other line ends, such as U+2028, may stand in a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -62,6 +65,10 @@ def _texts(path: Path, text: str) -> Iterator[str]:
         found = fields.get("text") if isinstance(fields, dict) else None
         if not isinstance(found, str):
             raise DataError(f'{path}: line {number}: {format_value(fields)}: no field "text" with a text')
+        try:
+            check_text(found)
+        except DataError as error:
+            raise DataError(f"{path}: line {number}: text: {error}") from None
         yield found
 
 

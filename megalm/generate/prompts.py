@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megalm.config.violation import format_value
+from megalm.data.prepare.corpora.streams import open_text
+from megalm.data.tokenization.chat import TOOL_CALLS
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.generate.asked import check_generate
@@ -110,14 +113,12 @@ def requests_of(found: KnownModel, prompts: Sequence[Prompt], settings: Settings
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank, and what messages call them."""
+    """Lines that are not blank, and what messages call them; the file may be compressed."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
+        with open_text(path, None) as file:
+            for number, line in enumerate(io.TextIOWrapper(file.content, encoding="utf-8"), 1):
                 if line.strip():
                     yield f"{path}: line {number}", line
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; text in UTF-8") from None
 
@@ -129,7 +130,9 @@ def _prompt(name: str, line: str, tokenizer: Tokenizer) -> Prompt:
         raise DataError(f"{name}: no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise DataError(f'{name}: {format_value(fields)}: no object; {{"prompt": "…"}}')
-    if "messages" in fields:
+    if fields.get("prompt") is not None and fields.get("messages") is not None:
+        raise DataError(f'{name}: has "prompt" and "messages"; one of the two')
+    if "messages" in fields and fields.get("prompt") is None:
         messages = checked_messages(fields["messages"], name)
         try:
             return Prompt(name, fields, tuple(tokenizer.encode_conversation(messages)))
@@ -141,7 +144,10 @@ def _prompt(name: str, line: str, tokenizer: Tokenizer) -> Prompt:
     text = fields["prompt"]
     if not isinstance(text, str):
         raise DataError(f"{name}: prompt={format_value(text)}: no text")
-    return Prompt(name, fields, tuple(tokenizer.encode_prompt(text)))
+    try:
+        return Prompt(name, fields, tuple(tokenizer.encode_prompt(text)))
+    except DataError as error:
+        raise DataError(f"{name}: prompt: {error}") from None
 
 
 def checked_messages(value: Any, name: str) -> list[dict[str, str]]:
@@ -157,6 +163,8 @@ def checked_messages(value: Any, name: str) -> list[dict[str, str]]:
         texts = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not texts:
             raise DataError(f"{name}: message {number}: no role and content in text; {right}")
+        if calls := next((key for key in TOOL_CALLS if message.get(key)), None):
+            raise DataError(f"{name}: message {number}: has {calls}, and text alone is read; the call as its content")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from megalm.config.schema import Config
@@ -18,6 +19,19 @@ from megalm.errors import ConfigError
 
 LARGEST_SEED = 2**63 - 1
 """As of ``run.seed``: what torch's generators take."""
+
+
+def check_numbers(settings: object, *, whole: Sequence[str], real: Sequence[str]) -> None:
+    """Refuse fields that are no numbers, or no whole ones.
+
+    Raises:
+        ConfigError: every one on its own line.
+    """
+    values = vars(settings)
+    problems = [(name, "no whole number") for name in whole if not isinstance(values[name], Integral)]
+    problems += [(name, "no number") for name in real if not isinstance(values[name], Real)]
+    if problems:
+        raise ConfigError([f"{name}={format_value(values[name])}: {wrong}" for name, wrong in problems])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +63,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self, whole=("top_k", "seed"), real=("temperature", "top_p", "min_p", "repetition_penalty"))
         problems = []
         if not 0 <= self.temperature < float("inf"):
             problems.append(f"temperature={self.temperature}: not a temperature; 0 (greedy) or above")
@@ -99,7 +114,11 @@ class GenerateRequest:
     slides: bool = False
 
     def __post_init__(self) -> None:
+        known = () if self.alternatives is None else ("alternatives",)
+        check_numbers(self, whole=("max_new_tokens", "samples", "beams", *known), real=("length_penalty",))
         problems = []
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            raise ConfigError(f"stop={format_value(self.stop)}: no tuple of texts, such as ('.', 'END')")
         if not self.tokens:
             problems.append("prompt: it has no tokens; at least one")
         if self.max_new_tokens < 0:

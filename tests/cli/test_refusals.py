@@ -79,6 +79,12 @@ def test_a_run_that_is_not_there() -> None:
     assert "no-such-run" in refused(2, "generate", "no-such-run", "--prompt", "a")
 
 
+def test_a_file_of_texts_in_a_folder_that_is_not_there() -> None:
+    """Before anything is read or loaded."""
+    said = refused(2, "generate", "no-such-run", "--input", "prompts.jsonl", "--output", "nowhere/texts.jsonl")
+    assert said == "--output=nowhere/texts.jsonl: there is no folder nowhere; make it\n"
+
+
 def test_a_run_is_a_folder_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "try1").mkdir(parents=True)

@@ -78,6 +78,36 @@ def test_a_run_is_loaded_and_asked(short_runs: tuple[Path, Path]) -> None:
     assert once and once == m.generate("def ", max_new_tokens=8, temperature=0.0)
 
 
+def test_a_continuation_has_the_tokens_of_the_whole_text(short_runs: tuple[Path, Path]) -> None:
+    """Not those that it would have alone: a space between the two is in its first token, wherever it is written."""
+    m = megalm.load(short_runs[0])
+    whole = m.tokens("return self")
+    at = next(n for n in range(len(whole)) if m.tokenizer.decode(whole[:n]) == "return")
+    rows = m.logits("return self").log_softmax(-1)
+    expected = [float(rows[n - 1, whole[n]]) for n in range(at, len(whole))]
+    for context, continuation in (("return", " self"), ("return ", "self")):
+        assert m.score(context, continuation).log_probabilities == pytest.approx(expected, abs=1e-4)
+    assert len(m.score("", "return").log_probabilities) == len(m.tokens("return")), "the first one is counted, too"
+    with pytest.raises(megalm.ConfigError, match="continuation: an empty text"):
+        m.score("return", "")
+
+
+def test_what_is_no_text_no_list_of_them_and_no_conversation(short_runs: tuple[Path, Path]) -> None:
+    m = megalm.load(short_runs[0])
+    for wrong in (b"def", None, 5):
+        with pytest.raises(megalm.DataError, match="where a text belongs"):
+            m.generate(wrong)  # type: ignore[arg-type]
+    with pytest.raises(megalm.DataError, match="half of one"):
+        m.loss("def \ud800")
+    with pytest.raises(megalm.ConfigError, match="prompts=def: one text; a list of texts"):
+        m.complete("def")
+    for messages in ([], "hello", [{"role": "user"}]):
+        with pytest.raises(megalm.DataError, match=r'^chat: .*; a list of \{"role"'):
+            m.chat(messages)  # type: ignore[arg-type]
+    with pytest.raises(megalm.ConfigError, match="samples=2: a conversation goes on from one text"):
+        m.chat([{"role": "user", "content": "def"}], megalm.Settings(samples=2))
+
+
 def test_a_run_is_named_and_a_checkpoint_is_taken_as_it_is(
     short_runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

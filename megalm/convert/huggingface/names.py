@@ -141,8 +141,15 @@ def missing_head(family: Family, model: Model, present: Iterable[str]) -> str | 
         return None
     return (
         f"has no {family.head_title} ({wanted[0].rpartition('.')[0]}…): a bare model, or one with a head for another "
-        f"task; convert a {family.architecture}, which predicts tokens"
+        f"task; convert a {family.architecture}, which predicts tokens{_or_tied(model)}"
     )
+
+
+def _or_tied(model: Model) -> str:
+    """Some makers leave the head out since it is the embedding, and do not say so in ``config.json``."""
+    if model.tie_embeddings or not model.causal:
+        return ""
+    return ", or, where its head is to be the embedding, set tie_word_embeddings to true in config.json"
 
 
 def foreign_shapes(family: Family, model: Model) -> dict[str, Shape]:

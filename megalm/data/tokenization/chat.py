@@ -31,6 +31,8 @@ CHATML = (
 """OpenAI's Chat Markup Language, for tokenizers that have its marks and no template."""
 ASSISTANT = "assistant"
 """The role whose turns are learnt."""
+TOOL_CALLS = ("tool_calls", "function_call")
+"""Fields in which some messages say what their content does not."""
 
 Message = Mapping[str, str]
 Span = tuple[int, int]
@@ -106,6 +108,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise DataError(f"chat template: line {error.lineno}: {error.message}") from None
+        self._in_parts = self._takes_parts()
         shown = source + "".join(self._shown())
         # Some tokenizers have added runs of spaces and of line ends, which are text.
         self.marks = tuple(token for token in added if token.strip() and token in shown)
@@ -180,6 +183,22 @@ class ChatTemplate:
             return found[min(found)] if found else None
         return None
 
+    def _takes_parts(self) -> bool:
+        """Whether it wants a message's content as a list of parts, as templates of models that see images do.
+
+        Such a template goes through the characters of a text as if they were parts, and writes none of them.
+        """
+        for probe in _PROBES:
+            for in_parts in (False, True):
+                self._in_parts = in_parts
+                try:
+                    written = self.text(probe)
+                except TemplateRefusal:
+                    continue
+                if all(message["content"] in written for message in probe):
+                    return in_parts
+        return False
+
     def _shown(self) -> Iterator[str]:
         """What the template makes of the probes that it takes."""
         for probe in _PROBES:
@@ -189,10 +208,14 @@ class ChatTemplate:
                 except TemplateRefusal:
                     continue
 
+    def _given(self, message: Message) -> dict[str, object]:
+        """A message as the template wants it."""
+        return {**message, "content": [{"type": "text", "text": message["content"]}]} if self._in_parts else {**message}
+
     def _run(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
+                messages=[self._given(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,

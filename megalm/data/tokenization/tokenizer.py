@@ -233,7 +233,12 @@ class Tokenizer:
         return continues
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text, without what begins and ends a document."""
+        """Token ids of one text, without what begins and ends a document.
+
+        Raises:
+            DataError: UTF-8 cannot hold the text.
+        """
+        check_text(text)
         return list(self._as_text(self._tokenizer.encode(text, add_special_tokens=False).ids))
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -242,9 +247,17 @@ class Tokenizer:
         Where the tokenizer has a chat template, the marks that this writes are tokens in the text too. Any other
         special token that the text spells stays text.
         """
-        ids = self.encode(text) if self.chat is None else self._as_text(self._marking(text).ids, self.chat.mark_ids)
+        ids = self.encode(text) if self.chat is None else self.encode_marked(text)
         begun = self.chat is not None and tuple(ids[: len(self.before_ids)]) == self.before_ids
         return (ids if begun else [*self.before_ids, *ids]) or [self.eos_id]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """What :meth:`encode` gives, but marks of conversations are tokens: of a text that a template has written.
+
+        Raises:
+            DataError: the tokenizer has no chat template and no marks of turns.
+        """
+        return self._as_text(self._marking(text).ids, self.conversations.mark_ids)
 
     def encode_conversation(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant begins to speak, as documents of such data begin.
@@ -257,13 +270,14 @@ class Tokenizer:
         """
         conversations = self.conversations
         for message in messages:
+            check_text(message["content"])
             if spelt := [mark for mark in conversations.template.marks if mark in message["content"]]:
                 raise DataError(f"a message spells {spelt[0]}, which marks turns; no message may hold it")
         try:
             text = conversations.template.text(messages, add_generation_prompt=True)
         except TemplateRefusal as reason:
             raise DataError(str(reason)) from None
-        ids = self._as_text(self._marking(text).ids, conversations.mark_ids)
+        ids = self.encode_marked(text)
         return ids if tuple(ids[: len(self.before_ids)]) == self.before_ids else [*self.before_ids, *ids]
 
     @cached_property
@@ -322,6 +336,7 @@ class Tokenizer:
 
     def _marking(self, text: str) -> tokenizers.Encoding:
         """A text with the marks of the chat template as tokens."""
+        check_text(text)
         return self.conversations.tokenizer.encode(text, add_special_tokens=False)
 
     def _as_text(self, ids: list[int], marks: frozenset[int] = frozenset()) -> list[int]:
@@ -350,6 +365,24 @@ class Tokenizer:
         number = self._tokenizer.token_to_id(token)
         assert number is not None, token
         return int(number)
+
+
+def check_text(text: object) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        DataError: it is no text, or JSON has spelt half of a surrogate pair in it.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{type(text).__name__} where a text belongs; a str")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python keeps a byte of a command line or a terminal that is no UTF-8 as a surrogate of this range.
+        byte = f"the byte {code - 0xDC00:#04x}, which is no UTF-8; text in UTF-8"
+        half = f"half of one (the lone surrogate \\u{code:04x}); text that UTF-8 can hold"
+        raise DataError(f"character {error.start + 1} is {byte if 0xDC80 <= code <= 0xDCFF else half}") from None
 
 
 def _text_of(folder: Path, name: str) -> str | None:

@@ -13,6 +13,7 @@ from megalm.evaluate.tasks.bootstrap import Interval, interval
 from megalm.evaluate.tasks.filters import filtered
 from megalm.evaluate.tasks.metrics.base import Array, ChoiceScore, Chosen, Completed, Generated, Metric
 from megalm.evaluate.tasks.metrics.registry import make_metrics
+from megalm.evaluate.tasks.metrics.words import OverReferences
 from megalm.evaluate.tasks.requests import Asked, PreparedTask
 from megalm.evaluate.tasks.task import CLOZE, GENERATION, Task
 from megalm.generate.requests import Completion, GenerateRequest, LanguageModel, Progress, Score, ScoreRequest
@@ -82,6 +83,12 @@ class TaskResult:
         if self.unfinished:
             most = f"max_new_tokens={self.task.max_new_tokens}"
             lines.append(f"{self.task.name}: {self.unfinished} of {len(self.raw)} texts ended at {most}")
+        for metric in (found.metric for found in self.metrics):
+            if isinstance(metric, OverReferences) and (emptied := metric.emptied(self.answers)):  # type: ignore[arg-type]
+                lines.append(
+                    f"{self.task.name}/{metric.name}: of {emptied} right answers nothing is left by normalise:squad, "
+                    "as of a, an and the, so that writing nothing is right; exact_match with normalise: none keeps them"
+                )
         return lines
 
     def metric(self, name: str) -> MetricResult:

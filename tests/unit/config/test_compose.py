@@ -226,6 +226,9 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
         load_run_config(tmp_path)
     with pytest.raises(ConfigError, match=r"quickstat: no such folder; the folder of a run"):
         load_run_config(tmp_path / "quickstat")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"a model of Hugging Face's; megalm convert --from hf"):
+        load_run_config(tmp_path)
     (tmp_path / CONFIG_FILE).write_text("a: [", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"cannot read config\.yaml"):
         load_run_config(tmp_path)

@@ -14,7 +14,7 @@ from megalm.data.prepare.corpora.jsonl import SUFFIXES, check_layout, lookup, re
 from megalm.data.prepare.corpora.options import NO_FIELD, CorpusOptions, option_name
 from megalm.data.prepare.corpora.records import RecordCorpus
 from megalm.data.prepare.corpora.streams import find_files
-from megalm.data.tokenization.chat import ASSISTANT
+from megalm.data.tokenization.chat import ASSISTANT, TOOL_CALLS
 from megalm.errors import DataError
 
 _ROLES = frozenset({"system", "developer", "user", ASSISTANT, "tool"})
@@ -103,6 +103,8 @@ def _conversation(name: str, messages: Any) -> Document | Rejected:
         content = message.get("content") if isinstance(message, dict) else None
         if role not in _ROLES or not isinstance(content, str):
             return Rejected(name, "a message without role or content")
+        if any(message.get(key) for key in TOOL_CALLS):
+            return Rejected(name, "a message that calls tools: text alone is read")
         segments.append(Segment(content, learnt=role == ASSISTANT, role=role))
     if not any(segment.learnt for segment in segments):
         return Rejected(name, "no answer to learn")

@@ -45,7 +45,7 @@ def f1(text: str, reference: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-class _OverReferences(Mean[Generated]):
+class OverReferences(Mean[Generated]):
     """The best over all references; a question without any is right without an answer."""
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
@@ -57,6 +57,14 @@ class _OverReferences(Mean[Generated]):
     def of(self, answer: Generated) -> float:
         """Of one item."""
         return max(self._pair(self._said(answer.text), each) for each in self._right(answer.references))
+
+    def emptied(self, answers: Sequence[Generated]) -> int:
+        """How many questions have an answer of which normalisation leaves nothing, such as the letter A, an article.
+
+        Nothing is right for them then, and so is any other such text.
+        """
+        said = [[self._said(each) for each in answer.references] for answer in answers] if self._normalise else []
+        return sum(any(texts) and not any(map(normalised, texts)) for texts in said)
 
     @abstractmethod
     def _pair(self, text: str, reference: str) -> float:
@@ -72,14 +80,14 @@ class _OverReferences(Mean[Generated]):
         return [each for each in said if not self._normalise or normalised(each)] or [""]
 
 
-class ExactMatch(_OverReferences):
+class ExactMatch(OverReferences):
     """Share of texts that equal a reference."""
 
     def _pair(self, text: str, reference: str) -> float:
         return exact(text, reference) if self._normalise else float(text == reference)
 
 
-class F1(_OverReferences):
+class F1(OverReferences):
     """Mean F1 of words with the closest reference."""
 
     def _pair(self, text: str, reference: str) -> float:

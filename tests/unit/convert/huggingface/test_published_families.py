@@ -239,5 +239,11 @@ def test_a_model_without_its_head_is_told_so(name: str, tmp_path: Path) -> None:
     if tied:
         convert_quietly("hf", "megalm", tmp_path / "bare", tmp_path / "run", verify=True)
         return
-    with pytest.raises(CheckpointError, match=r"has no (output projection|masked-word head)"):
+    with pytest.raises(CheckpointError, match=r"has no (output projection|masked-word head)") as refused:
         convert_quietly("hf", "megalm", tmp_path / "bare", tmp_path / "run")
+    advises = "set tie_word_embeddings to true in config.json" in str(refused.value)
+    assert advises == ("Causal" in type(theirs).__name__)
+    if advises:
+        config = json.loads((tmp_path / "bare" / "config.json").read_text())
+        (tmp_path / "bare" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+        convert_quietly("hf", "megalm", tmp_path / "bare", tmp_path / "run", verify=True)

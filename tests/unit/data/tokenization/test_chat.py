@@ -69,6 +69,27 @@ def test_a_template_that_refuses_a_system_message_says_why(name: str) -> None:
         template_of(MODELS[name]).render(CONVERSATIONS[3])
 
 
+_TURN = "{% for message in messages %}<|im_start|>{{ message['role'] }}: "
+_END = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+PARTS = {
+    "writes nothing of a text": f"{_TURN}{{% for part in message['content'] if part['type'] == 'text' %}}"
+    f"{{{{ part['text'] }}}}{{% endfor %}}{_END}",
+    "fails at a text": f"{_TURN}{{{{ message['content'][0].text + '' }}}}{_END}",
+}
+"""Templates of models that see images: contents are lists of parts."""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_template_that_wants_parts_is_given_them(name: str) -> None:
+    template = ChatTemplate(PARTS[name], {}, ["<|im_start|>", "<|im_end|>"])
+    chat = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "Two."}]
+    rendered = template.render(chat)
+    assert rendered.text == "<|im_start|>user: two?<|im_end|>\n<|im_start|>assistant: Two.<|im_end|>\n"
+    assert [text for text, learnt in rendered.segments() if learnt] == ["Two.<|im_end|>"]
+    assert template.turn_end == "<|im_end|>"
+    assert template.text(chat[:1], add_generation_prompt=True).endswith("user: two?<|im_end|>\n<|im_start|>assistant: ")
+
+
 def test_marks_are_the_added_tokens_that_the_template_writes() -> None:
     assert set(template_of(MODELS["qwen"]).marks) == {"<|im_start|>", "<|im_end|>"}
     assert set(template_of(MODELS["llama-2"]).marks) == {"<s>", "</s>"}

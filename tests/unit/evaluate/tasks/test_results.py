@@ -86,6 +86,23 @@ def test_a_row_for_metrics_jsonl_and_a_table() -> None:
     assert signatures(results)[0] == "arithmetic/exact_match: normalise:none"
 
 
+def test_answers_that_normalisation_empties_are_told_of() -> None:
+    """SQuAD's takes the letter A for an article: nothing is left of it, and a text of nothing equals it."""
+    letters = [("What?", "A"), ("Who?", "B"), ("Where?", "the"), ("When?", "")]
+    written(Path("letters.jsonl"), *(json.dumps({"q": q, "right": [right] if right else []}) for q, right in letters))
+    task = "kind: generation\ndata: letters.jsonl\nprompt: '{{ q }}'\ntarget: x\nreferences: right\nmetrics: "
+    written(Path("squad.yaml"), task + "[exact_match, f1]")
+    written(Path("plain.yaml"), task + "[{exact_match: {normalise: none}}]")
+    silent = Scripted(TOKENIZER, lambda prompt: "", name="silent")
+    squad, plain = (results_of(silent, "--task", f"{name}.yaml")[0] for name in ("squad", "plain"))
+    assert squad.metric("exact_match").value == 0.75
+    assert [note.partition(" by ")[0] for note in squad.notes()] == [
+        f"squad/{name}: of 2 right answers nothing is left" for name in ("exact_match", "f1")
+    ]
+    assert plain.metric("exact_match").value == 0.25
+    assert plain.notes() == []
+
+
 def test_files_hold_everything_and_are_replaced_by_the_same_evaluation_alone(tmp_path: Path) -> None:
     model = counting(3)
     checkpoint = tmp_path / "runs" / "tiny" / "checkpoints" / "step-00000007"

@@ -184,6 +184,8 @@ def test_of_a_conversation_only_answers_are_learnt(tmp_path: Path) -> None:
         {"messages": []},
         {"messages": [{"role": "poet", "content": "x"}]},
         {"messages": messages[:1]},
+        {"messages": [*messages, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+        {"messages": [{**message, "tool_calls": None} for message in messages]},
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read("sft", tmp_path)
@@ -191,11 +193,13 @@ def test_of_a_conversation_only_answers_are_learnt(tmp_path: Path) -> None:
     assert [s.role for s in found[0].segments] == ["user", "assistant"]
     assert found[0].is_conversation
     assert found[0].text == "user\nhi\nassistant\nhello\n"
-    assert [d.rule for d in found[1:]] == [
+    assert [d.rule for d in found[1:5]] == [
         "messages are no list",
         "a message without role or content",
         "no answer to learn",
+        "a message that calls tools: text alone is read",
     ]
+    assert found[5].is_conversation
 
 
 @pytest.mark.parametrize(
