@@ -19,6 +19,10 @@ from megalm.errors import ConfigError
 from megalm.generate.requests import Completion
 
 
+WRITTEN = frozenset({"text", "tokens", "finish", "sample", "score", "logprobs", "top_logprobs"})
+"""Fields that completions may have; a prompt's own fields have other names."""
+
+
 def as_objects(fields: Mapping[str, Any], completions: Sequence[Completion]) -> list[dict[str, Any]]:
     """One object per text: the prompt's own fields, then ``text``, ``tokens``, ``finish`` and what was asked for."""
     objects = []

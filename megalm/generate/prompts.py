@@ -15,6 +15,7 @@ from megalm.data.tokenization.chat import TOOL_CALLS
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.generate.asked import check_generate
+from megalm.generate.output import WRITTEN
 from megalm.generate.requests import GenerateRequest, Sampling
 from megalm.runs.find import KnownModel
 
@@ -130,6 +131,8 @@ def _prompt(name: str, line: str, tokenizer: Tokenizer) -> Prompt:
         raise DataError(f"{name}: no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise DataError(f'{name}: {format_value(fields)}: no object; {{"prompt": "…"}}')
+    if taken := sorted(WRITTEN & fields.keys()):
+        raise DataError(f"{name}: field {taken[0]}: the output has one of this name; another name, or without it")
     if fields.get("prompt") is not None and fields.get("messages") is not None:
         raise DataError(f'{name}: has "prompt" and "messages"; one of the two')
     if "messages" in fields and fields.get("prompt") is None:

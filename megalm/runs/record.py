@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from megalm.checkpoint.durable import replace_text
 from megalm.errors import DataError
 from megalm.runs.folder import METRICS_FILE
 
@@ -73,12 +73,7 @@ def cut_back(path: Path, step: int) -> None:
     text = "".join(f"{line}\n" for line in kept)
     if text == path.read_text(encoding="utf-8", errors="replace"):
         return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_text(path, text)
 
 
 def _complete_lines(path: Path) -> list[str]:

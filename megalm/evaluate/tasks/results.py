@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.durable import flush
+from megalm.checkpoint.durable import flush, replace_text
 from megalm.checkpoint.manifest import MANIFEST_FILE
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
@@ -145,8 +144,8 @@ def save_records(run_dir: Path, records: Iterable[tuple[dict[str, Any], Iterable
         for record, rows in records:
             path = folder / f"{file_stem(record)}.json"
             lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-            _write(path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
-            _write(path, json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+            replace_text(path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
+            replace_text(path, json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
             written.append(path)
         flush(folder)
     except OSError as error:
@@ -211,13 +210,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -50,6 +50,7 @@ def test_line_ends_of_unicode_stand_in_a_prompt(tmp_path: Path, tokenizer: Token
 @pytest.mark.parametrize(
     ("fields", "wrong"),
     [
+        ({"prompt": "a", "text": "mine"}, "field text: the output has one of this name; another name, or without it"),
         ({"prompt": "a\ud83d"}, r"line 2: prompt: character 2 is half of one \(the lone surrogate \\ud83d\)"),
         ({"messages": [{"role": "user", "content": "\ude00"}]}, r"line 2: messages: character 1 is half of one"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, 'line 2: has "prompt" and "messages"'),
