@@ -18,7 +18,6 @@ from typing import Any, TextIO
 from megalm.errors import ConfigError
 from megalm.generate.requests import Completion
 
-
 WRITTEN = frozenset({"text", "tokens", "finish", "sample", "score", "logprobs", "top_logprobs"})
 """Fields that completions may have; a prompt's own fields have other names."""
 
