@@ -3,7 +3,7 @@
 
     tools/in_context.py --questions two_digit_addition.jsonl --out experiment
 
-A document has lines such as ``98#45=143``. What ``#`` means is drawn for each document and named nowhere: the sum, the
+A document has lines such as ``98#45=143``, every number with all of its digits, so that lines are alike. What ``#`` means is drawn for each document and named nowhere: the sum, the
 first number, or the second. A model that has read many such documents can know of a line without examples only how
 often each operation comes; lines before it say which one this is. The questions are of GPT-3's two-digit addition
 (Brown et al. 2020, section 3.9.1; ``{"context": "Q: What is 98 plus 45?…", "completion": " 143"}``); neither their
@@ -42,7 +42,7 @@ OPERATIONS: dict[str, tuple[Callable[[int, int], int], int]] = {
 """Name ▶ the operation and its weight. The sum is not the commonest, so that it is no good guess without examples."""
 
 LINES = 12
-"""Of a document; about 120 tokens."""
+"""Of a document, which has 120 tokens with its end: a sequence of the model."""
 NUMBERS = range(100)
 _QUESTION = re.compile(r"\bWhat is (\d{1,2}) plus (\d{1,2})\?")
 
@@ -53,6 +53,7 @@ kind: generation
 data: {data}
 prompt: "{{{{ a }}}}#{{{{ b }}}}="
 target: "{{{{ sum }}}}"
+separator: ""
 example_separator: "\\n"
 max_new_tokens: 4
 stop: ["\\n"]
@@ -60,10 +61,11 @@ metrics:
   - exact_match: {{normalise: none}}
 """
 COMMANDS = """\
-megalm prepare --corpus jsonl --input {out}/text.jsonl --tokenizer-vocab 257 --val-fraction 0.01 --out {out}/data
+megalm prepare --corpus jsonl --input {out}/text.jsonl --tokenizer-vocab 257 --val-fraction 0.01 --chunk-tokens 1200 \\
+  --out {out}/data
 megalm train experiment=quickstart parallel=single engine=fp32_zero1 data.path={out}/data run.name=in_context \\
-  model.num_layers=3 model.hidden_size=128 model.sequence_length=128 train.global_batch_size=64 \\
-  train.micro_batch_size=64 train.steps=3000 optim.lr=2e-3 train.validate_every=500 checkpoint.every=500 \\
+  model.num_layers=3 model.hidden_size=128 model.sequence_length=120 train.global_batch_size=32 \\
+  train.micro_batch_size=16 train.steps=2000 optim.lr=2e-3 train.validate_every=500 launch.ranks=2 \\
   report.prompt=null
 for k in 0 1 8; do megalm evaluate runs/in_context --task {out}/unnamed_addition.yaml --examples $k; done"""
 
@@ -92,7 +94,7 @@ def write(questions: Path, out: Path, documents: int, seed: int) -> int:
     if out.exists():
         raise ConfigError(f"--out={out}: exists; a new folder")
     out.mkdir(parents=True)
-    rows = ({"a": a, "b": b, "sum": a + b} for a, b in asked)
+    rows = ({"a": f"{a:02}", "b": f"{b:02}", "sum": f"{a + b:03}"} for a, b in asked)
     (out / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     (out / "unnamed_addition.yaml").write_text(TASK.format(data=out / "questions.jsonl"), encoding="utf-8")
     with (out / "text.jsonl").open("w", encoding="utf-8") as file:
@@ -130,7 +132,7 @@ def texts(asked: list[Pair], documents: int, seed: int) -> Iterator[str]:
     weights = [weight for _, weight in OPERATIONS.values()]
     for _ in range(documents):
         (operation,) = draw.choices(operations, weights)
-        yield "\n".join(f"{a}#{b}={operation(a, b)}" for a, b in draw.choices(pairs, k=LINES))
+        yield "\n".join(f"{a:02}#{b:02}={operation(a, b):03}" for a, b in draw.choices(pairs, k=LINES))
 
 
 if __name__ == "__main__":
