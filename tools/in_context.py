@@ -3,11 +3,12 @@
 
     tools/in_context.py --questions two_digit_addition.jsonl --out experiment
 
-A document has lines such as ``98#45=143``, every number with all of its digits, so that lines are alike. What ``#`` means is drawn for each document and named nowhere: the sum, the
-first number, or the second. A model that has read many such documents can know of a line without examples only how
-often each operation comes; lines before it say which one this is. The questions are of GPT-3's two-digit addition
-(Brown et al. 2020, section 3.9.1; ``{"context": "Q: What is 98 plus 45?…", "completion": " 143"}``); neither their
-pairs of numbers nor the same the other way round stand in the text, whatever the operation.
+A document has lines such as ``98#45=143``, numbers with all of their digits, so that lines are alike. What ``#`` means
+is drawn for each document and named nowhere: the sum, the first number, or the second. A model that has read many such
+documents can know of a line without examples only how often each operation comes; lines before it say which one this
+is. The questions are of GPT-3's two-digit addition (Brown et al. 2020, section 3.9.1; ``{"context": "Q: What is 98 plus
+45?…", "completion": " 143"}``); neither their pairs of numbers nor the same the other way round stand in the text,
+whatever the operation.
 
 Written are ``text.jsonl`` (for megalm prepare), ``questions.jsonl`` and the task ``unnamed_addition.yaml``; then the
 commands are printed that train the model and ask it. The vocabulary is of single bytes, so that each digit is a token.

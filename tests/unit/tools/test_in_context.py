@@ -71,8 +71,8 @@ def test_the_task_asks_as_the_text_is_written_and_digits_are_single_tokens(writt
     (task,) = load_tasks([str(written / "unnamed_addition.yaml")])
     assert [(each.prompt, each.target) for each in task.questions] == [
         ("98#45=", "143"),
-        ("7#7=", "14"),
-        ("10#3=", "13"),
+        ("07#07=", "014"),
+        ("10#03=", "013"),
     ]
     tokenizer = train_byte_level_bpe(["98#45=143\n7#7=14\n"] * 50, 257)
     assert [tokenizer.decode([token]) for token in tokenizer.encode("98#45=143\n")] == list("98#45=143\n")
