@@ -125,7 +125,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory):
         asked[name] = [
             Asked(tuple(greedy), 16),
             Asked(tuple(replace(each, max_new_tokens=20) for each in greedy), 3),
-            Asked(tuple(beams), 8),
+            Asked(tuple(beams), BEAMS * len(LENGTHS)),
             Asked(tuple(drawn), 5),
             Asked(tuple(scored), 4),
         ]

@@ -177,6 +177,10 @@ class _Run:
     length: int
 
 
+_STAGE_NAMES = {"optimizer_states": 1, "gradients": 2, "weights": 3}
+"""Members of DeepSpeed's enum, which some versions of Python pickle by name."""
+
+
 def _optimizer_settings(files: RankFiles) -> tuple[int, Mapping[str, Any]]:
     """The ZeRO stage, and the first replica's file without its tensors."""
     file = files.optimizers[0]
@@ -184,6 +188,7 @@ def _optimizer_settings(files: RankFiles) -> tuple[int, Mapping[str, Any]]:
     stage = settings.get("zero_stage")
     if isinstance(stage, Inert):  # an enum of DeepSpeed's
         stage = stage.args[0] if stage.args else None
+        stage = _STAGE_NAMES.get(stage, stage) if isinstance(stage, str) else stage
     if not isinstance(stage, int) or stage not in _PARTITIONS:
         raise CheckpointError(f"{file}: zero_stage={format_value(stage)}; partitions of stages 1, 2 and 3 are read")
     counts = settings.get("partition_count")

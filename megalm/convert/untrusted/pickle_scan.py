@@ -32,7 +32,10 @@ _REBUILDS = frozenset(
 )
 _WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
 _ENCODE = "_codecs.encode"
+ATTRIBUTE_OF = ("__builtin__.getattr", "builtins.getattr")
+"""How early versions of Python 3.11 pickle the member of an enum: by its class and name, not by its value."""
 _CALLED = _REBUILDS | {
+    *ATTRIBUTE_OF,
     _WITH_ATTRIBUTES,
     _ENCODE,
     "argparse.Namespace",
@@ -114,8 +117,7 @@ def scan(path: Path, archive: Archive, inert: Collection[str]) -> None:
     Raises:
         CheckpointError: naming what is wrong.
     """
-    called = _CALLED | set(inert)
-    machine = _Machine(path, archive.storages, called)
+    machine = _Machine(path, archive.storages, inert)
     try:
         for operation, value, _ in pickletools.genops(archive.pickle):
             machine.step(operation.name, value)
@@ -140,7 +142,7 @@ def refuse_names(path: Path, data: bytes, inert: Collection[str], why: str) -> N
     Raises:
         CheckpointError: with the first of the names.
     """
-    known = _CALLED | _NAMED | set(inert)
+    known = (_CALLED | _NAMED | set(inert)) - set(ATTRIBUTE_OF)  # nobody has looked at what it is called with
     names = [name for name in _names(data) if name not in known]
     if names:
         raise CheckpointError(_refusal(path, f"{spoken_list(names[:_MOST_NAMES], 'and')} ({why})")) from None
@@ -177,8 +179,9 @@ def _names(data: bytes) -> list[str]:
 class _Machine:
     """The stack of a pickle, as far as it decides what is called with what."""
 
-    def __init__(self, path: Path, storages: dict[str, int], called: Collection[str]) -> None:
-        self._path, self._storages, self._called = path, storages, called
+    def __init__(self, path: Path, storages: dict[str, int], inert: Collection[str]) -> None:
+        self._path, self._storages, self._inert = path, storages, inert
+        self._called = _CALLED | set(inert)
         self._stack: list[object] = []
         self._memo: dict[int, object] = {}
 
@@ -250,9 +253,20 @@ class _Machine:
         function, arguments = self._pop(2)
         if not isinstance(function, _Name) or not isinstance(arguments, _Tuple):
             raise CheckpointError(f"{self._path}: damaged: its pickle calls what is no function")
-        if function.text not in self._called or not _is_harmless(function.text, arguments.items):
+        if function.text not in self._called or not self._is_harmless(function.text, arguments.items):
             raise CheckpointError(_refusal(self._path, f"a call of {function.text}"))
         self._stack.append(_OTHER)
+
+    def _is_harmless(self, function: str, arguments: tuple[object, ...]) -> bool:
+        """Some are as harmless as their arguments: codecs can lengthen, and others reach for what they are given."""
+        if function == _ENCODE:
+            return len(arguments) == 2 and arguments[1] in ("latin1", "latin-1")
+        first = arguments[0].text if arguments and isinstance(arguments[0], _Name) else None
+        if function == _WITH_ATTRIBUTES:
+            return first in _REBUILDS
+        if function in ATTRIBUTE_OF:  # of a class that is not loaded, which the reader has a placeholder for
+            return len(arguments) == 2 and first in self._inert and isinstance(arguments[1], str)
+        return True
 
     def _storage(self, _: object) -> None:
         """What a tensor's bytes are claimed to be must be what the archive has under that key."""
@@ -290,16 +304,6 @@ class _Machine:
         "STOP": _nothing,
         "TUPLE": _marked_tuple,
     }
-
-
-def _is_harmless(function: str, arguments: tuple[object, ...]) -> bool:
-    """Two functions are as harmless as their arguments: codecs can lengthen, and one calls what it is given."""
-    if function == _ENCODE:
-        return len(arguments) == 2 and arguments[1] in ("latin1", "latin-1")
-    if function == _WITH_ATTRIBUTES:
-        first = arguments[0] if arguments else None
-        return isinstance(first, _Name) and first.text in _REBUILDS
-    return True
 
 
 def _refusal(path: Path, what: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from megalm.convert.untrusted.pickle_scan import refuse_names, scan
+from megalm.convert.untrusted.pickle_scan import ATTRIBUTE_OF, refuse_names, scan
 from megalm.convert.untrusted.torch_archive import read_archive
 from megalm.core.dtype import DTYPE_NAMES
 from megalm.errors import CheckpointError
@@ -102,6 +102,11 @@ class Inert:
         self.state = state
 
 
+def _member(kind: object, name: str) -> Inert:  # noqa: ARG001 - the class is not loaded
+    """Stands for ``getattr`` of a class that is not loaded, which the scan has made sure of."""
+    return Inert(name)
+
+
 def load(path: Path) -> Any:
     """What a file of ``torch.save`` holds, its tensors as views of the mapped file.
 
@@ -117,6 +122,7 @@ def load(path: Path) -> Any:
         raise
     scan(path, archive, _INERT_FULL_NAMES)
     allowed: list[Any] = [Namespace, types.SimpleNamespace, *((Inert, name) for name in _INERT_FULL_NAMES)]
+    allowed += [(_member, name) for name in ATTRIBUTE_OF]
     try:
         with _LOCK, torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

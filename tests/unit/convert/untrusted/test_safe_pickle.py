@@ -11,6 +11,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from golden import Marker, refused
 
 from megalm.convert.untrusted import safe_pickle
 from megalm.convert.untrusted.safe_pickle import Inert, PickledTensors, load
+from megalm.errors import CheckpointError
 
 
 def _rewritten(path: Path, change) -> Path:
@@ -45,15 +47,40 @@ def test_random_states_and_buffers_of_the_tools_are_inert(tmp_path: Path) -> Non
     assert isinstance(found["np"][1], Inert) and isinstance(found["extra"], Inert) and isinstance(found["path"], Inert)
 
 
-def test_enums_of_megatron_are_read_without_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+BY_VALUE = lambda self, _: (type(self), (self.value,))  # noqa: E731 - Python before and after early versions of 3.11
+BY_NAME = lambda self, _: (getattr, (type(self), self.name))  # noqa: E731
+
+
+@pytest.mark.parametrize(("pickled", "args"), [(BY_VALUE, (3,)), (BY_NAME, ("gpt",))], ids=["by value", "by name"])
+def test_enums_of_megatron_are_read_without_megatron(
+    pickled: Any, args: tuple[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = types.ModuleType("megatron.core.enums")
     module.ModelType = enum.Enum("ModelType", {"gpt": 3}, module=module.__name__)
+    module.ModelType.__reduce_ex__ = pickled
     for name in ("megatron", "megatron.core"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     torch.save(Namespace(model_type=module.ModelType.gpt), tmp_path / "f.pt")
     monkeypatch.delitem(sys.modules, module.__name__)
-    assert load(tmp_path / "f.pt").model_type.args == (3,)
+    assert load(tmp_path / "f.pt").model_type.args == args
+
+
+class Reaching:
+    """Pickles as an attribute of something."""
+
+    def __init__(self, *of: object) -> None:
+        self.of = of
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.of
+
+
+@pytest.mark.parametrize("of", [(torch.Tensor, "numpy"), (torch, "save"), (dict, "keys"), ("text", "upper")])
+def test_an_attribute_of_anything_else_is_refused(of: tuple[object, ...], tmp_path: Path) -> None:
+    torch.save({"w": Reaching(*of)}, tmp_path / "f.pt")
+    with pytest.raises(CheckpointError, match=r"could run code|damaged"):
+        load(tmp_path / "f.pt")
 
 
 def test_code_is_refused_by_its_name_and_not_run(tmp_path: Path) -> None:
