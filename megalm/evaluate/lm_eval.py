@@ -22,7 +22,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -36,6 +35,7 @@ from megalm.config.violation import format_value
 from megalm.data.tokenization.chat import ASSISTANT, TemplateRefusal
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.errors import ConfigError, DataError
+from megalm.evaluate.tasks.requests import alike_from_start
 from megalm.generate.asked import BATCH_SIZE, AskedModel
 from megalm.generate.open import start
 from megalm.generate.requests import LARGEST_SEED, Completion, GenerateRequest, Sampling, Score, ScoreRequest
@@ -158,8 +158,7 @@ class MegalmLM(TemplateLM):
         if after:
             return before, after
         whole = self.tok_encode(context + continuation)
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
-        shared = sum(1 for _ in alike)
+        shared = alike_from_start(before, whole)
         return whole[:shared] or [self.prefix_token_id], whole[shared:]
 
     def _loglikelihood_tokens(

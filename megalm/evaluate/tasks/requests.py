@@ -101,14 +101,18 @@ def prepare_tasks(tasks: Sequence[LoadedTask], tokenizer: Tokenizer, sequence_le
     return prepared
 
 
+def alike_from_start(*sequences: Sequence[int]) -> int:
+    """How many tokens some sequences begin with in common."""
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False)))
+
+
 def split(tokenizer: Tokenizer, prompt: str, continuations: Sequence[str]) -> list[ScoreRequest]:
     """Each continuation's tokens after the prompt's; see the top of the file. A continuation may come out empty."""
     context = prompt.rstrip()
     moved = prompt[len(context) :]
     before = tokenizer.encode_prompt(context)
     wholes = [tokenizer.encode_prompt(f"{context}{moved}{continuation}") for continuation in continuations]
-    alike = takewhile(lambda ids: len(set(ids)) == 1, zip(before, *wholes, strict=False))
-    shared = sum(1 for _ in alike)
+    shared = alike_from_start(before, *wholes)
     if not shared:
         # Nothing begins a document for this tokenizer: what comes before it is the end of the one before.
         return [ScoreRequest(context=(tokenizer.eos_id,), continuation=tuple(whole)) for whole in wholes]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megalm.errors import ConfigError
-from megalm.generate.output import as_objects, output_file
-from megalm.generate.requests import Completion
+from megalm.generate.output import WRITTEN, as_objects, output_file
+from megalm.generate.requests import Completion, TokenProbability
 
 MADE_BY = {"weights": "a", "seed": 1}
 
@@ -78,3 +78,9 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
         file.add(0, _done(0))
         with output_file(path, MADE_BY, prompts=2, samples=1):
             pass
+
+
+def test_every_field_that_is_written_is_known_to_be() -> None:
+    told = (TokenProbability(log_probability=-1.0, alternatives=((3, -1.0),)),)
+    completion = Completion(tokens=(3,), text="a", finish="end", probabilities=told, score=-1.0)
+    assert {name for made in as_objects({}, [completion] * 2) for name in made} == WRITTEN
