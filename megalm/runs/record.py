@@ -76,6 +76,16 @@ def cut_back(path: Path, step: int) -> None:
     replace_text(path, text)
 
 
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a record that nobody else writes, in the place of an unfinished last line.
+
+    Raises:
+        DataError: a line other than the last is no row.
+    """
+    lines = [*_complete_lines(path), encode_row(row)]
+    replace_text(path, "".join(f"{line}\n" for line in lines))
+
+
 def _complete_lines(path: Path) -> list[str]:
     """Lines that hold a row each; only what follows the last line break may be damaged."""
     try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, DataError
 from megalm.ownership import owned
 from megalm.plan.preflight import OWNER_LOCK
 from megalm.runs.find import FoundModel
 from megalm.runs.folder import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_ID_FILE
-from megalm.runs.record import encode_row
+from megalm.runs.record import append_row
 from megalm.training.callbacks.base import Outcome
 from megalm.training.callbacks.tensorboard import write_scalars
 from megalm.training.callbacks.wandb import WandbLog
@@ -31,9 +31,9 @@ def record_evaluation(found: FoundModel, scores: Mapping[str, float]) -> str | N
     step, name = found.manifest.step, f"run.name={found.config.run.name}"
     row = {"step": step, "evaluated": str(found.checkpoint), **scores}
     try:
-        with owned(found.run / OWNER_LOCK, name, "it writes its record alone"), path.open("ab") as file:
-            file.write(encode_row(row).encode() + b"\n")
-    except (ConfigError, OSError) as error:
+        with owned(found.run / OWNER_LOCK, name, "it writes its record alone"):
+            append_row(path, row)
+    except (ConfigError, DataError, OSError) as error:
         return f"not added to {path}: {error}"
     if (found.run / TENSORBOARD_FOLDER).is_dir() and found.config.logging.tensorboard:
         write_scalars(found.run, {f"tasks/{name}": value for name, value in scores.items()}, step)

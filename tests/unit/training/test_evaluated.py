@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megalm.config.schema import Config, Logging
 from megalm.ownership import owned
 from megalm.plan.preflight import OWNER_LOCK
+from megalm.runs.record import read_metrics
 from megalm.training import evaluated
 from megalm.training.callbacks import wandb
 from megalm.training.evaluated import record_evaluation
@@ -33,6 +34,13 @@ def test_a_row_is_added_and_nothing_else_of_a_run_that_has_no_copies(found: Any)
     first, second = map(json.loads, (found.run / "metrics.jsonl").read_text().splitlines())
     assert first == {"step": 10, "loss": 2.0}
     assert second == {"step": 10, "evaluated": str(found.checkpoint), **SCORES}
+
+
+def test_a_last_line_that_a_crash_left_unfinished_spoils_no_row(found: Any) -> None:
+    with (found.run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')
+    assert record_evaluation(found, SCORES) is None
+    assert [row["step"] for row in read_metrics(found.run / "metrics.jsonl")] == [10, 10]
 
 
 def test_a_model_that_was_converted_has_no_record(found: Any) -> None:
