@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalm.core.device_kind import device_kind
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -78,7 +80,7 @@ class Documents:
         mask = self._block_masks.get((causal, window))
         if mask is None:  # layers of the same window share it
             mask = self._block_masks[causal, window] = self._block_mask(causal, window)
-        mixed: Tensor = _flex_attention(query.device.type)(
+        mixed: Tensor = _flex_attention(device_kind(query))(
             query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
         )
         return mixed

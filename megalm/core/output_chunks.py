@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megalm.core.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from megalm.core.device_kind import device_kind
 from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.tensor_parallel import TensorParallel
 from megalm.mesh.groups import Group
@@ -193,6 +194,6 @@ def _block_rows(logits: Tensor, group: Group) -> int:
     """Tokens whose fp32 probabilities exist at one time: over ranks a whole chunk, so that ranks meet once."""
     if group.size > 1:
         return logits.shape[0]
-    if logits.device.type == "cpu":
+    if device_kind(logits) == "cpu":
         return max(CPU_BLOCK // logits.shape[1], CPU_BLOCK_ROWS)
     return max(ACCELERATOR_BLOCK // logits.shape[1], 1)

@@ -64,6 +64,8 @@ class ParallelContext:
             rank alone where no other stage holds a copy.
         inner_groups: groups along inner axes, by axes: along each alone, and for each the ranks over which a parameter
             is replicated that is split along it.
+        transport: whose rules the collectives of tensors on ``device`` follow: ``gloo`` or ``nccl``. A dry run has the
+            rules of the transport that it stands for.
     """
 
     topology: Topology
@@ -77,6 +79,7 @@ class ParallelContext:
     world_group: Group
     tied_group: Group
     inner_groups: Mapping[tuple[str, ...], Group] = field(default_factory=dict)
+    transport: str = "gloo"
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -128,6 +131,7 @@ class ParallelContext:
             world_group=world,
             tied_group=tied,
             inner_groups=inner,
+            transport="nccl" if torch.device(device).type == "cuda" else "gloo",
         )
 
     def replicas_of(self, record: ParameterRecord) -> Group:

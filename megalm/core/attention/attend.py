@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalm.core.attention.cpu import causal_attention
+from megalm.core.device_kind import device_kind
 from megalm.core.documents import Documents
 from megalm.core.dropout import attention_keep_mask, stream_key
 
@@ -62,7 +63,7 @@ class AttentionCore(nn.Module):
             return self._explicit(query, key, value, heads, samples, documents)
         if documents is None:
             return self._whole(query, key, value)
-        if query.device.type == "cpu":  # flex attention has no backward there
+        if device_kind(query) == "cpu":  # flex attention has no backward there
             return documents.attend_each(self._whole, query, key, value)
         return documents.attend_in_blocks(query, key, value, causal=self.causal, window=self.window)
 
@@ -72,7 +73,7 @@ class AttentionCore(nn.Module):
             positions = torch.arange(query.shape[2], device=query.device)
             mask = self.sees(positions, positions)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
-        if self.causal and query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
+        if self.causal and device_kind(query) == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
             return causal_attention(query, key, value)
         return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, enable_gqa=grouped)
 

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from megalm.core.place import Attention
 
+from megalm.core.device_kind import device_kind
+
 
 class KeyValueCache:
     """The keys and values of a rank's layers; memory is taken when a layer first stores something.
@@ -145,7 +147,7 @@ class Decode:
         seen = min(max(self._positions) + 1, places)
         # The G query heads of a key head are G rows of one product: its keys are read once.
         grouped = query.reshape(rows, kv_heads, -1, query.shape[-1])
-        if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        if query.dtype == torch.bfloat16 and device_kind(query) == "cpu":
             return self._products(grouped, both[:, :rows]).reshape_as(query)
         keys, values = both[0, :rows, :, :seen], both[1, :rows, :, :seen]
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(seen)).reshape_as(query)
