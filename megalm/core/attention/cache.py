@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalm.core.place import Attention
-
 from megalm.core.device_kind import device_kind
+from megalm.core.place import Attention
 
 
 class KeyValueCache:
