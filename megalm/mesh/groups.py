@@ -66,6 +66,8 @@ class ParallelContext:
             is replicated that is split along it.
         transport: whose rules the collectives of tensors on ``device`` follow: ``gloo`` or ``nccl``. A dry run has the
             rules of the transport that it stands for.
+        links: groups of two, by (source, target) pipeline rank, for transfers in that direction between this rank and a
+            neighbour in the ring of stages; none where the pipeline's group serves (gloo).
     """
 
     topology: Topology
@@ -80,6 +82,7 @@ class ParallelContext:
     tied_group: Group
     inner_groups: Mapping[tuple[str, ...], Group] = field(default_factory=dict)
     transport: str = "gloo"
+    links: Mapping[tuple[int, int], Group] = field(default_factory=dict)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -137,6 +140,10 @@ class ParallelContext:
     def replicas_of(self, record: ParameterRecord) -> Group:
         """The ranks over which a parameter's slice is replicated: its gradients are added there."""
         return self.replica_group if record.replicated_over == REPLICAS else self.inner_groups[record.replicated_over]
+
+    def link(self, source: int, target: int) -> Group:
+        """What carries transfers from one pipeline rank to its neighbour, one of which this rank is."""
+        return self.links.get((source, target), self.pp_group)
 
     def owns(self, record: ParameterRecord, *, among_replicas: bool = True) -> bool:
         """Whether this rank stands for its slice; see :meth:`megalm.mesh.parameter.ParameterRecord.is_owned_by`."""
