@@ -5,7 +5,8 @@ from __future__ import annotations
 from megalm.config.job import Job, topology_of
 from megalm.config.schema import Config
 from megalm.config.unused import unused_settings
-from megalm.core.pipeline.schedule import SCHEDULES, Shape, bubble_fraction
+from megalm.core.pipeline.schedule import SCHEDULES, Shape
+from megalm.core.pipeline.timing import bubble_fraction
 from megalm.data.stream.batch_size import BatchSize
 from megalm.engine.lr_schedule import LearningRate
 from megalm.mesh.topology import Topology

@@ -7,10 +7,13 @@ recorded traces, on any backend: :func:`record` notes every call a rank makes to
 * a collective: every member of the group stands at a call on that group, alike in operation, shapes and dtypes;
 * a group of point-to-point transfers (``batch_isend_irecv``): every partner has come to its own group that holds, for
   each ordered pair of ranks, the counterparts in the same order. A transfer whose partner has come is done, but the
-  rank stays until all of its group's transfers are.
+  rank stays until all of its group's transfers are;
+* transfers in one direction between two ranks, which are *posted* (a pipeline's): the posted ones before them on the
+  same communicator and in the same direction are done. They are done when the partner has posted its counterpart; a
+  rank that waits for them (``Work.wait``) stays until then.
 
-Asynchronous calls are taken to block as well. That refuses more than NCCL does, and what passes is safe however few
-transfers a backend keeps under way.
+Other asynchronous calls are taken to block as well. That refuses more than NCCL does, and what passes is safe however
+few transfers a backend keeps under way.
 """
 
 from __future__ import annotations
@@ -96,10 +99,12 @@ class Transfers:
     group: tuple[int, ...]
     transfers: tuple[Transfer, ...]
     group_name: str = ""
+    posted: bool = False
+    """Whether the rank goes on at once; all of them go from one rank to another."""
 
     def __str__(self) -> str:
         moved = ", ".join(f"{t.source}▶{t.target} {list(t.payload.shape)}:{t.payload.dtype}" for t in self.transfers)
-        return f"transfers of {list(self.group)}: {moved}"
+        return f"{'posted ' * self.posted}transfers of {list(self.group)}: {moved}"
 
     @property
     def partners(self) -> set[int]:
@@ -111,7 +116,66 @@ class Transfers:
         return tuple(t.payload for t in self.transfers if (t.source, t.target) == (source, target))
 
 
-Event = Collective | Transfers
+@dataclass(frozen=True)
+class Wait:
+    """One rank waits for transfers that it posted.
+
+    Attributes:
+        posted: number of the event among the rank's.
+    """
+
+    posted: int
+
+    def __str__(self) -> str:
+        return f"waits for what call {self.posted} posted"
+
+
+Event = Collective | Transfers | Wait
+
+
+class _Streams:
+    """What ranks have posted, by communicator and direction."""
+
+    def __init__(self) -> None:
+        # (communicator, source, target) ▶ what each end has posted, in order.
+        self._posted: dict[tuple[str, int, int], dict[bool, list[tuple[Payload, ...]]]] = {}
+        self._places: dict[tuple[int, int], tuple[tuple[str, int, int], bool, int]] = {}
+
+    def is_free(self, rank: int, event: Transfers) -> bool:
+        """Whether all that the rank has posted there before is done."""
+        key, sends = self._key(rank, event)
+        ends = self._posted.get(key, {True: [], False: []})
+        return len(ends[sends]) <= len(ends[not sends])
+
+    def post(self, rank: int, number: int, event: Transfers) -> bool:
+        """Note the rank's event of this number; False: the partner has posted something else."""
+        key, sends = self._key(rank, event)
+        ends = self._posted.setdefault(key, {True: [], False: []})
+        place = len(ends[sends])
+        self._places[rank, number] = key, sends, place
+        payloads = tuple(t.payload for t in event.transfers)
+        ends[sends].append(payloads)
+        return place >= len(ends[not sends]) or ends[not sends][place] == payloads
+
+    def is_done(self, rank: int, number: int) -> bool:
+        """Whether the partner has posted the counterpart."""
+        key, sends, place = self._places[rank, number]
+        return place < len(self._posted[key][not sends])
+
+    @property
+    def rendezvous(self) -> int:
+        """How many are done; all that were posted, or ranks are left alone with some."""
+        return sum(min(len(ends[True]), len(ends[False])) for ends in self._posted.values())
+
+    @property
+    def all_done(self) -> bool:
+        """Whether every posted transfer has met its counterpart."""
+        return all(len(ends[True]) == len(ends[False]) for ends in self._posted.values())
+
+    @staticmethod
+    def _key(rank: int, event: Transfers) -> tuple[tuple[str, int, int], bool]:
+        source, target = event.transfers[0].source, event.transfers[0].target
+        return (event.group_name, source, target), rank == source
 
 
 class UnsafeCommunicationError(AssertionError):
@@ -135,6 +199,7 @@ def check(traces: Sequence[Sequence[Event]]) -> int:  # noqa: PLR0912 — one re
     # Transfers of the group at which a rank stands now that its partner has met: they end together, one leaves first.
     met: list[set[tuple[int, int]]] = [set() for _ in traces]
     rendezvous = 0
+    streams = _Streams()
 
     def at(rank: int) -> Event | None:
         return traces[rank][position[rank]] if position[rank] < len(traces[rank]) else None
@@ -159,11 +224,26 @@ def check(traces: Sequence[Sequence[Event]]) -> int:  # noqa: PLR0912 — one re
                     for member in event.group:
                         leave(member)
                     rendezvous, progressed = rendezvous + 1, True
+            elif isinstance(event, Wait):
+                if streams.is_done(rank, event.posted):
+                    leave(rank)
+                    progressed = True
+            elif isinstance(event, Transfers) and event.posted:
+                if streams.is_free(rank, event):
+                    if not streams.post(rank, position[rank], event):
+                        (ends,) = {(t.source, t.target) for t in event.transfers}
+                        raise UnsafeCommunicationError(
+                            f"what goes from {ends[0]} to {ends[1]} differs on its ends{_where(traces, position)}"
+                        )
+                    leave(rank)
+                    progressed = True
             elif isinstance(event, Transfers):
                 for partner in event.partners - {rank}:
                     other = at(partner)
                     pair = rank, partner
-                    if pair in met[rank] or not isinstance(other, Transfers) or other.group_name != event.group_name:
+                    if pair in met[rank] or not isinstance(other, Transfers) or other.posted:
+                        continue
+                    if other.group_name != event.group_name:
                         continue
                     # A partner that has met this rank's call before stands at one that is over for this rank.
                     if rank not in other.partners or pair[::-1] in met[partner]:
@@ -181,7 +261,9 @@ def check(traces: Sequence[Sequence[Event]]) -> int:  # noqa: PLR0912 — one re
                     progressed = True
         if not progressed:
             raise UnsafeCommunicationError(f"every rank waits{_where(traces, position)}")
-    return rendezvous
+    if not streams.all_done:
+        raise UnsafeCommunicationError("a posted transfer has no counterpart")
+    return rendezvous + streams.rendezvous
 
 
 def _where(traces: Sequence[Sequence[Event]], position: list[int]) -> str:
@@ -204,7 +286,7 @@ def record() -> Iterator[list[Event]]:
     depth = [0]  # some of these functions are made of others, which are no calls of the program's own
     replaced: list[tuple[Any, str, Any]] = []
 
-    def install(name: str, describe: Callable[[tuple, dict], Event | None]) -> None:
+    def install(name: str, describe: Callable[[tuple, dict], Event | None], give: Callable = lambda x: x) -> None:
         original = getattr(c10d, name, None)
         if original is None:
             return
@@ -215,9 +297,10 @@ def record() -> Iterator[list[Event]]:
                 events.append(event)
             depth[0] += 1
             try:
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
             finally:
                 depth[0] -= 1
+            return give(result)
 
         for module in (c10d, dist):
             if getattr(module, name, None) is original:
@@ -229,7 +312,7 @@ def record() -> Iterator[list[Event]]:
             signature = inspect.signature(getattr(c10d, name))
             install(name, lambda a, k, name=name, signature=signature: _collective(name, signature.bind(*a, **k)))
     # P2POp compares its operation with isend and irecv by identity: both modules get the same replacement.
-    install("batch_isend_irecv", lambda a, k: _transfers(a[0] if a else k["p2p_op_list"]))
+    install("batch_isend_irecv", lambda a, k: _transfers(a[0] if a else k["p2p_op_list"]), _noting_waits(events))
     for name in ("send", "recv", "isend", "irecv"):
         signature = inspect.signature(getattr(c10d, name))
         install(name, lambda a, k, name=name, signature=signature: _single(name, signature.bind(*a, **k).arguments))
@@ -238,6 +321,31 @@ def record() -> Iterator[list[Event]]:
     finally:
         for module, name, original in replaced:
             setattr(module, name, original)
+
+
+def _noting_waits(events: list[Event]) -> Callable[[list[dist.Work]], list[Any]]:
+    """Works that note when they are waited for, where what they stand for was posted."""
+
+    def give(works: list[dist.Work]) -> list[Any]:
+        last = events[-1]
+        return [_NotedWork(w, events, len(events) - 1) for w in works] if last.posted else works  # type: ignore[union-attr]
+
+    return give
+
+
+@dataclass(frozen=True)
+class _NotedWork:
+    work: dist.Work
+    events: list[Event]
+    number: int
+
+    def wait(self) -> None:
+        if self.events[-1] != Wait(self.number):  # of several tensors that travel together
+            self.events.append(Wait(self.number))
+        self.work.wait()
+
+    def is_completed(self) -> bool:
+        return self.work.is_completed()
 
 
 def _members(group: dist.ProcessGroup | None) -> tuple[tuple[int, ...], str]:
@@ -273,7 +381,8 @@ def _transfers(operations: Sequence[dist.P2POp]) -> Event | None:
     for operation in operations:
         ends = (me, operation.peer) if operation.op is dist.isend else (operation.peer, me)
         transfers.append(Transfer(*ends, _payloads(operation.tensor)[0]))
-    return Transfers(ranks, tuple(transfers), group_name)
+    posted = len({(t.source, t.target) for t in transfers}) == 1
+    return Transfers(ranks, tuple(transfers), group_name, posted)
 
 
 def _single(name: str, arguments: dict[str, Any]) -> Event:

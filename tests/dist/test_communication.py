@@ -9,7 +9,17 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from communication import Collective, Event, Payload, Transfer, Transfers, UnsafeCommunicationError, check, record
+from communication import (
+    Collective,
+    Event,
+    Payload,
+    Transfer,
+    Transfers,
+    UnsafeCommunicationError,
+    Wait,
+    check,
+    record,
+)
 from harness import run_ranks
 from parity import Layout
 
@@ -106,6 +116,10 @@ def move(*ends: tuple[int, int], payload: Payload = X) -> Transfers:
     return Transfers((0, 1, 2, 3), tuple(Transfer(*pair, payload) for pair in ends))
 
 
+def post(source: int, target: int, payload: Payload = X, name: str = "") -> Transfers:
+    return Transfers((0, 1, 2, 3), (Transfer(source, target, payload),), name, posted=True)
+
+
 GOOD: dict[str, list[list[Event]]] = {
     "nothing": [[], []],
     "a collective": [[reduce(0, 1)], [reduce(0, 1)]],
@@ -120,6 +134,15 @@ GOOD: dict[str, list[list[Event]]] = {
         [reduce(0, 1), move((1, 3))],
         [move((0, 2)), reduce(2, 3)],
         [move((1, 3)), reduce(2, 3)],
+    ],
+    "receives posted before what they wait for": [
+        [post(1, 0), reduce(0, 1), post(0, 1), Wait(0)],
+        [post(0, 1), reduce(0, 1), post(1, 0), Wait(0)],
+    ],
+    "a ring of receives posted before sends": [
+        [post(2, 0), post(0, 1), Wait(0)],
+        [post(0, 1), post(1, 2), Wait(0)],
+        [post(1, 2), post(2, 0), Wait(0)],
     ],
 }
 BAD: dict[str, tuple[list[list[Event]], str]] = {
@@ -148,6 +171,20 @@ BAD: dict[str, tuple[list[list[Event]], str]] = {
     ),
     "a second send that meets no second receive": (
         [[move((0, 1)), move((0, 1))], [move((0, 1), (1, 2))], [move((1, 2))]],
+        "every rank waits",
+    ),
+    "a posted receive waited for before the send that its sender waits for": (
+        [[post(1, 0), Wait(0), post(0, 1)], [post(0, 1), Wait(0), post(1, 0)]],
+        "every rank waits",
+    ),
+    "posted in another order": (
+        [[post(0, 1), post(0, 1, Y)], [post(0, 1, Y), Wait(0), post(0, 1), Wait(2)]],
+        "what goes from 0 to 1 differs",
+    ),
+    "a posted send that is never received": ([[post(0, 1)], []], "has no counterpart"),
+    "posted on another communicator": ([[post(0, 1, name="a")], [post(0, 1, name="b"), Wait(0)]], "every rank waits"),
+    "a third send on a stream whose second one is received after what waits for the sender": (
+        [[post(0, 1), post(0, 1), post(0, 1), reduce(0, 1)], [post(0, 1), reduce(0, 1), post(0, 1), post(0, 1)]],
         "every rank waits",
     ),
     "a partner held up by a third": ([[move((0, 1)), move((0, 1))], [move((0, 1), (1, 2)), move((0, 1))], []], "waits"),

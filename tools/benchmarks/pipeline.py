@@ -54,7 +54,8 @@ class Options:
 def run(options: Options) -> Report:
     """Measure every schedule, then megalm's runner and DeepSpeed's engine in turn."""
     from megalm.core.pipeline.schedule import SCHEDULES as BY_NAME
-    from megalm.core.pipeline.schedule import Shape, bubble_fraction
+    from megalm.core.pipeline.schedule import Shape
+    from megalm.core.pipeline.timing import bubble_fraction
 
     measured = call_on_ranks(options.ranks, _measure, options)
     rows = []
@@ -157,7 +158,7 @@ class _Megalm:
         last = context.topology.num_stages - 1
         weight = nn.Parameter(torch.zeros(1))
         seconds = 1e-3 * options.milliseconds / virtual_stages
-        postponed = WeightGradients(enabled=schedule == "zb_h1")
+        postponed = WeightGradients() if schedule == "zb_h1" else None
         self._clock = clock = _Clock()
 
         def stages(stage: int, received: Tensors | None, micro_batch: Tensor) -> Tensors:

@@ -1,4 +1,4 @@
-"""Transfers between pipeline ranks: grouped, non-blocking, waited for where the tensors are used.
+"""Transfers between pipeline ranks: non-blocking, waited for where the tensors are used.
 
 What travels from stage to stage is a few named tensors whose shapes are declared beforehand and are the same between
 all stages; what travels back is a gradient for each.
@@ -6,15 +6,16 @@ all stages; what travels back is a gradient for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalm.core.pipeline.order import Exchange
 from megalm.core.pipeline.schedule import Transfer
-from megalm.mesh.groups import Group
+from megalm.mesh.groups import Group, ParallelContext
 
 Key = tuple[bool, int, int]
 """Key of a pending transfer: (is it a gradient, stage that consumes it, micro-batch)."""
@@ -34,49 +35,49 @@ class TensorSpec:
 class Mailbox:
     """The pending sends and receives of a pipeline rank.
 
-    The transfers of one tick are issued together (``batch_isend_irecv``), which is what makes an order with sends in
-    both directions safe on NCCL. A receive is waited for only when its tensor is taken; a sent tensor is kept alive
-    until its transfer has ended, and no longer. Tensors for a stage of the same rank are handed over as they are.
+    An exchange is issued as one ``batch_isend_irecv``: one tensor after another in the order in which they are
+    declared, on the communicator that the exchange names. A receive is waited for only when its tensor is taken; a sent
+    tensor is kept alive until its transfer has ended, and no longer. Tensors for a stage of the same rank are handed
+    over as they are.
 
     Args:
-        group: the pipeline ranks.
+        context: this rank's place, the pipeline's group and its links.
         specs: what travels, in the order in which it is sent.
-        device: where tensors arrive.
     """
 
-    def __init__(self, group: Group, specs: Mapping[str, TensorSpec], device: torch.device) -> None:
-        self._group = group
+    def __init__(self, context: ParallelContext, specs: Mapping[str, TensorSpec]) -> None:
+        self._context = context
+        self._rank = context.coordinates.pp
         self._specs = specs
-        self._device = device
         self._arriving: dict[Key, tuple[Tensors, list[dist.Work]]] = {}
         self._sending: list[tuple[list[Tensor], list[dist.Work]]] = []
 
-    def exchange(self, result: Tensors | None, sends: tuple[Transfer, ...], receives: tuple[Transfer, ...]) -> None:
-        """Issue the transfers of one tick; ``result`` is what this tick's action produced."""
+    def exchange(self, exchange: Exchange, result: Tensors | None) -> None:
+        """Issue transfers; ``result`` is what this tick's action produced, None before it."""
         self._release_sent()
+        group = self._context.pp_group if exchange.link is None else self._context.link(*exchange.link)
         operations: list[dist.P2POp] = []
         kept: list[Tensor] = []
-        for transfer in sends:
-            assert result is not None, "a tick that sends has an action that produced something"
-            if transfer.source == transfer.target:
-                self._arriving[_key(transfer)] = result, []
-                continue
-            target = self._group.ranks[transfer.target]
-            for name in self._specs:
-                tensor = result[name].contiguous()
-                kept.append(tensor)
-                operations.append(dist.P2POp(dist.isend, tensor, target, self._group.handle))
         buffers: dict[Key, Tensors] = {}
-        for transfer in receives:
+        for transfer in exchange.transfers:
             if transfer.source == transfer.target:
-                continue
-            source = self._group.ranks[transfer.source]
-            buffers[_key(transfer)] = arriving = self._empty()
-            operations += [dist.P2POp(dist.irecv, tensor, source, self._group.handle) for tensor in arriving.values()]
+                assert result is not None, "a tick that sends has an action that produced something"
+                self._arriving[_key(transfer)] = result, []
+            elif transfer.source == self._rank:
+                assert result is not None, "a tick that sends has an action that produced something"
+                sent = [result[name].contiguous() for name in self._specs]
+                kept += sent
+                operations += [self._operation(dist.isend, tensor, transfer.target, group) for tensor in sent]
+            else:
+                buffers[_key(transfer)] = arriving = self._empty()
+                operations += [
+                    self._operation(dist.irecv, tensor, transfer.source, group) for tensor in arriving.values()
+                ]
         if not operations:
             return
         works = dist.batch_isend_irecv(operations)
-        # NCCL returns one work for the whole group, gloo one per operation, in the order of the operations.
+        # NCCL returns one work for the whole group, gloo one per operation, in the order of the operations: of an
+        # exchange that sends and receives, what it sends comes first.
         grouped = len(works) != len(operations)
         if kept:
             self._sending.append((kept, works if grouped else works[: len(kept)]))
@@ -99,13 +100,26 @@ class Mailbox:
                 work.wait()
         self._sending.clear()
 
+    def _operation(self, operation: Callable[..., object], tensor: Tensor, peer: int, group: Group) -> dist.P2POp:
+        return dist.P2POp(operation, tensor, self._context.pp_group.ranks[peer], group.handle)
+
     def _empty(self) -> dict[str, Tensor]:
         return {
-            name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device) for name, spec in self._specs.items()
+            name: torch.empty(spec.shape, dtype=spec.dtype, device=self._context.device)
+            for name, spec in self._specs.items()
         }
 
     def _release_sent(self) -> None:
         self._sending = [(kept, works) for kept, works in self._sending if not all(w.is_completed() for w in works)]
+
+
+def posts_receives_early(context: ParallelContext) -> bool:
+    """Whether receives are posted before the work of their tick.
+
+    They need a communicator per directed pair of neighbours. Gloo matches transfers by their ends, so the pipeline's
+    group is as good there; NCCL has them where the context has links.
+    """
+    return context.transport != "nccl" or bool(context.links)
 
 
 def _key(transfer: Transfer) -> Key:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megalm.core.pipeline.p2p import Mailbox, Tensors, TensorSpec
+from megalm.core.pipeline.order import Exchange, issues
+from megalm.core.pipeline.p2p import Mailbox, Tensors, TensorSpec, posts_receives_early
 from megalm.core.pipeline.schedule import SCHEDULES, Action, Kind, Shape, Tick, forward_only, plan
 from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.groups import ParallelContext
@@ -93,6 +94,16 @@ class PipelineResult:
         return max(0.0, 1.0 - self.busy_seconds / self.total_seconds) if self.total_seconds else 0.0
 
 
+class TickObserver(Protocol):
+    """Is told when a tick begins and ends: to count what happens in it."""
+
+    def before(self, tick: Tick) -> None:
+        """A tick begins."""
+
+    def after(self, tick: Tick) -> None:
+        """Its work is issued, and its transfers are."""
+
+
 class PipelineRunner(Generic[MicroBatch]):
     """Runs forward and backward of all micro-batches of a step in the order that a schedule prescribes.
 
@@ -114,8 +125,8 @@ class PipelineRunner(Generic[MicroBatch]):
         weight_gradients: WeightGradients | None = None,
     ) -> None:
         self._stages = stages
-        self._group = context.pp_group
-        self._device = context.device
+        self._context = context
+        self._early = posts_receives_early(context)
         self._between_stages = between_stages
         self._weight_gradients = weight_gradients or WeightGradients()
         topology, rank = context.topology, context.coordinates.pp
@@ -134,6 +145,7 @@ class PipelineRunner(Generic[MicroBatch]):
         gradients: Gradients | None = None,
         *,
         loss_scale: Tensor | float = 1.0,
+        observer: TickObserver | None = None,
     ) -> PipelineResult:
         """Forward and backward of every micro-batch.
 
@@ -141,14 +153,19 @@ class PipelineRunner(Generic[MicroBatch]):
             micro_batches: what the stages read, in order.
             gradients: where gradients go; None: they accumulate in the parameters' ``grad``.
             loss_scale: factor of the objective in backward; reported losses are without it.
+            observer: is told of every tick.
         """
-        ticks = self._ticks(len(micro_batches), True)
-        return _Pass(self, micro_batches, gradients or PlainGradients(), loss_scale).run(ticks)
+        ticks = self.ticks(len(micro_batches))
+        return _Pass(self, micro_batches, gradients or PlainGradients(), loss_scale, observer).run(ticks)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> PipelineResult:
         """Forward of every micro-batch, without gradients."""
         return _Pass(self, micro_batches, PlainGradients(), 1.0).run(self._ticks(len(micro_batches), False))
+
+    def ticks(self, micro_batches: int) -> tuple[Tick, ...]:
+        """What this rank does in a training pass, tick by tick."""
+        return self._ticks(micro_batches, True)
 
 
 class _Pass(Generic[MicroBatch]):
@@ -160,32 +177,48 @@ class _Pass(Generic[MicroBatch]):
         micro_batches: Sequence[MicroBatch],
         gradients: Gradients,
         loss_scale: Tensor | float,
+        observer: TickObserver | None = None,
     ) -> None:
+        self._observer = observer
         self._runner = runner
         self._micro_batches = micro_batches
         self._gradients = gradients
         self._loss_scale = loss_scale
-        self._mailbox = Mailbox(runner._group, runner._between_stages, runner._device)
+        self._mailbox = Mailbox(runner._context, runner._between_stages)
         # (stage, micro-batch) ▶ stage inputs and where backward enters. The outputs themselves are not kept: once sent,
         # only what their own backward saved stays in memory.
         self._live: dict[tuple[int, int], tuple[Tensors | None, dict[str, GradientEdge]]] = {}
         self._terms: dict[int, Tensors] = {}
+        self._last_work: dict[int, Action] = {}
+        self._busy_seconds = 0.0
 
     def run(self, ticks: tuple[Tick, ...]) -> PipelineResult:
-        last_work = {tick.action.stage: tick.action for tick in ticks if tick.action}
-        started, busy_seconds = time.perf_counter(), 0.0
+        self._last_work = {tick.action.stage: tick.action for tick in ticks if tick.action}
+        started = time.perf_counter()
         for tick in ticks:
-            result: Tensors | None = None
-            if tick.action is not None:
-                received = self._receive(tick.action)
-                before = time.perf_counter()
-                result = self._perform(tick.action, received, last=last_work[tick.action.stage] == tick.action)
-                busy_seconds += time.perf_counter() - before
-                del received
-            self._mailbox.exchange(result, tick.sends, tick.receives)
+            if self._observer is not None:
+                self._observer.before(tick)
+            self._tick(tick)
+            if self._observer is not None:
+                self._observer.after(tick)
         self._mailbox.flush()
         terms = [self._terms[m] for m in sorted(self._terms)]
-        return PipelineResult(terms, busy_seconds, time.perf_counter() - started)
+        return PipelineResult(terms, self._busy_seconds, time.perf_counter() - started)
+
+    def _tick(self, tick: Tick) -> None:
+        result: Tensors | None = None
+        for issue in issues(tick, early=self._runner._early):
+            if isinstance(issue, Exchange):
+                self._mailbox.exchange(issue, result)
+            else:
+                result = self._work(issue)
+
+    def _work(self, action: Action) -> Tensors | None:
+        received = self._receive(action)
+        before = time.perf_counter()
+        result = self._perform(action, received, last=self._last_work[action.stage] == action)
+        self._busy_seconds += time.perf_counter() - before
+        return result
 
     def _receive(self, action: Action) -> Tensors | None:
         """The activations or gradients that an action needs from another stage, if it needs any."""

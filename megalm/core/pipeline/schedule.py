@@ -3,13 +3,14 @@
 A schedule gives each pipeline rank a list of :class:`Action`. :func:`plan` replays all ranks together in *ticks* (in a
 tick, each rank performs its next action if what it needs has arrived, and what it produced is transferred at the end of
 the tick), which proves that no order of blocking transfers can deadlock, and yields for each rank the transfers that
-belong to each tick. Both sides of a transfer name the same tick, so a runner may group the transfers of a tick.
+belong to each tick. Both sides of a transfer name the same tick, so a runner may group the transfers of a tick, or post
+the receives of a tick before its work (``order.py``). How long a schedule takes is in ``timing.py``.
 
 A pipeline of p ranks has p·v stages; stage s runs on rank s mod p, so with v above 1 (*virtual stages*) a micro-batch
 goes round the ranks v times.
 
 Sources: GPipe: Huang et al. 2019. 1F1B: Narayanan et al. 2019, 2021 (PipeDream-Flush). Interleaved 1F1B: Narayanan et
-al. 2021, section 2.2. ZB-H1: Qi et al. 2024, "Zero Bubble Pipeline Parallelism", section 2.
+al. 2021, section 2.2. ZB-H1: Qi et al. 2024, "Zero Bubble Pipeline Parallelism", section 2. No torch.
 """
 
 from __future__ import annotations
@@ -236,60 +237,6 @@ def peak_live_activations(actions: list[Action]) -> int:
             live -= 1
         peak = max(peak, live)
     return peak
-
-
-@dataclass(frozen=True)
-class Durations:
-    """Time that each part of the work of one stage takes, in any unit; transfers take none.
-
-    Attributes:
-        forward: T_F.
-        input_gradient: T_B of Qi et al. 2024.
-        weight_gradient: T_W.
-    """
-
-    forward: float = 1.0
-    input_gradient: float = 1.0
-    weight_gradient: float = 1.0
-
-    def of(self, kind: Kind) -> float:
-        """Duration of one action."""
-        return {
-            Kind.FORWARD: self.forward,
-            Kind.BACKWARD: self.input_gradient + self.weight_gradient,
-            Kind.INPUT_GRADIENT: self.input_gradient,
-            Kind.WEIGHT_GRADIENT: self.weight_gradient,
-        }[kind]
-
-
-def bubble_fraction(schedule: Schedule, shape: Shape, durations: Durations | None = None) -> float:
-    """Idle fraction of the step, averaged over ranks: 1 − busy time / (p · time of the last rank to finish).
-
-    Found by replaying the schedule with the given durations. With all three equal to 1 it is, for whole rounds of
-    micro-batches and m of at least p: GPipe and 1F1B 3(p − 1) / (3m + 3(p − 1)); interleaved that with (p − 1)/v for
-    p − 1 (Narayanan et al. 2021, section 2.2); ZB-H1 (p − 1) / (3m + p − 1) (Qi et al. 2024, table 2).
-    """
-    durations = durations or Durations()
-    queues = [schedule(rank, shape) for rank in range(shape.degree)]
-    finished: dict[Action, float] = {}
-    clock, busy, position = [0.0] * shape.degree, 0.0, [0] * shape.degree
-    while any(position[r] < len(queues[r]) for r in range(shape.degree)):
-        progressed = False
-        for rank, queue in enumerate(queues):
-            while position[rank] < len(queue):
-                action = queue[position[rank]]
-                needs = _needs(action, shape)
-                if not all(need in finished for need in needs):
-                    break
-                duration = durations.of(action.kind)
-                clock[rank] = max([clock[rank], *(finished[need] for need in needs)]) + duration
-                finished[action] = clock[rank]
-                busy += duration
-                position[rank] += 1
-                progressed = True
-        if not progressed:
-            raise ScheduleError("the schedule deadlocks")
-    return 1.0 - busy / (shape.degree * max(clock))
 
 
 def _refuse_virtual_stages(name: str, shape: Shape) -> None:

@@ -29,13 +29,13 @@ from megalm.core.pipeline.schedule import (
     ScheduleError,
     Shape,
     Tick,
-    bubble_fraction,
     forward_only,
     gpipe,
     peak_live_activations,
     plan,
     splits_backward,
 )
+from megalm.core.pipeline.timing import bubble_fraction
 from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.groups import ParallelContext
 from megalm.mesh.topology import Topology
