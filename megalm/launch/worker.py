@@ -23,6 +23,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from megalm.errors import ConfigError, ExitCode
+from megalm.launch import cuda_environment
 from megalm.launch.console import run_on_console
 from megalm.launch.discovery import LOCAL, MPIRUN, RankInfo
 from megalm.launch.interfaces import check_interfaces
@@ -183,6 +184,8 @@ def _follow(meeting: Meeting, assignment: Assignment | None, stop: StopRequest, 
 
 def _carry_out(meeting: Meeting, assignment: Assignment, stop: StopRequest, console: Console) -> ExitCode:
     """Everything that needs torch."""
+    if assignment.device != "cpu" and meeting.rank.world_size > 1:
+        cuda_environment.set_defaults(os.environ)
     from megalm.launch.device import choose_device, slow_format
     from megalm.launch.logs import start_log
 
