@@ -5,13 +5,11 @@ from __future__ import annotations
 from megalm.config.job import Job, topology_of
 from megalm.config.schema import Config
 from megalm.config.unused import unused_settings
-from megalm.core.pipeline.schedule import SCHEDULES, Shape
-from megalm.core.pipeline.timing import bubble_fraction
 from megalm.data.stream.batch_size import BatchSize
 from megalm.engine.lr_schedule import LearningRate
 from megalm.mesh.topology import Topology
-from megalm.models.balance import split_layers
 from megalm.models.counts import parameter_count
+from megalm.plan.pipeline import pipeline_rows
 from megalm.runs.history import length_notes
 
 _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
@@ -24,7 +22,7 @@ def summary_lines(config: Config, world_size: int) -> list[str]:
         "model": _model(config),
         "parameters": _parameters(config),
         "layout": f"tp {topology.tp} · pp {topology.pp} · cp {topology.cp} · dp {topology.dp} = {world_size:,} ranks",
-        **({"pipeline": _pipeline(config, topology)} if topology.pp > 1 else {}),
+        **(pipeline_rows(config, topology) if topology.pp > 1 else {}),
         "batch": _batch(config, topology),
         "tokens": _tokens(config),
         "learning rate": _learning_rate(config),
@@ -67,20 +65,6 @@ def _batch(config: Config, topology: Topology) -> str:
         f"{train.global_batch_size:,} sequences = {topology.dp} replicas · {micro_batches} micro-batches · "
         f"{train.micro_batch_size}{ramp}"
     )
-
-
-def _pipeline(config: Config, topology: Topology) -> str:
-    """Schedule, its bubble by the published formula's assumptions, and the layers of each stage."""
-    parallel, train = config.parallel, config.train
-    micro_batches = train.global_batch_size // (train.micro_batch_size * topology.dp)
-    bubble = bubble_fraction(SCHEDULES[parallel.schedule], Shape(topology.pp, micro_batches, parallel.virtual_stages))
-    stages = f", {parallel.virtual_stages} stages per rank" if parallel.virtual_stages > 1 else ""
-    layers = ""
-    if config.model.vocab_size is not None or parallel.stage_layers is not None:
-        sizes = [len(layers) for layers in split_layers(config, config.model.vocab_size or 0)]
-        layers = f", {min(sizes)} to {max(sizes)} layers" if len(set(sizes)) > 1 else f", {sizes[0]} layers"
-        layers += " per stage"
-    return f"{parallel.schedule}{stages}{layers}, bubble {bubble:.1%}"
 
 
 def _engine(config: Config, topology: Topology) -> str:

@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megalm.core.pipeline.schedule import Action, Schedule, ScheduleError, Shape, Tick, Transfer, plan
+from megalm.core.pipeline.schedule import Action, ScheduleError, Tick, Transfer
 
 Link = tuple[int, int]
 """(source, target) pipeline ranks of a communicator that carries transfers in this direction alone."""
@@ -69,13 +69,9 @@ def issues(tick: Tick, *, early: bool) -> Iterator[Issue]:
         yield Exchange((*tick.sends, *received))
 
 
-def orders(schedule: Schedule, shape: Shape, *, early: bool) -> list[list[Issue]]:
-    """What each pipeline rank issues in a pass, in order.
-
-    Raises:
-        ScheduleError: as :func:`plan`.
-    """
-    return [[issue for tick in ticks for issue in issues(tick, early=early)] for ticks in plan(schedule, shape)]
+def orders(ticks: Sequence[Sequence[Tick]], *, early: bool) -> list[list[Issue]]:
+    """What each pipeline rank issues in a pass, in order, from the ranks' ticks."""
+    return [[issue for tick in of_rank for issue in issues(tick, early=early)] for of_rank in ticks]
 
 
 def assert_paired(of_ranks: Sequence[Sequence[Issue]]) -> None:

@@ -45,7 +45,7 @@ def links_of(order: list[Issue]) -> list[Exchange]:
 @settings(deadline=None, max_examples=150)
 def test_every_order_ends_and_each_rank_works_all_its_time_or_waits(setup, early: bool) -> None:
     name, shape = setup
-    of_ranks = orders(SCHEDULES[name], shape, early=early)
+    of_ranks = orders(plan(SCHEDULES[name], shape), early=early)
     found = replay(of_ranks, shape, transfer=0.3)
     # Each forward takes 1, each backward 2.
     assert found.busy == pytest.approx([3.0 * shape.virtual_stages * shape.micro_batches] * shape.degree)
@@ -62,7 +62,7 @@ def test_every_order_ends_and_each_rank_works_all_its_time_or_waits(setup, early
 @settings(deadline=None, max_examples=50)
 def test_evaluation_ends_too(setup, early: bool) -> None:
     _, shape = setup
-    replay(orders(forward_only, shape, early=early), shape, transfer=0.1)
+    replay(orders(plan(forward_only, shape), early=early), shape, transfer=0.1)
 
 
 @given(setup=setups(), each=durations, transfer=st.floats(0.0, 0.5))
@@ -125,7 +125,7 @@ def test_bubbles_of_16_stages_at_transfers_of_a_twentieth_of_a_forward(name, sha
 @pytest.mark.parametrize(("p", "m"), [(2, 3), (4, 16), (7, 5)])
 def test_gpipe_pays_for_each_transfer_once_on_the_way_forth_and_once_on_the_way_back(p: int, m: int) -> None:
     """With receives posted early only the first micro-batch's transfers are waited for, and the last gradients'."""
-    found = replay(orders(SCHEDULES["gpipe"], Shape(p, m), early=True), Shape(p, m), transfer=0.25)
+    found = replay(orders(plan(SCHEDULES["gpipe"], Shape(p, m)), early=True), Shape(p, m), transfer=0.25)
     assert found.total == pytest.approx(3 * (m + p - 1) + 2 * (p - 1) * 0.25)
 
 
@@ -133,11 +133,11 @@ def test_stages_may_take_different_times() -> None:
     """Two stages, of which the second is slower: the first one's forward, then the second without a pause."""
     slow = Durations(3.0, 2.0, 1.0)
     shape = Shape(2, 4)
-    found = replay(orders(SCHEDULES["1f1b"], shape, early=True), shape, (Durations(), slow), transfer=0.5)
+    found = replay(orders(plan(SCHEDULES["1f1b"], shape), early=True), shape, (Durations(), slow), transfer=0.5)
     assert found.busy == pytest.approx((4 * 3.0, 4 * 6.0))
     assert found.total == pytest.approx(1.0 + 0.5 + 4 * 6.0 + 0.5 + 2.0)
     with pytest.raises(ValueError, match="durations of 1 stages are given, the pipeline has 2"):
-        replay(orders(SCHEDULES["1f1b"], shape, early=True), shape, (slow,))
+        replay(orders(plan(SCHEDULES["1f1b"], shape), early=True), shape, (slow,))
 
 
 @given(setup=setups())
@@ -170,7 +170,7 @@ RING = Shape(4, 8, 2)
 
 
 def _early() -> list[list[Issue]]:
-    return orders(SCHEDULES["interleaved_1f1b"], RING, early=True)
+    return orders(plan(SCHEDULES["interleaved_1f1b"], RING), early=True)
 
 
 def _is_receive(issue: Issue, rank: int) -> bool:
@@ -189,7 +189,7 @@ def test_early_receives_on_one_communicator_deadlock_and_are_refused() -> None:
 def test_one_communicator_for_both_directions_of_a_pair_deadlocks_and_is_refused() -> None:
     undirected = [
         [replace(i, link=tuple(sorted(i.link))) if isinstance(i, Exchange) and i.link else i for i in order]
-        for order in orders(SCHEDULES["1f1b"], Shape(2, 4), early=True)
+        for order in orders(plan(SCHEDULES["1f1b"], Shape(2, 4)), early=True)
     ]
     with pytest.raises(ScheduleError, match="deadlocks"):
         replay(undirected, Shape(2, 4))
@@ -214,7 +214,7 @@ def test_a_transfer_without_its_counterpart_is_refused() -> None:
 
 def test_work_whose_input_is_received_later_is_refused() -> None:
     shape = Shape(2, 1)
-    of_ranks = orders(SCHEDULES["1f1b"], shape, early=True)
+    of_ranks = orders(plan(SCHEDULES["1f1b"], shape), early=True)
     receive = next(i for i, issue in enumerate(of_ranks[1]) if _is_receive(issue, 1))
     work = next(i for i, issue in enumerate(of_ranks[1]) if isinstance(issue, Action))
     assert receive < work
@@ -226,7 +226,7 @@ def test_work_whose_input_is_received_later_is_refused() -> None:
 def test_a_rank_that_waits_for_an_answer_to_what_it_has_not_sent_is_refused() -> None:
     """Rank 0 sends an activation after it has worked on the gradient that comes back."""
     shape = Shape(2, 1)
-    of_ranks = orders(SCHEDULES["1f1b"], shape, early=True)
+    of_ranks = orders(plan(SCHEDULES["1f1b"], shape), early=True)
     send = next(i for i, x in enumerate(of_ranks[0]) if isinstance(x, Exchange) and x.transfers[0].source == 0)
     of_ranks[0].append(of_ranks[0].pop(send))
     with pytest.raises(ScheduleError, match=r"pipeline rank 0: B0\.0; pipeline rank 1: F1\.0"):

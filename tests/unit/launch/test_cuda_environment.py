@@ -24,7 +24,7 @@ def test_what_the_user_has_set_stays() -> None:
     assert environment == {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NCCL_HIGH_PRIORITY": "1"}
 
 
-class _Chosen(Exception):
+class _ChosenError(Exception):
     """The device is being chosen: torch may start CUDA from here on."""
 
 
@@ -39,7 +39,7 @@ def test_a_rank_with_peers_sets_them_before_cuda_can_start(device, world_size, i
 
     def choose(wanted: str, meeting: object) -> None:
         seen.update({name: os.environ.get(name) for name in NAMES})
-        raise _Chosen
+        raise _ChosenError
 
     monkeypatch.setattr("megalm.launch.device.choose_device", choose)
     rank = RankInfo(
@@ -52,7 +52,7 @@ def test_a_rank_with_peers_sets_them_before_cuda_can_start(device, world_size, i
         master_port=0,
     )
     assignment = Assignment(job="", plan="", world_size=world_size, threads_per_rank=1, folder=Path(), device=device)
-    with pytest.raises(_Chosen):
+    with pytest.raises(_ChosenError):
         worker._carry_out(SimpleNamespace(rank=rank), assignment, None, None)
     assert seen == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "32" if is_set else None,
