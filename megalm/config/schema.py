@@ -384,6 +384,9 @@ class Train:
     """Steps between validations; 0: only at the end."""
     validation_samples: int = 256
     """Sequences per validation; at the end of a run, and in ``megalm evaluate``, the whole split is used."""
+    late_metrics: bool = False
+    """Look at a step's loss and norm when the next step has been started, so that a GPU never waits for the host. A
+    stop and a divergence are then found one step later; what is saved and recorded is the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

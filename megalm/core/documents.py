@@ -10,12 +10,13 @@ Shapes: B batch, S whole sequence, s a context-parallel rank's share, N query he
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megalm.core.device_kind import device_kind
@@ -28,7 +29,7 @@ class Documents:
     Attributes:
         numbers: [B, S] int32, the number of each token's document within its row.
         within: [B, s] int64, the position of each of this rank's tokens in its document.
-        lengths: of each row's documents, in order; on the host.
+        lengths: of each row's documents, in order; on the host. Empty where no kernel asks for them (CUDA's).
     """
 
     numbers: Tensor
@@ -43,27 +44,12 @@ class Documents:
         Args:
             starts: whole rows, [B, S] bool, on the host; the first token of a row begins a document.
         """
-        length = starts.shape[1]
-        positions = torch.arange(length).expand_as(starts)
-        latest = torch.where(starts, positions, 0).cummax(dim=1).values
-        lengths = []
-        for row in starts:
-            edges = [*row.nonzero().flatten().tolist(), length]
-            lengths.append(tuple(stop - start for start, stop in pairwise(edges)))
-        return cls((starts.cumsum(dim=1) - 1).int(), positions - latest, tuple(lengths))
+        numbers, within = document_places(starts.numpy())
+        return cls(torch.from_numpy(numbers), torch.from_numpy(within), document_lengths(numbers))
 
-    def to(self, device: torch.device) -> Documents:
-        """The same on a device; the copies are asynchronous."""
-        return replace(
-            self,
-            numbers=self.numbers.to(device, non_blocking=True),
-            within=self.within.to(device, non_blocking=True),
-            _block_masks={},
-        )
-
-    def share(self, positions: Tensor) -> Documents:
-        """The same for a context-parallel rank that holds these positions, [s], of each row."""
-        return replace(self, within=self.within[:, positions], _block_masks={})
+    def take(self, rows: slice) -> Documents:
+        """Those of some rows."""
+        return Documents(self.numbers[rows], self.within[rows], self.lengths[rows])
 
     def attend_each(
         self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
@@ -98,6 +84,18 @@ class Documents:
 
         batch, length = numbers.shape
         return create_block_mask(sees, batch, None, length, length, device=str(numbers.device))
+
+
+def document_places(starts: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """[B, S], the first of each row true ▶ :attr:`Documents.numbers` and, of whole rows, :attr:`Documents.within`."""
+    positions = np.arange(starts.shape[1], dtype=np.int64)
+    latest = np.maximum.accumulate(np.where(starts, positions, 0), axis=1)
+    return starts.cumsum(axis=1, dtype=np.int32) - np.int32(1), positions - latest
+
+
+def document_lengths(numbers: NDArray[np.int32]) -> tuple[tuple[int, ...], ...]:
+    """:attr:`Documents.lengths` of :attr:`Documents.numbers`."""
+    return tuple(tuple(np.bincount(row).tolist()) for row in numbers)
 
 
 @lru_cache(maxsize=2)

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.config.schema import Config
+from megalm.core.host import read
 from megalm.core.parameters import DeclaredTensor, StatePiece
 from megalm.core.pipeline.runner import PipelineResult, PipelineRunner, Stages
 from megalm.engine.global_mean import share_of_mean
@@ -50,16 +51,16 @@ class StepResult:
     """What one optimizer step gave.
 
     Attributes:
-        terms: this rank's part of each term of the objective, by name; the sum over all ranks is the mean over the
-            global batch.
-        grad_norm: global gradient norm before clipping; NaN if it is not finite, and then nothing was updated. The same
-            on every rank.
+        terms: this rank's part of each term of the objective, by name, fp64 scalars of the device; the sum over all
+            ranks is the mean over the global batch.
+        grad_norm: global gradient norm before clipping, a fp64 scalar of the device; NaN if it is not finite, and then
+            nothing was updated. The same on every rank.
         loss_scale: dynamic loss scale of this step; None where there is none.
         pipeline: timing of the schedule on this rank.
     """
 
-    terms: dict[str, float]
-    grad_norm: float
+    terms: dict[str, Tensor]
+    grad_norm: Tensor
     loss_scale: float | None
     pipeline: PipelineResult
 
@@ -94,7 +95,10 @@ class DeepSpeedEngine:
         )
 
     def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
-        """Forward and backward of all micro-batches, gradient reduction, clipping, and one AdamW step."""
+        """Forward and backward of all micro-batches, gradient reduction, clipping, and one AdamW step.
+
+        The host waits for the norm in fp16, whose next loss scale depends on it; otherwise for nothing.
+        """
         self.model.train()
         scale = self._loss_scale
         loss_scale = 1.0 if scale is None else scale.value
@@ -104,7 +108,7 @@ class DeepSpeedEngine:
         buckets.finish()
         grad_norm = self._optimizer.step(learning_rate, loss_scale=loss_scale)
         if scale is not None:
-            self._loss_scale = scale.after(overflowed=not math.isfinite(grad_norm))
+            self._loss_scale = scale.after(overflowed=not math.isfinite(*read(grad_norm)))
         return StepResult(
             terms={
                 name: share_of_mean(value, self.context.replica_group)
@@ -115,8 +119,12 @@ class DeepSpeedEngine:
             pipeline=result,
         )
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """This rank's part of each measure of the objective, by name, to be summed over all ranks."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+        """This rank's part of each measure of the objective, by name, to be summed over all ranks.
+
+        Returns:
+            fp64 scalars of the device.
+        """
         self.model.eval()
         return reported(self.runner.evaluate(micro_batches), self.objective.measures, self.context)
 

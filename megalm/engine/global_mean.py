@@ -11,25 +11,32 @@ ZeRO-0 to 2 add the replicas' gradients, so they are divided by R before the nor
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TypeVar
+
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from megalm.mesh.groups import Group, ParallelContext
 
+Number = TypeVar("Number", float, Tensor)
 
-def count_units(loss_mask: NDArray[np.float32], context: ParallelContext) -> int:
-    """N, the units of the global batch; collective over ``context.replica_group``.
+
+def count_units(own: Tensor, context: ParallelContext) -> Tensor:
+    """N, the units of the global batch, a scalar of the device; collective over ``context.replica_group``.
 
     All context-parallel ranks of a data-parallel replica read the same rows, so each unit is counted by all of them.
+
+    Args:
+        own: the units of this rank's rows, a scalar in fp64; not changed.
+        context: this rank's groups.
     """
-    own = torch.tensor(loss_mask.sum(dtype=np.float64), device=context.device)
-    return round(float(context.replica_group.all_reduce(own))) // context.cp_group.size
+    total = context.replica_group.all_reduce(own.clone())
+    return torch.div(total.round(), context.cp_group.size, rounding_mode="floor")
 
 
-def unit_weight(units: int, replicas: Group) -> float:
+def unit_weight(units: Tensor, replicas: Group) -> Tensor:
     """R / N: what a unit's loss is multiplied by. A batch without units has no loss that it could weigh."""
-    return replicas.size / max(units, 1)
+    return replicas.size / units.clamp(min=1.0)
 
 
 def gradient_factor(replicas: Group, loss_scale: float) -> float:
@@ -42,6 +49,6 @@ def gradient_factor(replicas: Group, loss_scale: float) -> float:
     return 1.0 / (replicas.size * loss_scale)
 
 
-def share_of_mean(loss_sum: float, replicas: Group) -> float:
+def share_of_mean(loss_sum: Number, replicas: Group) -> Number:
     """A replica's part of the global mean, from its weighted sum; the parts of all replicas add up to the mean."""
     return loss_sum / replicas.size

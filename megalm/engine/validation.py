@@ -8,9 +8,11 @@ from itertools import islice
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megalm.config.schema import Config
 from megalm.core.attention.context_parallel import ContextParallel
+from megalm.core.host import to_device
 from megalm.core.pipeline.runner import PipelineResult
 from megalm.data.stream.batch import MakeBatch
 from megalm.data.stream.loader import validation_batches
@@ -20,8 +22,9 @@ from megalm.mesh.groups import ParallelContext
 from megalm.models.micro_batch import MicroBatch
 from megalm.objectives.base import Objective
 
-Evaluate = Callable[[Sequence[MicroBatch]], Mapping[str, float]]
-"""Micro-batches ▶ this rank's part of each measure of the objective, by name, to be summed over all ranks."""
+Evaluate = Callable[[Sequence[MicroBatch]], Mapping[str, Tensor]]
+"""Micro-batches ▶ this rank's part of each measure of the objective, by name, fp64 scalars of the device, to be summed
+over all ranks."""
 
 _MICRO_BATCHES_PER_STAGE = 4
 """Micro-batches per pass and stage: enough to keep the forward-only pipeline full, few enough to hold at once."""
@@ -69,28 +72,32 @@ class Validator:
         )
         # Of the ranks that see the same sequences, one counts.
         counts_here = context.model_group.index == 0 and context.cp_group.index == 0
-        sums = dict.fromkeys(self._objective.measures, 0.0)
+        measures = self._objective.measures
+        sums = torch.zeros(len(measures), dtype=torch.float64, device=context.device)
         counts = np.zeros(self._objective.num_counts(vocab_size))
         while chunk := list(islice(batches, _MICRO_BATCHES_PER_STAGE * context.topology.pp)):
             micro_batches = [evaluation_micro_batch(batch, context.device, context_parallel) for batch in chunk]
-            for name, value in evaluate(micro_batches).items():
-                sums[name] += value
+            found = evaluate(micro_batches)
+            sums += torch.stack([found[name] for name in measures])
             if counts_here:
                 counts += sum(self._objective.counts(batch, vocab_size) for batch in chunk)
         return self._objective.scores(*self._over_ranks(sums, counts))
 
-    def _over_ranks(
-        self, sums: Mapping[str, float], counts: NDArray[np.float64]
-    ) -> tuple[dict[str, float], NDArray[np.float64]]:
-        totals = torch.tensor([*sums.values(), *counts.tolist()], dtype=torch.float64, device=self._context.device)
-        totals = self._context.world_group.all_reduce(totals).cpu()
+    def _over_ranks(self, sums: Tensor, counts: NDArray[np.float64]) -> tuple[dict[str, float], NDArray[np.float64]]:
+        own = torch.cat((sums, to_device(torch.from_numpy(counts), self._context.device)))
+        totals: NDArray[np.float64] = self._context.world_group.all_reduce(own).cpu().numpy()
         measured = totals[: len(sums)].tolist()
-        return dict(zip(sums, measured, strict=True)), totals[len(sums) :].numpy()
+        return dict(zip(self._objective.measures, measured, strict=True)), totals[len(sums) :]
 
 
-def reported(result: PipelineResult, names: Sequence[str], context: ParallelContext) -> dict[str, float]:
-    """Sums over micro-batches by name, on one of the ranks that compute the same; zeros elsewhere."""
+def reported(result: PipelineResult, names: Sequence[str], context: ParallelContext) -> dict[str, Tensor]:
+    """Sums over micro-batches by name, on one of the ranks that compute the same; zeros elsewhere.
+
+    Returns:
+        fp64 scalars of the device, which nobody has waited for.
+    """
     if not result.terms or context.tp_group.index:
-        return dict.fromkeys(names, 0.0)
-    totals = [torch.stack([terms[name] for terms in result.terms]).double().sum() for name in names]
-    return dict(zip(names, torch.stack(totals).tolist(), strict=True))
+        totals = torch.zeros(len(names), dtype=torch.float64, device=context.device)
+    else:
+        totals = torch.stack([torch.stack([terms[name] for terms in result.terms]).double().sum() for name in names])
+    return dict(zip(names, totals.unbind(), strict=True))

@@ -62,7 +62,7 @@ class ZeroOptimizer(ABC):
         return 0
 
     @abstractmethod
-    def step(self, learning_rate: float, *, loss_scale: float) -> float:
+    def step(self, learning_rate: float, *, loss_scale: float) -> Tensor:
         """Clip to the global norm, and update unless that is not finite.
 
         Args:
@@ -70,8 +70,8 @@ class ZeroOptimizer(ABC):
             loss_scale: factor that the gradients carry.
 
         Returns:
-            Global norm of the gradients, without their factor, before clipping; NaN if it is not finite. The same on
-            every rank.
+            Global norm of the gradients, without their factor, before clipping; NaN if it is not finite: a scalar in
+            fp64, which nobody has waited for. The same on every rank.
         """
 
     @abstractmethod
@@ -123,15 +123,14 @@ class FlatZeroOptimizer(ZeroOptimizer):
         self._clip = clip
         self.buckets = buckets
 
-    def step(self, learning_rate: float, *, loss_scale: float) -> float:
-        """See :meth:`ZeroOptimizer.step`; branch-free until the norm is returned."""
+    def step(self, learning_rate: float, *, loss_scale: float) -> Tensor:
+        """See :meth:`ZeroOptimizer.step`; branch-free."""
         factor = gradient_factor(self._context.replica_group, loss_scale)
         norm = self._squared_norm().sqrt() * factor
         overflow = ~norm.isfinite()
         shrink = (self._clip / (norm + NORM_EPSILON)).clamp(max=1.0) if self._clip else torch.ones_like(norm)
         self._update(learning_rate, 1.0 / (shrink * factor), overflow)
-        value = float(norm)
-        return value if math.isfinite(value) else math.nan
+        return torch.where(overflow, math.nan, norm)
 
     @abstractmethod
     def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:

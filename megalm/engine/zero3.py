@@ -8,6 +8,7 @@ know nothing of the shares that tensor-parallel ranks hold of a layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,7 @@ class Zero3AdamW(ZeroOptimizer):
         self._adamws = [self._adamw]
         self._data = context.replica_group
         self._replica = context.replica_group.index
+        self._device = context.device
         zero._get_norm_groups = self._norms
         self._places: dict[nn.Parameter, tuple[Tensor, int]] = {}
         for members, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
@@ -72,14 +74,14 @@ class Zero3AdamW(ZeroOptimizer):
                 offset += parameter.ds_tensor.numel()
         assert zero.gradient_accumulation_dtype == torch.float32, "micro-batches add up in fp32"
 
-    def step(self, learning_rate: float, *, loss_scale: float) -> float:
+    def step(self, learning_rate: float, *, loss_scale: float) -> Tensor:
         """Clip and update; see :meth:`ZeroOptimizer.step`."""
         assert loss_scale == 1.0, "fp16 is refused with ZeRO-3"
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._zero.step()
-        norm = float(self._zero._global_grad_norm)
-        return norm if 0.0 <= norm < float("inf") else float("nan")
+        norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float64, device=self._device)
+        return torch.where((norm >= 0.0) & norm.isfinite(), norm, math.nan)
 
     def _norms(self) -> list[Tensor]:
         """The global norm, in place of DeepSpeed's norms of its groups, which it combines and clips by."""

@@ -10,13 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-
 from megalm.config.schema import Config
 from megalm.core.parameters import StatePiece
 from megalm.data.stream.loader import TrainLoader
-from megalm.engine.deepspeed_engine import DeepSpeedEngine, StepResult
+from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.lr_schedule import LearningRate
 from megalm.engine.micro_batches import training_micro_batches
 from megalm.engine.validation import Validator
@@ -28,6 +25,7 @@ from megalm.training.metrics import StepTimer, mfu, peak_memory_gib, tokens_per_
 from megalm.training.progress import Progress
 from megalm.training.save_policy import SavePolicy
 from megalm.training.saving import RunState, Saver
+from megalm.training.step_report import Agreed, OwnNumbers, StepReport
 from megalm.training.tasks import TrainingTasks
 
 _STOPS = (None, Outcome.REQUEUE, Outcome.INTERRUPTED)
@@ -43,18 +41,40 @@ class Utilisation:
 
 
 @dataclass(frozen=True)
+class _Step:
+    """A step that this rank has started, and whose values nobody has looked at yet.
+
+    Attributes:
+        report: its values.
+        progress: where the run stands after it.
+        tokens: of its global batch.
+        rate: learning rate that it is taken with.
+        loss_scale: that it is taken with; None: there is none.
+    """
+
+    report: StepReport
+    progress: Progress
+    tokens: int
+    rate: float
+    loss_scale: float | None
+
+
+@dataclass(frozen=True)
 class _StepEnd:
     """What all ranks agree on at the end of a step.
 
     Attributes:
         stop: how the run ends now; None: it goes on.
-        save_failed: whether some rank could not write its part of the pending checkpoint.
         minutes_are_up: whether a checkpoint is due by some rank's clock.
     """
 
-    stop: Outcome | None
-    save_failed: bool
-    minutes_are_up: bool
+    stop: Outcome | None = None
+    minutes_are_up: bool = False
+
+    @property
+    def asks_for_something(self) -> bool:
+        """Whether the loop has to act on it."""
+        return self.stop is not None or self.minutes_are_up
 
 
 class Trainer:
@@ -110,33 +130,33 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train from the current step to the last one, or until a stop is asked for; the state is saved either way.
 
+        With ``train.late_metrics`` a step's values are looked at when the next step has been started, unless something
+        depends on them; a stop and a divergence are then found one step later. Nothing is saved before the values of
+        every step that it contains have been looked at.
+
         Raises:
             DivergedError: loss or gradient norm is not finite. The step is not saved.
         """
         steps = self._config.train.steps
         self._timer.restart()
+        started: _Step | None = None
         while self.progress.step < steps:
-            metrics, end = self._train_step()
-            diverged = divergence(metrics)
-            # Before the row is written: a failed save may have filled the disk that the row goes to.
-            if self._saves.after_step(failed=end.save_failed, tolerant=diverged is not None):
-                self._timer.restart()
-            self._callbacks.on_step(metrics)
-            if diverged is not None:
-                self._saves.finish(tolerant=True)
-                left = (
-                    "the last checkpoint is from before" if self._saves.has_checkpoints else "no checkpoint was saved"
-                )
-                raise DivergedError(f"{diverged}; {left}")
-            if end.stop is not None and self.progress.step < steps:
-                self._saves.save_and_stop(end.stop, self.progress.step)
-                return end.stop
-            if self._is_due(self._config.train.validate_every) and self.progress.step < steps:
+            before, started = started, self._start_step()
+            end = _StepEnd() if before is None else self._finish_step(before)
+            if self._config.train.late_metrics and not end.asks_for_something and not self._something_is_due:
+                continue
+            last, started = self._finish_step(started), None
+            if self.progress.step == steps:
+                break
+            if (stop := last.stop or end.stop) is not None:
+                self._saves.save_and_stop(stop, self.progress.step)
+                return stop
+            if self._is_due(self._config.train.validate_every):
                 self._validate(self._config.train.validation_samples)
-            if self._is_due(self._config.evaluate.every) and self.progress.step < steps:
+            if self._is_due(self._config.evaluate.every):
                 self._ask_tasks()
-            due = self._saves.is_due(self.progress.step, minutes_are_up=end.minutes_are_up)
-            if due and self.progress.step < steps:
+            minutes_are_up = last.minutes_are_up or end.minutes_are_up
+            if self._saves.is_due(self.progress.step, minutes_are_up=minutes_are_up):
                 self._saves.save()
                 self._timer.restart()
         self._validate(None)
@@ -148,8 +168,8 @@ class Trainer:
         """Another error ends this rank: a checkpoint that is being written gets its chance to become complete."""
         self._saves.linger()
 
-    def _train_step(self) -> tuple[StepMetrics, _StepEnd]:
-        """One optimizer step over the global batch; what is returned is the same on all ranks."""
+    def _start_step(self) -> _Step:
+        """One optimizer step over the global batch; on a GPU it is computed after this returns."""
         with self._timer.waiting_for_data():
             batch = self._loader.next()
         sequences = len(batch.tokens) * self._context.topology.dp
@@ -160,45 +180,58 @@ class Trainer:
         )
         result = self._engine.train_step(micro_batches, rate)
         self.progress = self.progress.after(sequences, tokens)
-        return self._agree(result, rate, tokens, units)
+        report = StepReport(result, units, self._own_numbers(), self._context)
+        return _Step(report, self.progress, tokens, rate, result.loss_scale)
 
-    def _agree(self, result: StepResult, rate: float, tokens: int, units: int) -> tuple[StepMetrics, _StepEnd]:
-        """Two small reductions over all ranks: sums (terms, bubble), and maxima (times, memory, what ends a step)."""
-        lap = self._timer.lap()
-        world, device = self._context.world_group, self._context.device
-        parts = [*result.terms.values(), result.pipeline.bubble_fraction / world.size]
-        sums = world.all_reduce(torch.tensor(parts, dtype=torch.float64, device=device))
-        own = [
-            *lap,
-            peak_memory_gib(device.type),
-            float(self._requested_stop()),
-            float(self._saves.has_failed),
-            float(self._saves.minutes_are_up),
-        ]
-        maxima = world.all_reduce(torch.tensor(own, dtype=torch.float64, device=device), dist.ReduceOp.MAX)
-        *values, bubble_fraction = sums.tolist()
-        terms = dict(zip(result.terms, values, strict=True))
-        step_seconds, data_seconds, memory_gib, stop, save_failed, minutes_are_up = maxima.tolist()
-        rate_tokens = tokens_per_second(tokens, step_seconds)
-        metrics = StepMetrics(
-            step=self.progress.step,
-            samples=self.progress.samples,
-            tokens=self.progress.tokens,
-            loss=terms.pop("loss"),
-            loss_units=units,
-            grad_norm=result.grad_norm,
-            lr=rate,
-            loss_scale=result.loss_scale,
+    def _finish_step(self, step: _Step) -> _StepEnd:
+        """Look at a step's values, tell of them, and end the run if it has diverged; the same on all ranks."""
+        agreed = step.report.read()
+        metrics = self._metrics(step, agreed)
+        diverged = divergence(metrics)
+        # Before the row is written: a failed save may have filled the disk that the row goes to.
+        if self._saves.after_step(failed=agreed.largest.save_failed, tolerant=diverged is not None):
+            self._timer.restart()
+        self._callbacks.on_step(metrics)
+        if diverged is not None:
+            self._saves.finish(tolerant=True)
+            left = "the last checkpoint is from before" if self._saves.has_checkpoints else "no checkpoint was saved"
+            raise DivergedError(f"{diverged}; {left}")
+        return _StepEnd(_STOPS[agreed.largest.stop], agreed.largest.minutes_are_up)
+
+    def _own_numbers(self) -> OwnNumbers:
+        step_seconds, data_seconds = self._timer.lap()
+        return OwnNumbers(
             step_seconds=step_seconds,
-            tokens_per_second=rate_tokens,
-            mfu=mfu(self._utilisation.flops_per_token, rate_tokens, world.size, self._utilisation.peak_flops),
             data_seconds=data_seconds,
-            bubble_fraction=bubble_fraction,
-            memory_gib=memory_gib,
+            memory_gib=peak_memory_gib(self._context.device.type),
+            stop=self._requested_stop(),
+            save_failed=self._saves.has_failed,
+            minutes_are_up=self._saves.minutes_are_up,
+        )
+
+    def _metrics(self, step: _Step, agreed: Agreed) -> StepMetrics:
+        """The row of a step."""
+        terms, largest = dict(agreed.terms), agreed.largest
+        ranks, used = self._context.world_group.size, self._utilisation
+        rate_tokens = tokens_per_second(step.tokens, largest.step_seconds)
+        return StepMetrics(
+            step=step.progress.step,
+            samples=step.progress.samples,
+            tokens=step.progress.tokens,
+            loss=terms.pop("loss"),
+            loss_units=agreed.units,
+            grad_norm=agreed.grad_norm,
+            lr=step.rate,
+            loss_scale=step.loss_scale,
+            step_seconds=largest.step_seconds,
+            tokens_per_second=rate_tokens,
+            mfu=mfu(used.flops_per_token, rate_tokens, ranks, used.peak_flops),
+            data_seconds=largest.data_seconds,
+            bubble_fraction=agreed.bubble_fraction,
+            memory_gib=largest.memory_gib,
             unit=self._engine.objective.unit,
             terms=terms,
         )
-        return metrics, _StepEnd(_STOPS[int(stop)], bool(save_failed), bool(minutes_are_up))
 
     def _requested_stop(self) -> int:
         """Index into ``_STOPS`` of what this rank was asked for."""
@@ -210,6 +243,17 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps, or never (0), happens after this one."""
         return every > 0 and self.progress.step % every == 0
+
+    @property
+    def _something_is_due(self) -> bool:
+        """Whether something comes after this step that depends on its values, or begins with them."""
+        train = self._config.train
+        return (
+            self.progress.step == train.steps
+            or self._is_due(train.validate_every)
+            or self._is_due(self._config.evaluate.every)
+            or self._saves.is_due(self.progress.step, minutes_are_up=False)
+        )
 
     def _validate(self, samples: int | None) -> None:
         if self._validator is None:

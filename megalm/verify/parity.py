@@ -213,9 +213,9 @@ def train(engine: DeepSpeedEngine, config: Config, task: Task, *, first: int = 0
     for step in range(first, config.train.steps if steps is None else first + steps):
         micro_batches = micro_batches_of_rank(config, step, context, model.context_parallel, task)
         result = engine.train_step(micro_batches, config.optim.lr)
-        totals = context.world_group.all_reduce(torch.tensor(list(result.terms.values()), dtype=torch.float64))
+        totals = context.world_group.all_reduce(torch.stack([*result.terms.values()]))
         _record(trace, dict(zip(result.terms, totals.tolist(), strict=True)))
-        trace.grad_norms.append(result.grad_norm)
+        trace.grad_norms.append(float(result.grad_norm))
     trace.final.update(_put_in_full(engine))
     return trace
 

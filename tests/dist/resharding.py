@@ -110,6 +110,6 @@ def _run(folder: Path, task: Task) -> Curve:
         )
         loss = torch.tensor([result.terms["loss"]], dtype=torch.float64)
         losses.append(float(context.world_group.all_reduce(loss)))
-        norms.append(result.grad_norm)
+        norms.append(float(result.grad_norm))
     saver.finish()
     return Curve(losses, norms, restored.words)

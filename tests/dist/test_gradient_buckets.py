@@ -135,7 +135,8 @@ def overflow_on_ranks() -> list:
         result = engine.train_step(micro_batches_of_rank(config, step, context, model.context_parallel), 1e-3)
         changed = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         finite = all(bool(p.isfinite().all()) for p in model.parameters())
-        seen.append((result.loss_scale, result.grad_norm, changed, finite, engine.scalar_state()["optimizer_steps"]))
+        norm, updates = float(result.grad_norm), engine.scalar_state()["optimizer_steps"]
+        seen.append((result.loss_scale, norm, changed, finite, updates))
     return seen
 
 
@@ -185,7 +186,7 @@ def resume_in_memory() -> tuple:
             trained.train_step(micro_batches_of_rank(config, step, context, trained.model.context_parallel), 1e-3)
             for step in steps
         ]
-        return [(r.terms["loss"], r.grad_norm, r.loss_scale) for r in results]
+        return [(float(r.terms["loss"]), float(r.grad_norm), r.loss_scale) for r in results]
 
     straight = run(engine(), range(12))
     first = engine()

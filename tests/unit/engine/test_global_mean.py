@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from megalm.engine.global_mean import count_units, gradient_factor, share_of_mean, unit_weight
 from megalm.mesh.groups import Group, ParallelContext
@@ -16,7 +17,10 @@ from megalm.mesh.groups import Group, ParallelContext
 def test_weight_and_factors_cancel(replicas: int, loss_scale: float) -> None:
     group = Group(tuple(range(replicas)), 0)
     units, losses = 7 * replicas + 1, np.random.default_rng(0).random(7 * replicas + 1)
-    weighted = [unit_weight(units, group) * losses[replica::replicas].sum() for replica in range(replicas)]
+    weighted = [
+        float(unit_weight(torch.tensor(units, dtype=torch.float64), group)) * losses[replica::replicas].sum()
+        for replica in range(replicas)
+    ]
     assert sum(share_of_mean(own, group) for own in weighted) == pytest.approx(losses.mean())
     gradient = sum(loss_scale * own for own in weighted)
     assert gradient * gradient_factor(group, loss_scale) == pytest.approx(losses.mean())
@@ -24,5 +28,6 @@ def test_weight_and_factors_cancel(replicas: int, loss_scale: float) -> None:
 
 def test_a_batch_in_which_nothing_counts_has_finite_weights() -> None:
     context = replace(ParallelContext.single())
-    assert count_units(np.zeros((2, 3), dtype=np.float32), context) == 0
-    assert unit_weight(0, context.replica_group) == 1.0
+    units = count_units(torch.zeros((), dtype=torch.float64), context)
+    assert units == 0
+    assert unit_weight(units, context.replica_group) == 1.0
