@@ -2,7 +2,8 @@
 
 A rank runs its stages, hands the activation to the next pipeline rank, and goes on with another pass; the last one
 turns the activation into what was asked for and tells all ranks of the model. Activations travel in one direction only
-and results by a broadcast over a group of their own, so that no two transfers wait for each other. With as many passes
+(on NCCL over the links of that direction) and results by a broadcast over a group of their own, so that no two
+transfers wait for each other. With as many passes
 under way as there are pipeline ranks, all of them compute.
 
 Per pass and stage: one activation received and one sent; per pass and rank one broadcast; with tensor parallelism also
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalm.core.place import Place
-from megalm.mesh.groups import ParallelContext
+from megalm.mesh.groups import Group, ParallelContext
 from megalm.models.transformer import Transformer
 
 
@@ -79,12 +80,12 @@ class Passes:
         result, x = torch.empty(each.shape, dtype=torch.float64, device=self.device), None
         for stage in self._model.part.stages:
             if stage and topology.pp > 1:
-                x = self._receive(each.tokens, stage - 1)
+                x = self._receive(each.tokens, stage)
             x = self._model.through(stage, each.tokens, x, each.place)
             if stage + 1 == topology.num_stages:
                 result = each.finish(x)
             elif topology.pp > 1:
-                self._send(x, stage + 1)
+                self._send(x, stage)
         group = self._context.model_group
         work = None
         if group.size > 1:
@@ -99,18 +100,25 @@ class Passes:
         return result.cpu()
 
     def _receive(self, tokens: Tensor, stage: int) -> Tensor:
+        """What the stage before this one has sent."""
         weight = next(self._model.parameters())
         x = torch.empty((*tokens.shape, self._model.hidden_size), dtype=weight.dtype, device=self.device)
-        dist.recv(x, self._rank_of(stage), group=self._context.pp_group.handle)
+        dist.recv(x, self._rank_of(stage - 1), group=self._link(stage - 1).handle)
         return x
 
     def _send(self, x: Tensor, stage: int) -> None:
+        """To the stage after this one."""
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
         x = x.contiguous()
-        work = dist.isend(x, self._rank_of(stage), group=self._context.pp_group.handle)
+        work = dist.isend(x, self._rank_of(stage + 1), group=self._link(stage).handle)
         if work is not None:
             self._sending.append((work, x))
+
+    def _link(self, stage: int) -> Group:
+        """What carries activations from a stage to the next one."""
+        owner = self._context.topology.stage_owner
+        return self._context.link(owner(stage), owner(stage + 1))
 
     def _rank_of(self, stage: int) -> int:
         """The rank of this pipeline that runs a stage."""

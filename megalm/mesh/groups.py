@@ -12,8 +12,22 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from megalm.mesh.communicators import SplitMaker, local_group, split_maker
 from megalm.mesh.parameter import ParameterRecord
-from megalm.mesh.topology import OUTER_REPLICAS, REPLICAS, Coordinates, Topology
+from megalm.mesh.splits import (
+    CP,
+    MODEL,
+    PP,
+    REPLICA,
+    TIED,
+    TP,
+    LinkSplit,
+    Pair,
+    inner_group_axes,
+    inner_name,
+    splits_of,
+)
+from megalm.mesh.topology import REPLICAS, Coordinates, Topology
 
 
 @dataclass(frozen=True)
@@ -101,40 +115,48 @@ class ParallelContext:
         )
 
     @classmethod
-    def create(cls, topology: Topology, device: torch.device | str = "cpu") -> ParallelContext:
-        """Make this rank's groups; collective over all ranks of an initialised ``torch.distributed``."""
-        rank = dist.get_rank()
+    def create(
+        cls,
+        topology: Topology,
+        device: torch.device | str = "cpu",
+        *,
+        transport: str | None = None,
+        maker: SplitMaker | None = None,
+    ) -> ParallelContext:
+        """Make this rank's groups, all that it will ever have; collective over all ranks of ``torch.distributed``.
+
+        Args:
+            topology: the degrees.
+            device: of this rank.
+            transport: ``gloo`` or ``nccl``; None: NCCL where the device is a GPU.
+            maker: makes the communicators of NCCL; None: the one for the process group that is initialised.
+        """
+        rank, device = dist.get_rank(), torch.device(device)
         if dist.get_world_size() != topology.world_size:
             raise ValueError(f"{dist.get_world_size()} ranks started, the layout needs {topology.world_size}")
-
-        def along(*axes: str) -> Group:
-            return _make_group(topology.group_of(rank, *axes), rank)
-
-        # Every rank makes the same number of groups in the same order: torch names a locally synchronised group by the
-        # number that its members made before. A rank without a tied copy is therefore alone in a group of its own.
-        tp, pp, cp = along("tp"), along("pp"), along("cp")
-        data, model = along("dp", "cp"), along("pp", "tp")
-        holders = [ranks for ranks in topology.tied_groups() if rank in ranks and topology.pp > 1]
-        tied = _make_group(holders[0] if holders else (rank,), rank)
-        inner = {axes: along(*axes) for axes in inner_group_axes(topology)}
-        for group in (pp, cp):
-            # NCCL wants every member in the first call on a group, and a pipeline's or a ring's first transfers are
-            # between two of them.
-            group.all_reduce(torch.zeros(1, device=device))
-        world = Group(tuple(range(topology.world_size)), rank, dist.group.WORLD)
+        transport = transport or ("nccl" if device.type == "cuda" else "gloo")
+        if transport == "nccl":
+            groups, links = _split_groups(topology, rank, maker or split_maker())
+        else:
+            groups, links = _local_groups(topology, rank), {}
+        for name in (PP, CP):
+            # NCCL may connect the members of a group in the first call on it, which all of them must make: a pipeline's
+            # or a ring's first transfers are between two of them.
+            groups[name].all_reduce(torch.zeros(1, device=device))
         return cls(
             topology=topology,
             rank=rank,
-            device=torch.device(device),
-            tp_group=tp,
-            pp_group=pp,
-            cp_group=cp,
-            replica_group=data,
-            model_group=model,
-            world_group=world,
-            tied_group=tied,
-            inner_groups=inner,
-            transport="nccl" if torch.device(device).type == "cuda" else "gloo",
+            device=device,
+            tp_group=groups[TP],
+            pp_group=groups[PP],
+            cp_group=groups[CP],
+            replica_group=groups[REPLICA],
+            model_group=groups[MODEL],
+            world_group=Group(tuple(range(topology.world_size)), rank, dist.group.WORLD),
+            tied_group=groups[TIED],
+            inner_groups={axes: groups[inner_name(axes)] for axes in inner_group_axes(topology)},
+            transport=transport,
+            links=links,
         )
 
     def replicas_of(self, record: ParameterRecord) -> Group:
@@ -160,14 +182,41 @@ class ParallelContext:
         return self.topology.stages_of(self.coordinates.pp)
 
 
-def inner_group_axes(topology: Topology) -> list[tuple[str, ...]]:
-    """The groups that inner axes need: along each, and along what is left of the replicas beside it."""
-    names = [name for name, _ in topology.inner_axes]
-    besides = [(OUTER_REPLICAS, *(other for other in names if other != name)) for name in names]
-    return [*((name,) for name in names), *besides]
+def _axes_of_groups(topology: Topology) -> dict[str, tuple[str, ...]]:
+    """Along which axes the members of each group differ; of all groups but those of tied embeddings and links."""
+    plain = {TP: ("tp",), PP: ("pp",), CP: ("cp",), REPLICA: REPLICAS, MODEL: ("pp", "tp")}
+    return plain | {inner_name(axes): axes for axes in inner_group_axes(topology)}
 
 
-def _make_group(ranks: tuple[int, ...], rank: int) -> Group:
-    """A group of its own for ``ranks``; only the members take part, which keeps start-up flat in the world size."""
-    handle = dist.new_group(list(ranks), use_local_synchronization=True)
-    return Group(ranks=ranks, index=ranks.index(rank), handle=handle)
+def _local_groups(topology: Topology, rank: int) -> dict[str, Group]:
+    """Every group by name, on gloo.
+
+    Every rank makes the same number of groups in the same order: torch names a locally synchronised group by the number
+    that its members made before. A rank without a tied copy is therefore alone in a group of its own.
+    """
+    axes_of = _axes_of_groups(topology)
+    members = {name: topology.group_of(rank, *axes) for name, axes in axes_of.items()}
+    tied = topology.tied_group_of(rank) if topology.pp > 1 else None
+    members[TIED] = tied or (rank,)
+    return {name: Group(ranks, ranks.index(rank), local_group(ranks)) for name, ranks in members.items()}
+
+
+def _split_groups(topology: Topology, rank: int, maker: SplitMaker) -> tuple[dict[str, Group], dict[Pair, Group]]:
+    """Every group by name, and this rank's links, on NCCL: one call per split of ``splits_of``."""
+    alone = Group((rank,), 0, maker.alone(rank) if topology.world_size > 1 else dist.group.WORLD)
+    groups: dict[str, Group] = {}
+    links: dict[Pair, Group] = {}
+    for split in splits_of(topology):
+        parent = None if split.parent is None else groups[split.parent].handle
+        handle = maker.split(split, rank, parent)
+        members = split.members(rank) or (rank,)
+        group = alone if handle is None else Group(members, members.index(rank), handle)
+        if not isinstance(split, LinkSplit):
+            groups[split.name] = group
+        elif (pair := split.pair_of(rank)) is not None:
+            links[pair] = group
+    for name in (*_axes_of_groups(topology), TIED):
+        groups.setdefault(name, alone)
+    if topology.tp == 1 or topology.pp == 1:  # one of the two holds the model
+        groups[MODEL] = groups[TP] if topology.pp == 1 else groups[PP]
+    return groups, links

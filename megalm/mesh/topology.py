@@ -127,6 +127,11 @@ class Topology:
         moving = _points({axis: degree for axis, degree in view.items() if axis in axes})
         return tuple(_rank(view, {**here, **along}) for along in moving)
 
+    def first_of_group(self, rank: int, *axes: str) -> int:
+        """The lowest rank of :meth:`group_of`, without the others."""
+        view = self._view(*axes)
+        return _rank(view, {**_coordinates(view, rank), **dict.fromkeys(axes, 0)})
+
     def coordinate(self, rank: int, axis: str) -> int:
         """Where a rank sits along one axis."""
         return _coordinates(self._view(axis), rank)[axis]
@@ -150,11 +155,26 @@ class Topology:
         One all-reduce over such a group gives every copy the same bits; two successive ones (over stages, then over dp)
         would not, since the order in which a ring adds depends on where an element lies in its buffer.
         """
+        return [self._tied_group(tp) for tp in range(self.tp)]
+
+    def tied_group_of(self, rank: int) -> tuple[int, ...] | None:
+        """The one of :meth:`tied_groups` that ``rank`` belongs to; None: its stages are neither first nor last."""
+        here = self.coordinates(rank)
+        return self._tied_group(here.tp) if here.pp in self.first_and_last_pp_ranks else None
+
+    def first_of_tied_group(self, rank: int) -> int | None:
+        """The lowest rank of :meth:`tied_group_of`."""
+        here = self.coordinates(rank)
         stages = self.first_and_last_pp_ranks
-        return [
-            tuple(self.rank_at(pp=p, dp=d, cp=c, tp=t) for p in stages for d in range(self.dp) for c in range(self.cp))
-            for t in range(self.tp)
-        ]
+        return self.rank_at(pp=stages[0], tp=here.tp) if here.pp in stages else None
+
+    def _tied_group(self, tp: int) -> tuple[int, ...]:
+        return tuple(
+            self.rank_at(pp=p, dp=d, cp=c, tp=tp)
+            for p in self.first_and_last_pp_ranks
+            for d in range(self.dp)
+            for c in range(self.cp)
+        )
 
     def describe(self) -> str:
         """One line for logs: only the degrees above 1, and the number of ranks."""

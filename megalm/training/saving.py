@@ -21,7 +21,7 @@ from megalm.config.parse import config_to_dict
 from megalm.config.schema import Config
 from megalm.core.parameters import StatePiece
 from megalm.engine.lr_schedule import LearningRate
-from megalm.mesh.groups import ParallelContext
+from megalm.mesh.groups import Group, ParallelContext
 from megalm.ownership import Claim
 from megalm.runs.history import SCHEDULE, schedule_to_dict
 from megalm.runs.start import StartMode, StartPoint
@@ -240,13 +240,28 @@ class Saver:
             warn(problem)
 
     def _agree(self, error: str | None) -> str | None:
-        """The first error of any rank, on every rank."""
-        failed = torch.tensor([0.0 if error is None else 1.0], device=self._context.device)
-        if not float(self._context.world_group.all_reduce(failed)):
-            return None
-        errors: list[str | None] = [None] * self._context.world_group.size
-        dist.all_gather_object(errors, error)
-        return next(e for e in errors if e is not None)
+        """The error of the lowest rank that has one, on every rank: one reduction, and a broadcast if there is one."""
+        return first_error(error, self._context.world_group, self._context.device)
+
+
+def first_error(error: str | None, group: Group, device: torch.device) -> str | None:
+    """The error of the lowest member that has one, on every member; collective.
+
+    Args:
+        error: this member's; None: it has none. What goes beyond ``_ERROR_BYTES`` is left out elsewhere.
+        group: all that are asked.
+        device: of the tensors that are sent: NCCL has no others than a GPU's.
+    """
+    if group.size == 1:
+        return error
+    first = torch.tensor(group.size if error is None else group.index, device=device)
+    speaker = int(group.all_reduce(first, dist.ReduceOp.MIN))
+    if speaker == group.size:
+        return None
+    text = (error or "").encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
+    letters = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    dist.broadcast(letters, group.ranks[speaker], group=group.handle)
+    return bytes(letters.tolist()).rstrip(b"\0").decode(errors="ignore")
 
 
 class HostCopy:
@@ -291,6 +306,9 @@ def is_fault_of_disk(reason: str) -> bool:
 
 
 _FAULTS_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+
+_ERROR_BYTES = 4096
+"""Of an error that ranks tell each other."""
 
 _LINGER_SECONDS = 60.0
 """Longest that a rank that has failed waits for a checkpoint that is being written."""

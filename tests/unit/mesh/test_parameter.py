@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.mesh.groups import inner_group_axes
 from megalm.mesh.parameter import ParameterRecord
 from megalm.mesh.slices import ShardSpec
+from megalm.mesh.splits import inner_group_axes
 from megalm.mesh.topology import OUTER_REPLICAS, Topology
 
 SHARD = ShardSpec.replicated(4, 4)
