@@ -281,7 +281,16 @@ class Engine:
     loss_scale_window: int = 1000
     """``fp16``: steps without an overflow after which the loss scale doubles."""
     bucket_mib: float = 32.0
-    """Minimum size of a gradient bucket, which is reduced while backward continues."""
+    """Minimum size of a gradient bucket, which is reduced while backward continues; above 128 replicas it grows with
+    their number."""
+    reduce_dtype: str = "fp32"
+    """Format in which gradients travel between replicas: ``fp32``, or ``bf16``, which halves the bytes (ZeRO-1 and 2).
+    With ``bf16`` replicas exchange pieces of their fp32 sums over micro-batches, each rounded once, and add them in
+    fp32. Copies of tied embeddings and parts of tensor-parallel ranks are added in fp32 in any case."""
+    gradient_accumulation_fusion: bool = False
+    """The weight gradient's product of a linear layer adds to the fp32 gradient itself; no gradient in the model's
+    format is written. On CUDA it needs compute capability 8.0; on a CPU it works, but is slow. With
+    ``engine.compile=true`` a block is compiled in pieces between its linear layers."""
     recompute: str = "none"
     """Activation recomputation: ``none``, ``selective`` (the attention core) or ``full`` (whole blocks; Chen et al.
     2016, Korthikanti et al. 2022)."""

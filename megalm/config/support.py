@@ -140,6 +140,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
     "optim.cooldown": ("linear", "sqrt"),
     "engine.dtype": ("bf16", "fp16", "fp32"),
+    "engine.reduce_dtype": ("fp32", "bf16"),
     "engine.recompute": ("none", "selective", "full"),
     "logging.wandb": ("auto", "online", "offline", "disabled"),
 }

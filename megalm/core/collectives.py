@@ -25,12 +25,20 @@ Shapes: T size of the group.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megalm.mesh.groups import Group
+
+
+class Work(Protocol):
+    """What of ``dist.Work`` a :class:`Pending` needs."""
+
+    def wait(self) -> object:
+        """Until it is done."""
 
 
 class Pending:
@@ -45,7 +53,7 @@ class Pending:
 
     def __init__(
         self,
-        work: dist.Work | None,
+        work: Work | None,
         result: Tensor,
         operand: Tensor | None = None,
         finish: Callable[[Tensor], Tensor] | None = None,
@@ -88,6 +96,24 @@ def start_reduce_scatter(x: Tensor, group: Group, dim: int) -> Pending:
     out = x.new_empty(parts.shape[1:])
     work = _reduce_scatter_single(out, parts.flatten(0, 1), group)
     return Pending(work, out, parts)
+
+
+def start_reduce_scatter_in_place(x: Tensor, group: Group) -> Pending:
+    """Add the members' tensors [T·n] and put this member's piece of the sum, [n], where it lies in ``x``."""
+    piece = x.chunk(group.size)[group.index]
+    return Pending(None if group.size == 1 else _reduce_scatter_single(piece, x, group), piece)
+
+
+def start_all_gather_in_place(x: Tensor, group: Group) -> Pending:
+    """Fill ``x`` [T·n] with the members' pieces [n]; this member's lies in it already."""
+    piece = x.chunk(group.size)[group.index]
+    return Pending(None if group.size == 1 else _all_gather_single(x, piece, group), x)
+
+
+def start_all_to_all(x: Tensor, group: Group, finish: Callable[[Tensor], Tensor]) -> Pending:
+    """Send the t-th piece of ``x`` [T·n] to member t; ``finish`` is given the pieces that came, in members' order."""
+    received = torch.empty_like(x)
+    return Pending(dist.all_to_all_single(received, x, group=group.handle, async_op=True), received, x, finish)
 
 
 def copy_to_group(x: Tensor, group: Group) -> Tensor:

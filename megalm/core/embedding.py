@@ -10,23 +10,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalm.core.collectives import gather_for_matmul, reduce_from_group, reduce_scatter
-from megalm.core.linear import SEQUENCE, column_linear
-from megalm.core.parameters import Init, ParallelModule
+from megalm.core.linear import SEQUENCE, HandsOverWeightGradients, column_linear
+from megalm.core.parameters import Init
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.slices import ShardSpec, padded_range
 
 
-class VocabParallelEmbedding(ParallelModule):
-    """Rows of the vocabulary, split over the group: ids ▶ hidden vectors, and back to logits with the same rows."""
+class VocabParallelEmbedding(HandsOverWeightGradients):
+    """Rows of the vocabulary, split over the group: ids ▶ hidden vectors, and back to logits with the same rows.
+
+    Attributes:
+        weight_gradients: where the output projection's gradient goes; None: to autograd, as the lookup's always does.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, tensor_parallel: TensorParallel, std: float) -> None:
         super().__init__()
         self.tensor_parallel, self.vocab_size = tensor_parallel, vocab_size
+        self.weight_gradients: WeightGradients | None = None
         self._linear = column_linear(tensor_parallel)
         group = tensor_parallel.group
         (self.first_token, self.stop_token), padding = padded_range(vocab_size, group.index, group.size)
         shard = ShardSpec.along((vocab_size, hidden_size), 0, ((self.first_token, self.stop_token),), padding)
         self.weight = self.declare("weight", shard, Init.normal(std), per_word=True)
+
+    def hand_over(self, weight_gradients: WeightGradients) -> None:
+        """Add the output projection's to a sum, if there is one; see :func:`megalm.core.loss.output_loss`."""
+        self.weight_gradients = weight_gradients
 
     @property
     def local_vocab_size(self) -> int:

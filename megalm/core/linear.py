@@ -25,12 +25,14 @@ product that a zero-bubble schedule postpones: it gathers again. All members of 
 enter these collectives in the same order. What zero bubble costs: with the weight gradient postponed, nothing hides the
 input gradient's reduction, nor the gather of a stage's first postponed product.
 
-With T=1 and no zero bubble a layer is ``F.linear``. Otherwise it is a function with a backward of its own, which
-``torch.compile`` does not look into: it compiles what is between.
+With T=1 a layer is ``F.linear``, unless its weight gradients are handed over (zero bubble,
+``engine.gradient_accumulation_fusion``). Otherwise it is a function with a backward of its own, which ``torch.compile``
+does not look into: it compiles what is between.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -54,7 +56,15 @@ Linear = Callable[[Tensor, nn.Parameter, nn.Parameter | None], Tensor]
 """(input, weight, bias) ▶ output."""
 
 
-class ParallelLinear(ParallelModule):
+class HandsOverWeightGradients(ParallelModule):
+    """A module that has linear layers, whose weight gradients need not be autograd's."""
+
+    @abstractmethod
+    def hand_over(self, weight_gradients: WeightGradients) -> None:
+        """Give weight gradients to ``weight_gradients``, which computes them, postpones them or adds them to a sum."""
+
+
+class ParallelLinear(HandsOverWeightGradients):
     """A linear layer split by columns or rows, whose weight gradient a zero-bubble schedule can postpone.
 
     Args:
@@ -68,16 +78,23 @@ class ParallelLinear(ParallelModule):
         self._function = function
         self._linear = _alone_or(function, tensor_parallel)
 
-    def postpone_into(self, weight_gradients: WeightGradients) -> None:
-        """Leave weight gradients in a store while a schedule records, instead of computing them in backward."""
+    def hand_over(self, weight_gradients: WeightGradients) -> None:
+        """Leave it to ``weight_gradients`` what becomes of them, instead of computing them in backward."""
         self._linear = _outside_graphs(self._function, self.tensor_parallel, weight_gradients)
 
 
 def postpone_weight_gradients(module: nn.Module, weight_gradients: WeightGradients) -> None:
-    """Have all parallel linear layers below ``module`` leave their weight gradients in a store."""
+    """Have all parallel linear layers below ``module`` leave their weight gradients in a store while it records."""
     for child in module.modules():
         if isinstance(child, ParallelLinear):
-            child.postpone_into(weight_gradients)
+            child.hand_over(weight_gradients)
+
+
+def hand_over_weight_gradients(module: nn.Module, weight_gradients: WeightGradients) -> None:
+    """The same with all other modules that have linear layers: whose products a schedule does not postpone, too."""
+    for child in module.modules():
+        if isinstance(child, HandsOverWeightGradients):
+            child.hand_over(weight_gradients)
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -153,8 +170,10 @@ class RowParallelLinear(ParallelLinear):
         return f"{in_features} ▶ {out_features}, columns over {self.tensor_parallel.group.size}"
 
 
-def column_linear(tensor_parallel: TensorParallel) -> Linear:
+def column_linear(tensor_parallel: TensorParallel, weight_gradients: WeightGradients | None = None) -> Linear:
     """``x Wᵀ + b`` with a rank's rows of ``W`` [O/T, I]; shapes as in :meth:`ColumnParallelLinear.forward`."""
+    if weight_gradients is not None:
+        return _outside_graphs(_ColumnLinear, tensor_parallel, weight_gradients)
     return _alone_or(_ColumnLinear, tensor_parallel)
 
 
@@ -187,7 +206,8 @@ class _ColumnLinear(torch.autograd.Function):
         bias: nn.Parameter | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tensor_parallel, ctx.weight_gradients, ctx.parameter = tensor_parallel, weight_gradients, weight
+        ctx.tensor_parallel, ctx.weight_gradients = tensor_parallel, weight_gradients
+        ctx.parameter, ctx.bias = weight, bias
         whole = start_all_gather(x, tensor_parallel.group, SEQUENCE).wait() if tensor_parallel.splits_sequence else x
         return F.linear(whole, weight, bias)
 
@@ -205,8 +225,8 @@ class _ColumnLinear(torch.autograd.Function):
         reduction: Pending | None = None
         if needs_input:
             reduction = _start_reduction(gradient @ weight, tensor_parallel)
-        weight_gradient = _now_or_later(product, ctx.parameter, store) if needs_weight else None
-        bias_gradient = _bias_gradient(gradient) if needs_bias else None
+        weight_gradient = _weight_gradient(product, ctx.parameter, ctx.weight_gradients) if needs_weight else None
+        bias_gradient = _bias_gradient(gradient, ctx.bias, ctx.weight_gradients) if needs_bias else None
         return None, None, None if reduction is None else reduction.wait(), weight_gradient, bias_gradient
 
 
@@ -221,7 +241,8 @@ class _RowLinear(torch.autograd.Function):
         bias: nn.Parameter | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tensor_parallel, ctx.weight_gradients, ctx.parameter = tensor_parallel, weight_gradients, weight
+        ctx.tensor_parallel, ctx.weight_gradients = tensor_parallel, weight_gradients
+        ctx.parameter, ctx.bias = weight, bias
         y = _start_reduction(F.linear(x, weight), tensor_parallel).wait()
         return y if bias is None else y.add_(bias)
 
@@ -233,12 +254,12 @@ class _RowLinear(torch.autograd.Function):
         store = ctx.weight_gradients if ctx.weight_gradients and ctx.weight_gradients.postpones else None
         share = _Share(gradient, tensor_parallel.group) if tensor_parallel.splits_sequence else _Whole(gradient)
         share.start()
-        bias_gradient = _bias_gradient(gradient) if needs_bias else None
+        bias_gradient = _bias_gradient(gradient, ctx.bias, ctx.weight_gradients) if needs_bias else None
         whole = share.whole()
         input_gradient = whole @ weight if needs_input else None
         # A postponed product keeps the share and gathers it again, so that memory does not grow with what waits.
         product = _WeightProduct(_Whole(whole) if store is None else share, _Whole(x))
-        weight_gradient = _now_or_later(product, ctx.parameter, store) if needs_weight else None
+        weight_gradient = _weight_gradient(product, ctx.parameter, ctx.weight_gradients) if needs_weight else None
         return None, None, input_gradient, weight_gradient, bias_gradient
 
 
@@ -287,9 +308,14 @@ class _WeightProduct:
         self._gradients.start()
         self._inputs.start()
 
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """[n, O] and [n, I] for n tokens."""
+        return self._gradients.whole().flatten(0, -2), self._inputs.whole().flatten(0, -2)
+
     def __call__(self) -> Tensor:
         """The product."""
-        return self._gradients.whole().flatten(0, -2).t() @ self._inputs.whole().flatten(0, -2)
+        gradients, inputs = self.operands()
+        return gradients.t() @ inputs
 
 
 def _start_reduction(part: Tensor, tensor_parallel: TensorParallel) -> Pending:
@@ -301,12 +327,10 @@ def _start_reduction(part: Tensor, tensor_parallel: TensorParallel) -> Pending:
     )
 
 
-def _now_or_later(product: _WeightProduct, parameter: nn.Parameter, store: WeightGradients | None) -> Tensor | None:
-    if store is None:
-        return product()
-    store.postpone(parameter, product)
-    return None
+def _weight_gradient(product: _WeightProduct, weight: nn.Parameter, taker: WeightGradients | None) -> Tensor | None:
+    return product() if taker is None else taker.take(weight, product)
 
 
-def _bias_gradient(gradient: Tensor) -> Tensor:
-    return gradient.flatten(0, -2).sum(dim=0)
+def _bias_gradient(gradient: Tensor, bias: nn.Parameter, taker: WeightGradients | None) -> Tensor | None:
+    rows = gradient.flatten(0, -2)
+    return rows.sum(dim=0) if taker is None else taker.take_bias(bias, rows)

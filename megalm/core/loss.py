@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from megalm.core.collectives import Pending
 from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.output_chunks import OutputChunks, logits_to_gradient, most_likely, token_losses
+from megalm.core.weight_gradients import GradientSink, add_product
 
 
 def output_loss(
@@ -42,6 +43,9 @@ def output_loss(
     Both gradients are computed here, in forward, and kept for backward: [B, S, H] and, in the model's dtype (fp16: in
     fp32), the size of ``embedding.weight``. The weight gradient is therefore no product that a zero-bubble schedule
     can postpone, and a schedule that runs several forwards before the first backward (GPipe) keeps one per micro-batch.
+    Where the embedding hands its gradients over to a sum, the chunks' products add up in fp32 by themselves, and
+    backward adds the result to the sum. (Not forward: what comes in from above, such as a loss scale or the factor of
+    a term among others, multiplies it, and is known in backward only.) The gradient is then kept in fp32.
 
     Over tensor-parallel ranks, the gather of the next chunk's inputs (sequence parallelism) and the reduction of the
     last chunk's input gradients are under way while a chunk is computed.
@@ -62,7 +66,7 @@ def output_loss(
     """
     chunks = OutputChunks.of(embedding, chunk_tokens, z_loss)
     terms: Tensor = _OutputLoss.apply(  # type: ignore[no-untyped-call]
-        x, embedding.weight, bias, labels, loss_weight, chunks, torch.is_grad_enabled()
+        x, embedding.weight, bias, labels, loss_weight, chunks, torch.is_grad_enabled(), _sink(embedding)
     )
     return terms
 
@@ -146,7 +150,7 @@ def sequence_log_probabilities(
     """
     chunks = OutputChunks.of(embedding, chunk_tokens)
     sums: Tensor = _SequenceLogProbabilities.apply(  # type: ignore[no-untyped-call]
-        x, embedding.weight, bias, labels, mask, chunks
+        x, embedding.weight, bias, labels, mask, chunks, _sink(embedding)
     )
     return sums
 
@@ -162,11 +166,14 @@ class _OutputLoss(torch.autograd.Function):
         loss_weight: Tensor,
         chunks: OutputChunks,
         training: bool,
+        sink: GradientSink | None,
     ) -> Tensor:
         needs = _Needs(*(training and needed for needed in ctx.needs_input_grad[:3]))
-        terms, gradients = _terms_and_gradients(x, weight, bias, labels, loss_weight, chunks, needs)
+        terms, gradients = _terms_and_gradients(
+            x, weight, bias, labels, loss_weight, chunks, needs, in_fp32=sink is not None
+        )
         ctx.save_for_backward(*gradients)
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.sink, ctx.parameters = x.dtype, sink, (weight, bias)
         return terms.to(torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
@@ -177,7 +184,10 @@ class _OutputLoss(torch.autograd.Function):
                 (gradient == gradient[0]).all(), "terms of the loss are minimised together, with one gradient for all"
             )
         # [1], not a scalar: torch would round a scalar to the tensor's dtype first, and a loss scale overflows fp16.
-        return *_Gradients(*ctx.saved_tensors).times(gradient[:1], ctx.dtype), None, None, None, None
+        gradients = _Gradients(*ctx.saved_tensors)
+        if ctx.sink is not None:
+            gradients = gradients.handed_over(gradient[:1], ctx.sink, ctx.parameters)
+        return *gradients.times(gradient[:1], ctx.dtype), None, None, None, None, None
 
 
 class _SequenceLogProbabilities(torch.autograd.Function):
@@ -190,9 +200,10 @@ class _SequenceLogProbabilities(torch.autograd.Function):
         labels: Tensor,
         mask: Tensor,
         chunks: OutputChunks,
+        sink: GradientSink | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, labels, mask)
-        ctx.chunks = chunks
+        ctx.chunks, ctx.sink, ctx.parameters = chunks, sink, (weight, bias)
         row = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)  # [B, S]
         sums = torch.zeros(len(labels), dtype=torch.float64, device=x.device)
         for chunk, chunk_labels, chunk_mask, chunk_row in chunks.iterate(x.flatten(0, 1), labels, mask, row):
@@ -206,8 +217,13 @@ class _SequenceLogProbabilities(torch.autograd.Function):
         x, weight, bias, labels, mask = ctx.saved_tensors
         needs = _Needs(*ctx.needs_input_grad[:3])
         loss_weight = -gradient.unsqueeze(1) * mask  # [B, S], factors of the token losses
-        _, gradients = _terms_and_gradients(x, weight, bias, labels, loss_weight, ctx.chunks, needs)
-        return *gradients.times(gradient.new_ones(1), x.dtype), None, None, None
+        _, gradients = _terms_and_gradients(
+            x, weight, bias, labels, loss_weight, ctx.chunks, needs, in_fp32=ctx.sink is not None
+        )
+        one = gradient.new_ones(1)
+        if ctx.sink is not None:
+            gradients = gradients.handed_over(one, ctx.sink, ctx.parameters)
+        return *gradients.times(one, x.dtype), None, None, None, None
 
 
 class _Needs(NamedTuple):
@@ -235,7 +251,7 @@ class _Gradients(NamedTuple):
 
     def times(self, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Multiplied by a factor, [1], in the model's dtype."""
-        factor = factor if self.scale is None else factor / self.scale
+        factor = self._factor(factor)
 
         def scaled(gradient: Tensor | None) -> Tensor | None:
             if gradient is None:
@@ -243,6 +259,16 @@ class _Gradients(NamedTuple):
             return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
         return scaled(self.x), scaled(self.weight), scaled(self.bias)
+
+    def handed_over(self, factor: Tensor, sink: GradientSink, parameters: tuple[Any, Any]) -> _Gradients:
+        """What is left for autograd, where those of (weight, bias) are added to sums, times a factor [1]."""
+        for parameter, gradient in zip(parameters, (self.weight, self.bias), strict=True):
+            if gradient is not None:
+                sink.add(parameter, gradient, factor=self._factor(factor))
+        return self._replace(weight=None, bias=None)
+
+    def _factor(self, factor: Tensor) -> Tensor:
+        return factor if self.scale is None else factor / self.scale
 
 
 def _terms_and_gradients(
@@ -253,14 +279,19 @@ def _terms_and_gradients(
     loss_weight: Tensor,
     chunks: OutputChunks,
     needs: _Needs,
+    *,
+    in_fp32: bool,
 ) -> tuple[Tensor, _Gradients]:
-    """The terms, [K] in fp64, and the gradients of their sum, from one pass over the logits."""
+    """The terms, [K] in fp64, and the gradients of their sum, from one pass over the logits.
+
+    ``in_fp32``: the weight's gradient is fp32 from the first product on.
+    """
     exact = torch.promote_types(x.dtype, torch.float32)
     scale = _fp16_scale(loss_weight) if x.dtype == torch.float16 else None
     terms = torch.zeros(2 if chunks.z_loss else 1, dtype=torch.float64, device=x.device)
     input_gradients: list[Tensor] = []
     reduction: Pending | None = None
-    weight_gradient = _WeightGradient(weight)
+    weight_gradient = _ExactWeightGradient(weight) if in_fp32 else _WeightGradient(weight)
     bias_gradient = torch.zeros(weight.shape[0], dtype=exact, device=x.device) if needs.bias else None
     logits = weight.new_empty(0)
     for chunk, chunk_labels, chunk_weight in chunks.iterate(x.flatten(0, 1), labels, loss_weight):
@@ -326,3 +357,27 @@ class _WeightGradient:
         """[V/T, H]; fp16: in fp32, since the loss scale is yet to come."""
         assert self._first is not None
         return (self._first if self._sum is None else self._sum).to(self._dtype)
+
+
+class _ExactWeightGradient:
+    """The same, in fp32 from the first product on, without a product in half precision."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._shape = weight.shape
+        self._sum: Tensor | None = None
+
+    def add(self, gradients: Tensor, inputs: Tensor) -> None:
+        """Add a chunk's product: [C, V/T], [C, H]."""
+        is_first = self._sum is None
+        if self._sum is None:
+            self._sum = torch.empty(self._shape, dtype=torch.float32, device=inputs.device)
+        add_product(self._sum, gradients, inputs, replace=is_first)
+
+    def total(self) -> Tensor:
+        """[V/T, H] in fp32."""
+        assert self._sum is not None
+        return self._sum
+
+
+def _sink(embedding: VocabParallelEmbedding) -> GradientSink | None:
+    return None if embedding.weight_gradients is None else embedding.weight_gradients.sink

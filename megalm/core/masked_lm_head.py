@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalm.config.schema import Model
+from megalm.core.linear import HandsOverWeightGradients, column_linear
 from megalm.core.norm import make_norm
-from megalm.core.parameters import Init, ParallelModule
+from megalm.core.parameters import Init
 from megalm.core.tensor_parallel import TensorParallel
+from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.slices import ShardSpec, padded_range
 
 
-class MaskedLMHead(ParallelModule):
+class MaskedLMHead(HandsOverWeightGradients):
     """A dense layer, GELU and a norm, replicated over tensor-parallel ranks, and the bias, split as the vocabulary is.
 
     The dense layer is as small as one projection of one block: split, it would cost two collectives.
@@ -38,8 +40,13 @@ class MaskedLMHead(ParallelModule):
         (start, stop), padding = padded_range(vocab_size, tensor_parallel.group.index, tensor_parallel.group.size)
         shard = ShardSpec.along((vocab_size,), 0, ((start, stop),), padding)
         self.bias = self.declare("bias", shard, Init.constant(0.0), per_word=True)
+        self._linear = column_linear(TensorParallel())
+
+    def hand_over(self, weight_gradients: WeightGradients) -> None:
+        """Leave it to ``weight_gradients`` what becomes of the dense layer's."""
+        self._linear = column_linear(TensorParallel(), weight_gradients)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H], or [B, S/T, H] ▶ [B, S/T, H] under sequence parallelism."""
-        y: Tensor = self.norm(F.gelu(F.linear(x, self.weight, self.dense_bias), approximate=self.approximate))
+        y: Tensor = self.norm(F.gelu(self._linear(x, self.weight, self.dense_bias), approximate=self.approximate))
         return y

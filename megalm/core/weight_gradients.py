@@ -1,10 +1,15 @@
-"""Weight-gradient products that a zero-bubble schedule postpones (Qi et al. 2024, "B" and "W").
+"""Weight-gradient products that are no business of autograd: postponed ones, and those that add to a buffer themselves.
 
 The backward of a linear layer is two independent products: the gradient of its input, which the stage before waits
-for, and the gradient of its weight, which nobody waits for. A layer that is given a :class:`WeightGradients`
-(:func:`megalm.core.linear.postpone_weight_gradients`) leaves the second one there while a schedule records, and
-computes it at once otherwise. Without one, a layer that needs no communication is a plain ``F.linear``, which
-``torch.compile`` sees through.
+for, and the gradient of its weight, which nobody waits for. A zero-bubble schedule postpones the second one (Qi et al.
+2024, "B" and "W"): a layer that is given a :class:`WeightGradients`
+(:func:`megalm.core.linear.postpone_weight_gradients`) leaves it there while a schedule records, and computes it at once
+otherwise. Without one, a layer that needs no communication is a plain ``F.linear``, which ``torch.compile`` sees
+through.
+
+With a :class:`GradientSink` (:meth:`WeightGradients.accumulate_into`) the product adds to the fp32 buffer in which
+gradients of all micro-batches are summed, at once or when its time comes: no gradient in the model's dtype is written
+and read again, and no rounding to that dtype comes between a product and the sum. Biases are summed in fp32 likewise.
 """
 
 from __future__ import annotations
@@ -13,7 +18,10 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
+
+from megalm.core.device_kind import device_kind
 
 
 class Product(Protocol):
@@ -25,13 +33,62 @@ class Product(Protocol):
     def __call__(self) -> Tensor:
         """The contribution; :meth:`start` comes first."""
 
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """What it is the product of, instead: output gradients G [n, O] and inputs X [n, I], for ``Gᵀ X``."""
+
+
+class GradientSink(Protocol):
+    """Sums of gradients in fp32, one of each parameter."""
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor, *, factor: Tensor | None = None) -> None:
+        """Add a contribution, in any floating dtype, times a factor [1] if one is given."""
+
+    def add_product(self, parameter: nn.Parameter, gradients: Tensor, inputs: Tensor) -> None:
+        """Add ``Gᵀ X`` to the gradient [O, I] of a weight: G [n, O], X [n, I]."""
+
+
+def add_product(total: Tensor, gradients: Tensor, inputs: Tensor, *, replace: bool) -> None:
+    """``total`` [O, I] fp32 ``+= Gᵀ X``: output gradients G [n, O] and inputs X [n, I], both of one floating dtype.
+
+    CUDA (compute capability 8.0 and above) has a product of 16-bit operands that adds to an fp32 matrix. Elsewhere the
+    operands are converted first, which is as exact and slow.
+
+    Args:
+        total: what is added to, in place.
+        gradients: G.
+        inputs: X.
+        replace: the product takes the place of what is in ``total``, which is not read.
+    """
+    transposed = gradients.t()
+    if gradients.dtype == total.dtype or device_kind(gradients) == "cpu":
+        transposed, inputs = transposed.to(total.dtype), inputs.to(total.dtype)
+        if replace:
+            torch.mm(transposed, inputs, out=total)
+        else:
+            total.addmm_(transposed, inputs)
+    elif replace:
+        torch.mm(transposed, inputs, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, transposed, inputs, out_dtype=total.dtype, out=total)
+
 
 class WeightGradients:
-    """The postponed products of one rank, by the (stage, micro-batch) whose backward recorded them."""
+    """Where the weight gradients of one rank's linear layers go.
+
+    Postponed products are kept by the (stage, micro-batch) whose backward recorded them.
+
+    Attributes:
+        sink: what products add to; None: they are autograd's and the runner's to add.
+    """
 
     def __init__(self) -> None:
+        self.sink: GradientSink | None = None
         self._recording: list[tuple[nn.Parameter, Product]] | None = None
         self._postponed: dict[Hashable, list[tuple[nn.Parameter, Product]]] = {}
+
+    def accumulate_into(self, sink: GradientSink) -> None:
+        """Have all products from now on add to the sums of ``sink``."""
+        self.sink = sink
 
     @property
     def postpones(self) -> bool:
@@ -56,7 +113,8 @@ class WeightGradients:
     def compute(self, key: Hashable) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """(parameter, contribution to its gradient) of every product recorded under ``key``; each is then forgotten.
 
-        A product's communication is under way while the one before it is computed.
+        With a :attr:`sink` they are added there instead. A product's communication is under way while the one before it
+        is computed.
         """
         products = self._postponed.pop(key)
         if products:
@@ -65,4 +123,24 @@ class WeightGradients:
             parameter, product = products.pop(0)
             if products:
                 products[0][1].start()
-            yield parameter, product()
+            if self.sink is None:
+                yield parameter, product()
+            else:
+                self.sink.add_product(parameter, *product.operands())
+
+    def take(self, parameter: nn.Parameter, product: Product) -> Tensor | None:
+        """A backward has a product: what it is to return to autograd as the weight's gradient."""
+        if self.postpones:
+            self.postpone(parameter, product)
+            return None
+        if self.sink is None:
+            return product()
+        self.sink.add_product(parameter, *product.operands())
+        return None
+
+    def take_bias(self, parameter: nn.Parameter, gradients: Tensor) -> Tensor | None:
+        """The same of a bias [O], whose gradient is the sum of output gradients [n, O]; it is never postponed."""
+        if self.sink is None:
+            return gradients.sum(dim=0)
+        self.sink.add(parameter, gradients.sum(dim=0, dtype=torch.promote_types(gradients.dtype, torch.float32)))
+        return None

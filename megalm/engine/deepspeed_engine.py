@@ -1,10 +1,11 @@
 """Drives DeepSpeed's ZeRO optimizers (Rajbhandari et al. 2020). The only file that imports deepspeed.
 
 DeepSpeed sees one optimizer step per call (``gradient_accumulation_steps=1``), a flat registry of this rank's
-parameters, and an ``mpu`` that describes the mesh. It splits masters and moments over replicas, and gathers updated
-weights. Micro-batches, the pipeline, the loss, the accumulation and reduction of gradients (``gradients.py``), their
-norm and their clipping (``zero.py``) are megalm's own: DeepSpeed 0.19.8 accumulates 16-bit gradients in 16 bits,
-reduces after the schedule, and at stages 0 and 3 computes a wrong norm under tensor or pipeline parallelism.
+parameters, and an ``mpu`` that describes the mesh. It splits masters and moments over replicas; at stages 1 and 2 it
+has no part in a step. Micro-batches, the pipeline, the loss, the accumulation and reduction of gradients
+(``gradients.py``), their norm and their clipping (``zero.py``), and the gathers of updated weights (``weights.py``) are
+megalm's own: DeepSpeed 0.19.8 accumulates 16-bit gradients in 16 bits, reduces and gathers after the schedule, and at
+stages 0 and 3 computes a wrong norm under tensor or pipeline parallelism.
 
 The losses that come in are weighted for the mean over the global batch; see ``global_mean.py``.
 """
@@ -33,11 +34,13 @@ from megalm.core.host import read
 from megalm.core.parameters import DeclaredTensor, StatePiece
 from megalm.core.pipeline.runner import PipelineResult, PipelineRunner, Stages
 from megalm.engine.global_mean import share_of_mean
-from megalm.engine.gradients import FlatLayout, GradientBuckets
+from megalm.engine.gradients import GradientBuckets
+from megalm.engine.layout import FlatLayout, cut_into_buckets
 from megalm.engine.loss_scale import LossScale
 from megalm.engine.optimizer import ParameterGroup, make_adamw, parameter_groups
+from megalm.engine.reduction import reduction_to_pieces
 from megalm.engine.validation import reported
-from megalm.engine.zero import PartitionedAdamW, ReplicatedAdamW, ZeroOptimizer
+from megalm.engine.zero import FlatZeroOptimizer, PartitionedAdamW, ReplicatedAdamW, ZeroOptimizer
 from megalm.engine.zero3 import Root, Zero3AdamW
 from megalm.errors import ConfigError
 from megalm.mesh.groups import Group, ParallelContext
@@ -83,6 +86,10 @@ class DeepSpeedEngine:
         groups = parameter_groups(self.tensors, context)
         run_stage: Stages[MicroBatch]
         self._optimizer, run_stage = _make_optimizer(model, groups, context, config)
+        model.before_use = self._optimizer.before_use
+        if config.engine.gradient_accumulation_fusion:
+            assert model.weight_gradients is not None, "the model was built of another config"
+            model.weight_gradients.accumulate_into(_sums_of(self._optimizer))
         self._loss_scale: LossScale | None = None
         if config.engine.dtype == "fp16":
             self._loss_scale = LossScale(config.engine.initial_loss_scale, 0, config.engine.loss_scale_window)
@@ -128,12 +135,20 @@ class DeepSpeedEngine:
         self.model.eval()
         return reported(self.runner.evaluate(micro_batches), self.objective.measures, self.context)
 
+    def settle_weights(self) -> None:
+        """Wait until the model's parameters are those that the last step made, for who reads them without computing.
+
+        What a step updates is gathered while the next one begins, or an evaluation: these wait by themselves.
+        """
+        self._optimizer.settle_weights()
+
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every tensor that this rank holds a slice of, by name."""
         return {t.name: t.shard.full_shape for t in self.tensors}
 
     def state_pieces(self) -> list[StatePiece]:
         """What this rank alone is to save; together, all ranks' pieces cover everything once."""
+        self.settle_weights()
         return [
             StatePiece(t.record, kind, start, values)
             for t in self.tensors
@@ -215,19 +230,30 @@ def _make_optimizer(
         engine = _initialise(Root(model), groups, context, config)
         return Zero3AdamW(engine.optimizer, context), engine
 
-    def make_buckets(layouts: list[FlatLayout]) -> GradientBuckets:
-        return GradientBuckets(layouts, context, bucket_mib=config.engine.bucket_mib, shards=zero_stage == 2)
+    parts = list(model.parts())
+    reduction = reduction_to_pieces(context.transport, config.engine.reduce_dtype)
 
+    def make_buckets(layouts: list[FlatLayout]) -> GradientBuckets:
+        parameters = [parameter for _, found in parts for parameter in found]
+        return GradientBuckets(layouts, parameters, context, reduction=reduction, shards=zero_stage == 2)
+
+    buckets = cut_into_buckets(groups, config.engine.bucket_mib)
     if zero_stage == 0:
         adamw = make_adamw(groups, config.optim)
-        return ReplicatedAdamW.over(groups, adamw, make_buckets, context, clip), model.run
+        return ReplicatedAdamW.over(buckets, adamw, make_buckets, context, clip), model.run
     zeros = []
-    for _, found in groupby(groups, key=lambda group: group.replicas.ranks):
+    for _, found in groupby(buckets, key=lambda group: group.replicas.ranks):
         same = list(found)
         # DeepSpeed splits over one set of ranks, so each set has an optimizer of its own, which sees these alone.
         members = nn.ParameterList([p.parameter for group in same for p in group.parameters])
         zeros.append((_initialise(members, same, context, config).optimizer, same))
-    return PartitionedAdamW.over(zeros, make_buckets, context, clip), model.run
+    return PartitionedAdamW.over(zeros, parts, make_buckets, context, clip), model.run
+
+
+def _sums_of(optimizer: ZeroOptimizer) -> GradientBuckets:
+    """Where gradients are summed in fp32."""
+    assert isinstance(optimizer, FlatZeroOptimizer), "ZeRO-3 sums gradients by DeepSpeed's hooks"
+    return optimizer.buckets
 
 
 def _schedule(config: Config) -> str:

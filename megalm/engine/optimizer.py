@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -79,3 +80,17 @@ def make_adamw(groups: Sequence[ParameterGroup], optim: Optim) -> torch.optim.Ad
         eps=optim.epsilon,
         fused=True,
     )
+
+
+def merge_equal_groups(adamw: torch.optim.AdamW) -> None:
+    """Make one group of all that are treated alike, which the fused kernel then updates together.
+
+    Args:
+        adamw: of :func:`make_adamw`, whose groups differ in weight decay alone.
+    """
+    merged: dict[float, dict[str, Any]] = {}
+    for group in adamw.param_groups:
+        known = merged.setdefault(group["weight_decay"], group)
+        if known is not group:
+            known["params"] = [*known["params"], *group["params"]]
+    adamw.param_groups[:] = merged.values()

@@ -1,8 +1,9 @@
 """Where masters and moments live, and how they are updated: whole on every replica, or split over replicas.
 
 ZeRO (Rajbhandari et al. 2020) stage 0 keeps everything everywhere; stage 1 gives each data-parallel replica an equal
-range of each flat parameter group to keep masters and moments of and to update; stage 2 the same, with gradients kept
-for that range only. DeepSpeed makes the ranges and gathers updated weights; gradients arrive here reduced, in fp32.
+piece of each bucket of parameters (``layout.py``) to keep masters and moments of and to update; stage 2 the same, with
+gradients kept for that piece only. DeepSpeed makes the pieces: a bucket is one of its parameter groups. Gradients
+arrive here reduced, in fp32, and updated weights are gathered by ``weights.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from megalm.core.pipeline.runner import Gradients
 from megalm.core.sums import sum_of_squares
 from megalm.engine.global_mean import gradient_factor
-from megalm.engine.gradients import FlatLayout, GradientBuckets
-from megalm.engine.optimizer import ParameterGroup
+from megalm.engine.gradients import GradientBuckets
+from megalm.engine.layout import FlatLayout
+from megalm.engine.optimizer import ParameterGroup, merge_equal_groups
+from megalm.engine.weights import GatheredWeights, Shard
 from megalm.mesh.groups import ParallelContext
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -94,6 +97,18 @@ class ZeroOptimizer(ABC):
     def full_weight(self, parameter: nn.Parameter) -> Tensor:
         """The weight that the model computes with, as this tensor-parallel rank has it; collective over replicas."""
         return parameter.detach()
+
+    @abstractmethod
+    def publish_weights(self) -> None:
+        """Start to make the weights that the model computes with those of the masters; collective over replicas."""
+
+    @abstractmethod
+    def before_use(self, part: nn.Module) -> None:
+        """Wait for the parameters of a part of the model, which computes next."""
+
+    @abstractmethod
+    def settle_weights(self) -> None:
+        """Wait until the model's parameters hold what the last update, or :meth:`publish_weights`, made of them."""
 
 
 class FlatZeroOptimizer(ZeroOptimizer):
@@ -180,14 +195,14 @@ class ReplicatedAdamW(FlatZeroOptimizer):
     @classmethod
     def over(
         cls,
-        groups: Sequence[ParameterGroup],
+        buckets: Sequence[ParameterGroup],
         adamw: torch.optim.AdamW,
         make_buckets: Callable[[list[FlatLayout]], GradientBuckets],
         context: ParallelContext,
         clip: float,
     ) -> ReplicatedAdamW:
         """Over a model's own parameters."""
-        layouts = [FlatLayout(g, sum(p.parameter.numel() for p in g.parameters), None) for g in groups]
+        layouts = [FlatLayout.replicated(bucket) for bucket in buckets]
         return cls([adamw], layouts, make_buckets(layouts), context, clip)
 
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
@@ -200,6 +215,15 @@ class ReplicatedAdamW(FlatZeroOptimizer):
         """For every parameter."""
         self._make_state(optimizer_steps)
 
+    def publish_weights(self) -> None:
+        """They are their own masters."""
+
+    def before_use(self, part: nn.Module) -> None:
+        """They are there."""
+
+    def settle_weights(self) -> None:
+        """They are there."""
+
     def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
         for layout in self._layouts:
             for p in layout.group.parameters:
@@ -211,84 +235,122 @@ class ReplicatedAdamW(FlatZeroOptimizer):
 
 
 class PartitionedAdamW(FlatZeroOptimizer):
-    """ZeRO-1 and 2: each replica updates its range of the masters that DeepSpeed's ZeRO optimizers hold.
+    """ZeRO-1 and 2: each replica updates its pieces of the masters that DeepSpeed's ZeRO optimizers hold.
 
     Args:
-        zeros: DeepSpeed's ``DeepSpeedZeroOptimizer``, one for each set of replicas.
-        layouts, buckets, context, clip: as for :class:`FlatZeroOptimizer`.
+        adamws: torch's fused AdamW over the masters, one for each set of replicas.
+        shards: this replica's parts of the buckets.
+        buckets: the gradients.
+        weights: gathers what is updated.
+        context, clip: as for :class:`FlatZeroOptimizer`.
     """
 
     def __init__(
         self,
-        zeros: Sequence[Any],
-        layouts: Sequence[FlatLayout],
+        adamws: Sequence[torch.optim.AdamW],
+        shards: Sequence[Shard],
         buckets: GradientBuckets,
+        weights: GatheredWeights,
         context: ParallelContext,
         clip: float,
     ) -> None:
-        super().__init__([zero.optimizer for zero in zeros], layouts, buckets, context, clip)
-        self._zeros = list(zeros)
-        self._masters: list[Tensor] = [m for zero in zeros for m in zero.single_partition_of_fp32_groups]
-        self._places = {
-            parameter: (number, start)
-            for number, layout in enumerate(self._layouts)
-            for parameter, start in layout.places()
-        }
+        super().__init__(adamws, [shard.layout for shard in shards], buckets, context, clip)
+        self._shards = list(shards)
+        self._weights = weights
+        self._places = {parameter: (shard, start) for shard in shards for parameter, start in shard.layout.places()}
 
     @classmethod
     def over(
         cls,
         zeros: Sequence[tuple[Any, Sequence[ParameterGroup]]],
+        parts: Sequence[tuple[nn.Module, Sequence[nn.Parameter]]],
         make_buckets: Callable[[list[FlatLayout]], GradientBuckets],
         context: ParallelContext,
         clip: float,
     ) -> PartitionedAdamW:
-        """Around DeepSpeed's optimizers, with the groups of each.
+        """Around DeepSpeed's optimizers, with the buckets that are the parameter groups of each.
 
         Their own hooks are taken off: gradients are reduced by ``GradientBuckets``.
+
+        Args:
+            zeros: DeepSpeed's ``DeepSpeedZeroOptimizer``, one for each set of replicas.
+            parts: as of ``Transformer.parts``.
+            make_buckets: makes the gradients' buckets of these layouts.
+            context: this rank's groups.
+            clip: largest global gradient norm; 0: no clipping.
         """
-        layouts: list[FlatLayout] = []
-        for zero, groups in zeros:
-            for hook in zero._grad_acc_hooks:
-                hook.remove()
-            zero._grad_acc_hooks = []
-            flat_groups = zip(
-                groups,
-                zero.bit16_groups_flat,
-                zero.single_partition_of_fp32_groups,
-                zero.round_robin_bit16_groups,
-                strict=True,
-            )
-            for group, flat, master, members in flat_groups:
-                layout = FlatLayout(group, flat.numel(), master.numel())
-                ours = [parameter for parameter, _ in layout.places()]
-                assert all(a is b for a, b in zip(ours, members, strict=True)), "DeepSpeed keeps the order"
-                layouts.append(layout)
-        return cls([zero for zero, _ in zeros], layouts, make_buckets(layouts), context, clip)
+        shards = [shard for zero, groups in zeros for shard in _take_over(zero, groups)]
+        for zero, _ in zeros:
+            merge_equal_groups(zero.optimizer)
+        layouts = [shard.layout for shard in shards]
+        adamws = [zero.optimizer for zero, _ in zeros]
+        return cls(adamws, shards, make_buckets(layouts), GatheredWeights(shards, parts), context, clip)
 
     def fragments(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
-        """The part of the parameter that lies in this replica's range."""
-        number, first = self._places[parameter]
-        low, high = self._layouts[number].owned_here
+        """The part of the parameter that lies in this replica's piece of its bucket."""
+        shard, first = self._places[parameter]
+        low, high = shard.layout.owned_here
         start, stop = max(first, low), min(first + parameter.numel(), high)
         if start >= stop:
             return
-        master = self._masters[number]
-        for kind, values in (("weight", master.detach()), *self._moments(master)):
+        for kind, values in (("weight", shard.master.detach()), *self._moments(shard.master)):
             yield kind, start - first, values[start - low : stop - low]
 
     def create_moments(self, optimizer_steps: int) -> None:
-        """For every range."""
+        """For every piece."""
         self._make_state(optimizer_steps)
 
+    def put_weight(self, parameter: nn.Parameter, local: Tensor) -> None:
+        """See :meth:`ZeroOptimizer.put_weight`; no gather is to write over it."""
+        self.settle_weights()
+        super().put_weight(parameter, local)
+
+    def full_weight(self, parameter: nn.Parameter) -> Tensor:
+        """See :meth:`ZeroOptimizer.full_weight`."""
+        self.settle_weights()
+        return super().full_weight(parameter)
+
+    def publish_weights(self) -> None:
+        """One all-gather per bucket, under way when this returns."""
+        self._weights.publish()
+
+    def before_use(self, part: nn.Module) -> None:
+        """See :meth:`ZeroOptimizer.before_use`."""
+        self._weights.before_use(part)
+
+    def settle_weights(self) -> None:
+        """See :meth:`ZeroOptimizer.settle_weights`."""
+        self._weights.settle()
+
     def _update(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:
-        for master, gradient in zip(self._masters, self.buckets.owned(), strict=True):
-            master.grad = gradient.to(master.device)  # host memory where the optimizer is offloaded
+        for shard, gradient in zip(self._shards, self.buckets.owned(), strict=True):
+            shard.master.grad = gradient.to(shard.master.device)  # host memory where the optimizer is offloaded
         self._fused_step(learning_rate, divisor, overflow)
-        for master in self._masters:
-            master.grad = None
-        for zero in self._zeros:
-            zero.update_lp_params()
+        for shard in self._shards:
+            shard.master.grad = None
+        self.publish_weights()
+
+
+def _take_over(zero: Any, groups: Sequence[ParameterGroup]) -> Iterator[Shard]:
+    """What a DeepSpeed optimizer has made of each of its parameter groups; it reduces and gathers nothing itself."""
+    for hook in zero._grad_acc_hooks:
+        hook.remove()
+    zero._grad_acc_hooks = []
+    # A view for each replica and group, which only its own step would need.
+    zero.parallel_partitioned_bit16_groups = []
+    flat_groups = zip(
+        groups,
+        zero.bit16_groups_flat,
+        zero.single_partition_of_fp32_groups,
+        zero.round_robin_bit16_groups,
+        strict=True,
+    )
+    for group, flat, master, members in flat_groups:
+        layout = FlatLayout(group, flat.numel(), master.numel())
+        ours = [parameter for parameter, _ in layout.places()]
+        assert all(a is b for a, b in zip(ours, members, strict=True)), "DeepSpeed keeps the order"
+        assert layout.partition is not None and layout.partition * group.replicas.size == layout.numel, "equal pieces"
+        yield Shard(layout, flat, master)
 
 
 def adamw_state(values: Tensor, steps: int) -> dict[str, Tensor]:

@@ -94,6 +94,19 @@ class Zero3AdamW(ZeroOptimizer):
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         part.view(-1)[: stop - start].copy_(local.reshape(-1)[start:stop])
 
+    @torch.no_grad()
+    def publish_weights(self) -> None:
+        """Each replica keeps its part of the weights in the model's dtype; they are gathered where they are used."""
+        for parameter, (master, offset) in self._places.items():
+            part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            part.view(-1).copy_(master[offset : offset + part.numel()])
+
+    def before_use(self, part: nn.Module) -> None:
+        """DeepSpeed's own hooks gather what a part needs."""
+
+    def settle_weights(self) -> None:
+        """Each replica's part is there when an update returns."""
+
     def full_weight(self, parameter: nn.Parameter) -> Tensor:
         """All replicas' parts together; collective."""
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]

@@ -11,8 +11,9 @@ is present, under its one name, on the ranks of the first and of the last stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from megalm.config.schema import Config, Engine, Model
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.block import BLOCKS
 from megalm.core.embedding import VocabParallelEmbedding
-from megalm.core.linear import postpone_weight_gradients
+from megalm.core.linear import hand_over_weight_gradients, postpone_weight_gradients
 from megalm.core.loss import token_scores
 from megalm.core.parameters import DeclaredTensor, declared_tensors
 from megalm.core.pipeline.p2p import Tensors, TensorSpec
@@ -39,6 +40,8 @@ from megalm.models.head import OutputHead
 from megalm.models.learning import Learning
 from megalm.models.micro_batch import MicroBatch
 from megalm.models.output import Output
+
+PartOfModel = TypeVar("PartOfModel", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class Transformer(nn.Module):
         objective: what is learnt; None: nothing, the model gives logits alone.
         seed: of dropout masks.
         device: where parameters are made.
+
+    Attributes:
+        before_use: called with each of the parts of :meth:`parts` before it computes, by who may still be fetching its
+            parameters.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class Transformer(nn.Module):
         self.recompute = Recompute(engine.recompute, engine.recompute_every)
         self.loss_chunk_tokens, self.objective = engine.loss_chunk_tokens, objective
         self.weight_gradients: WeightGradients | None = None
+        self.before_use: Callable[[nn.Module], None] = _is_there
         rotary = RotaryPosition(model, device=device) if model.position == "rotary" else None
         with device:
             self.input = self.output = None
@@ -153,7 +161,7 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """The last block's output [B, S, H] ▶ logits of all words on every tensor-parallel rank, [B, S, V]."""
         assert self.output is not None, "only the last stage computes logits"
-        return self.output_embedding.whole_logits(self.output(x), self.output.bias)
+        return self.output_embedding.whole_logits(self._ready(self.output)(x), self.output.bias)
 
     def token_scores(self, x: Tensor, labels: Tensor) -> Tensor:
         """How likely tokens are; see :func:`megalm.core.loss.token_scores`.
@@ -166,7 +174,7 @@ class Transformer(nn.Module):
             [M, 2] fp64: log-probability, and 1 where the token is the likeliest.
         """
         assert self.output is not None, "only the last stage computes logits"
-        hidden = self.output(x.unsqueeze(0))
+        hidden = self._ready(self.output)(x.unsqueeze(0))
         return token_scores(
             hidden,
             self.output_embedding,
@@ -212,6 +220,15 @@ class Transformer(nn.Module):
         """Every parameter and saved buffer of this rank, under the names that checkpoints have them under."""
         return list(self._tensors())
 
+    def parts(self) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+        """What is computed at a time, in the order of a forward pass, and the parameters that it takes."""
+        if self.input is not None:
+            yield self.input, list(self.input.parameters())
+        for block in self.blocks.values():
+            yield block, list(block.parameters())
+        if self.output is not None:
+            yield self.output, [*self.output.parameters(), *self.output_embedding.parameters()]
+
     @property
     def output_embedding(self) -> VocabParallelEmbedding:
         """The rows that logits are computed with."""
@@ -233,6 +250,11 @@ class Transformer(nn.Module):
         if self.output is not None:
             yield from _at_stage(last, declared_tensors(self.output), copies)
 
+    def _ready(self, part: PartOfModel) -> PartOfModel:
+        """A part whose parameters are there."""
+        self.before_use(part)
+        return part
+
     def _blocks(
         self, stage: int, hidden: Tensor | None, carried: Tensor | None, micro_batch: MicroBatch
     ) -> tuple[Tensor, Tensor | None]:
@@ -240,10 +262,10 @@ class Transformer(nn.Module):
         place = self._place(micro_batch)
         if hidden is None:
             assert self.input is not None
-            hidden = self.input(micro_batch, place)
+            hidden = self._ready(self.input)(micro_batch, place)
         x = hidden
         for index, layer in enumerate(self.part.stages[stage]):
-            x = self.recompute.run(index, self.blocks[str(layer)], x, place)
+            x = self.recompute.run(index, self._ready(self.blocks[str(layer)]), x, place)
             if self.objective is not None and self._carried:
                 found = self.objective.from_block(layer, x, micro_batch, tensor_parallel=self.tensor_parallel)
                 added = torch.stack([found[name] for name in self._carried])
@@ -255,7 +277,7 @@ class Transformer(nn.Module):
         assert self.objective is not None, "a model that was built without an objective gives logits alone"
         assert self.output is not None
         output = Output(
-            hidden=self.output(x),
+            hidden=self._ready(self.output)(x),
             positions=self.tensor_parallel.own_tokens(self._place(micro_batch).positions),
             embedding=self.output_embedding,
             bias=self.output.bias,
@@ -275,6 +297,10 @@ class Transformer(nn.Module):
     def _place(micro_batch: MicroBatch) -> Place:
         tokens = micro_batch.tokens
         return micro_batch.place or Place.from_start(tokens.shape[1], tokens.device)
+
+
+def _is_there(_: nn.Module) -> None:
+    """Nobody is fetching parameters."""
 
 
 def _at_stage(stage: int, tensors: list[DeclaredTensor], copies: tuple[int, ...] = ()) -> Iterator[DeclaredTensor]:
@@ -301,9 +327,11 @@ def build_transformer(
         device=context.device,
     ).to(dtype)
     initialise(model.tensors(), config.run.seed)
-    if splits_backward(config.parallel.schedule):
+    fuses = config.engine.gradient_accumulation_fusion
+    if fuses or splits_backward(config.parallel.schedule):
         model.weight_gradients = WeightGradients()
-        postpone_weight_gradients(model.blocks, model.weight_gradients)
+        hand_over = hand_over_weight_gradients if fuses else postpone_weight_gradients
+        hand_over(model if fuses else model.blocks, model.weight_gradients)
     if config.engine.compile:
         # Blocks that differ in their weights alone share one compiled graph.
         for block in model.blocks.values():
@@ -342,6 +370,7 @@ def without_training(
         shared._parameters.update(own._parameters)
         shared._buffers.update(own._buffers)
         vars(shared).update({name: value for name, value in vars(own).items() if isinstance(value, Tensor)})
+    view.before_use = lambda _: trained.before_use(trained)
     return view
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 
 from megalm.config.schema import Config, Data, Engine, Model, Objective, Optim, Parallel, Run, Train
+from megalm.mesh.groups import ParallelContext
 from megalm.mesh.topology import Topology
-from megalm.verify.parity import Trace, train_on_layout
+from megalm.verify.parity import Task, Trace, build_engine, train
 
 STEPS = 6
 GLOBAL_BATCH = 16
@@ -33,6 +34,9 @@ class Layout:
     dtype: str = "fp32"
     zero_stage: int = 1
     offload: bool = False
+    transport: str = "gloo"
+    reduce_dtype: str = "fp32"
+    fusion: bool = False
     recompute: str = "none"
     recompute_every: int = 1
     compile: bool = False
@@ -54,6 +58,9 @@ class Layout:
                 "v",
                 "stage_layers",
                 "offload",
+                "transport",
+                "reduce_dtype",
+                "fusion",
                 "recompute",
                 "recompute_every",
                 "compile",
@@ -104,6 +111,8 @@ class Layout:
                 dtype=self.dtype,
                 zero_stage=self.zero_stage,
                 offload_optimizer=self.offload,
+                reduce_dtype=self.reduce_dtype,
+                gradient_accumulation_fusion=self.fusion,
                 recompute=self.recompute,
                 recompute_every=self.recompute_every,
                 compile=self.compile,
@@ -116,7 +125,15 @@ class Layout:
 
 def train_on_ranks(layouts: list[Layout]) -> list[Trace]:
     """Runs on every rank of one world: each layout in turn."""
-    return [train_on_layout(layout.config(), layout.topology) for layout in layouts]
+    return [_train(layout) for layout in layouts]
+
+
+def _train(layout: Layout) -> Trace:
+    """On gloo, whose rules for communication the layout names another transport's or gloo's own."""
+    config = layout.config()
+    task = Task.of(config)
+    context = replace(ParallelContext.create(layout.topology), transport=layout.transport)
+    return train(build_engine(config, context, task), config, task)
 
 
 def at_dropout(model: Model, probability: float) -> Model:

@@ -50,7 +50,7 @@ def _log(layout: Layout) -> list[tuple]:
         original["after"](self, stage, last=last)
 
     def issue(self, bucket):
-        events.append(("bucket", bucket.stage, bucket.layout, bucket.start))
+        events.append(("bucket", bucket.stage, self._buckets.index(bucket)))
         original["_issue"](self, bucket)
 
     config = layout.config()
@@ -133,6 +133,7 @@ def overflow_on_ranks() -> list:
     for step in range(14):
         before = [p.detach().clone() for p in model.parameters()]
         result = engine.train_step(micro_batches_of_rank(config, step, context, model.context_parallel), 1e-3)
+        engine.settle_weights()
         changed = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         finite = all(bool(p.isfinite().all()) for p in model.parameters())
         norm, updates = float(result.grad_norm), engine.scalar_state()["optimizer_steps"]

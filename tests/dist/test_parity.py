@@ -58,6 +58,14 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(recompute="full", recompute_every=2, model=DROPOUT, name="dropout"),
         Layout(zero_stage=3, schedule="gpipe"),
         Layout(model=MILLIONS, name="millions"),
+        # Weight gradients that add to the fp32 sum themselves.
+        Layout(fusion=True),
+        Layout(zero_stage=0, fusion=True),
+        Layout(dtype="bf16", zero_stage=2, fusion=True),
+        Layout(dtype="fp16", fusion=True),
+        Layout(schedule="zb_h1", fusion=True, z_loss=1e-2),
+        Layout(recompute="full", fusion=True, model=LLAMA, name="llama"),
+        Layout(fusion=True, model=MILLIONS, name="millions"),
     ],
     4: [
         # One axis at a time.
@@ -137,6 +145,36 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(dp=4, dtype="fp16"),
         Layout(dp=4, dtype="fp16", zero_stage=2),
         Layout(tp=2, pp=2, dtype="fp16"),
+        # The collectives of NCCL: reduce-scatters.
+        Layout(dp=4, transport="nccl"),
+        Layout(dp=4, zero_stage=0, transport="nccl"),
+        Layout(dp=4, zero_stage=2, transport="nccl"),
+        Layout(dp=4, offload=True, transport="nccl"),
+        Layout(dp=4, transport="nccl", model=MILLIONS, name="millions"),
+        Layout(tp=2, sp=True, dp=2, zero_stage=2, transport="nccl", model=MILLIONS, name="millions"),
+        Layout(tp=2, sp=True, dp=2, transport="nccl"),
+        Layout(pp=2, dp=2, transport="nccl"),
+        Layout(pp=2, dp=2, schedule="zb_h1", transport="nccl"),
+        Layout(pp=2, v=2, dp=2, schedule="interleaved_1f1b", transport="nccl"),
+        Layout(pp=2, dp=2, transport="nccl", model=LLAMA, name="llama"),
+        Layout(dp=4, dtype="fp16", transport="nccl"),
+        Layout(dp=2, cp=2, dtype="bf16", zero_stage=2, transport="nccl"),
+        # Messages of 16 bits.
+        Layout(dp=4, dtype="bf16", reduce_dtype="bf16"),
+        Layout(dp=4, dtype="bf16", zero_stage=2, reduce_dtype="bf16", transport="nccl"),
+        Layout(tp=2, sp=True, dp=2, dtype="bf16", reduce_dtype="bf16", model=BERT, name="bert"),
+        Layout(pp=2, dp=2, dtype="bf16", reduce_dtype="bf16"),
+        Layout(dp=4, dtype="fp16", reduce_dtype="bf16"),
+        # Weight gradients that add to the fp32 sum themselves.
+        Layout(tp=2, sp=True, dp=2, zero_stage=2, fusion=True),
+        Layout(tp=2, sp=True, pp=2, schedule="zb_h1", fusion=True),
+        Layout(pp=2, dp=2, fusion=True, transport="nccl"),
+        Layout(pp=2, v=2, dp=2, schedule="interleaved_1f1b", fusion=True, transport="nccl"),
+        Layout(tp=2, sp=True, pp=2, schedule="zb_h1", fusion=True, model=BERT, name="bert"),
+        Layout(tp=2, dp=2, fusion=True, dtype="bf16", model=BERT, name="bert"),
+        Layout(tp=2, pp=2, dtype="fp16", fusion=True),
+        Layout(pp=4, schedule="zb_h1", recompute="full", fusion=True),
+        Layout(tp=2, sp=True, dp=2, fusion=True, model=MILLIONS, name="millions"),
     ],
     8: [
         Layout(tp=2, pp=2, dp=2),
@@ -144,6 +182,9 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(tp=4, sp=True, pp=2, model=QWEN3, name="qwen3"),
         Layout(tp=2, sp=True, pp=2, v=2, dp=2, schedule="interleaved_1f1b", dtype="bf16"),
         Layout(pp=2, dp=4, dtype="bf16"),
+        Layout(tp=2, pp=2, dp=2, transport="nccl"),
+        Layout(tp=2, sp=True, pp=2, v=2, dp=2, schedule="interleaved_1f1b", dtype="bf16", transport="nccl"),
+        Layout(tp=2, pp=2, dp=2, dtype="bf16", reduce_dtype="bf16", fusion=True),
     ],
 }
 CASES = [(world, index) for world, layouts in WORLDS.items() for index in range(len(layouts))]

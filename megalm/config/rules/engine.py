@@ -42,12 +42,32 @@ def zero_3_runs_alone(job: Job) -> Iterator[Violation]:
             "DeepSpeed's ZeRO-3 leaves parameters out of the gradient norm under tensor parallelism",
             fixes=(Fix("parallel.tp", (1,)), stages),
         )
-    for field, value in (("engine.offload_optimizer", engine.offload_optimizer), ("engine.compile", engine.compile)):
+    for field, value in (
+        ("engine.offload_optimizer", engine.offload_optimizer),
+        ("engine.compile", engine.compile),
+        ("engine.gradient_accumulation_fusion", engine.gradient_accumulation_fusion),
+    ):
         if value:
             yield Violation(field, value, "not in this version with ZeRO-3", fixes=(Fix(field, (False,)), stages))
+
+
+@needs("engine.reduce_dtype", "engine.zero_stage")
+def pieces_are_exchanged_in_bf16(job: Job) -> Iterator[Violation]:
+    """Only where each replica owns a piece of the gradients, and megalm reduces them."""
+    engine = job.config.engine
+    if engine.reduce_dtype == "fp32" or engine.zero_stage in (1, 2):
+        return
+    why = "replicas own no pieces of the gradients" if engine.zero_stage == 0 else "DeepSpeed reduces in fp32"
+    yield Violation(
+        "engine.reduce_dtype",
+        engine.reduce_dtype,
+        f"at engine.zero_stage={engine.zero_stage} {why}",
+        fixes=(Fix("engine.reduce_dtype", ("fp32",)), Fix("engine.zero_stage", (1, 2))),
+    )
 
 
 RULES: tuple[Rule, ...] = (
     precision_and_zero_are_proven,
     zero_3_runs_alone,
+    pieces_are_exchanged_in_bf16,
 )

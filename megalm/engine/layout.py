@@ -1,0 +1,116 @@
+"""How gradients, masters and weights lie in memory: in buckets, of which each replica owns an equal piece.
+
+A *bucket* is a run of parameters of one kind and one pipeline stage. It has a flat buffer of its own, and ZeRO gives
+each replica an equal piece of *every* bucket, so that one reduce-scatter sums a bucket's gradients and one all-gather
+distributes its updated weights, however many replicas there are. (Were one buffer of everything cut into a range per
+replica, a bucket would lie in the ranges of many replicas, with a reduction to each.)
+
+How large a bucket is: at least ``engine.bucket_mib`` of fp32 gradients; above :data:`REPLICAS_OF_A_BUCKET` replicas, as
+much more as there are more replicas. At the default of 32 MiB a replica's piece is thus never below 256 KiB, except
+where a stage has no more parameters of a kind: a ring passes pieces on, and what it takes for a piece that is smaller
+is latency. Small parameters (norms, biases) of a stage share a bucket, since they are of one kind.
+
+So the reductions of a step number at most ``Σ (bytes of a kind in a stage / bucket size + 1)`` over kinds and stages:
+the number of replicas is not in it, but through the bucket's size, which makes it smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from megalm.core.parameters import DeclaredTensor
+from megalm.engine.optimizer import ParameterGroup
+
+MIB = 2**20
+
+REPLICAS_OF_A_BUCKET = 128
+"""Up to so many replicas share a bucket of ``engine.bucket_mib``."""
+
+_FP32_BYTES = 4
+
+
+def bucket_elements(bucket_mib: float, replicas: int) -> int:
+    """Gradients from which a bucket is full.
+
+    Args:
+        bucket_mib: ``engine.bucket_mib``.
+        replicas: ranks that share it.
+    """
+    return int(bucket_mib * MIB / _FP32_BYTES * max(1.0, replicas / REPLICAS_OF_A_BUCKET))
+
+
+def cut_into_buckets(groups: Sequence[ParameterGroup], bucket_mib: float) -> list[ParameterGroup]:
+    """Cut groups at stages, and where a bucket is full; no parameter is cut, and the order is kept.
+
+    Args:
+        groups: of :func:`megalm.engine.optimizer.parameter_groups`.
+        bucket_mib: ``engine.bucket_mib``.
+    """
+    return [bucket for group in groups for bucket in _cut(group, bucket_elements(bucket_mib, group.replicas.size))]
+
+
+def _cut(group: ParameterGroup, elements: int) -> Iterator[ParameterGroup]:
+    members: list[DeclaredTensor] = []
+    for p in group.parameters:
+        is_full = sum(member.parameter.numel() for member in members) >= elements
+        if members and (is_full or members[-1].record.stage != p.record.stage):
+            yield replace(group, parameters=tuple(members))
+            members = []
+        members.append(p)
+    yield replace(group, parameters=tuple(members))
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """How a bucket lies in its flat buffer.
+
+    Attributes:
+        group: the parameters, one after the other.
+        numel: elements of the buffer, padding at its end included.
+        partition: elements that each replica owns, in the order of replicas; None: every replica owns all.
+    """
+
+    group: ParameterGroup
+    numel: int
+    partition: int | None
+
+    @classmethod
+    def replicated(cls, group: ParameterGroup) -> FlatLayout:
+        """Without padding, owned by every replica."""
+        return cls(group, sum(p.parameter.numel() for p in group.parameters), None)
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage of its parameters."""
+        return self.group.parameters[0].record.stage
+
+    @property
+    def owned_here(self) -> tuple[int, int]:
+        """The range that this replica updates."""
+        if self.partition is None:
+            return 0, self.numel
+        replica = self.group.replicas.index
+        return replica * self.partition, (replica + 1) * self.partition
+
+    def places(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """(parameter, where it begins) of each member."""
+        start = 0
+        for p in self.group.parameters:
+            yield p.parameter, start
+            start += p.parameter.numel()
+
+
+def in_model_order(layouts: Sequence[FlatLayout], parameters: Sequence[nn.Parameter]) -> list[int]:
+    """Numbers of the layouts in the order in which forward comes to the first parameter of each.
+
+    Backward completes them in the opposite order: a bucket's gradients are there once those of its first parameter are.
+
+    Args:
+        layouts: of buckets.
+        parameters: of the model, in the order in which forward comes to them.
+    """
+    position = {parameter: number for number, parameter in enumerate(parameters)}
+    return sorted(range(len(layouts)), key=lambda n: position[layouts[n].group.parameters[0].parameter])
