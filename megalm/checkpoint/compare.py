@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from megalm.checkpoint.manifest import BUFFER, WEIGHT, Manifest
+from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.pieces import BUFFER, WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.mesh.slices import ShardSpec
 

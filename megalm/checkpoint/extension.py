@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.manifest import WEIGHT
+from megalm.checkpoint.pieces import WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.core.parameters import DeclaredTensor, StatePiece
 from megalm.core.random import initial_values
@@ -33,7 +33,7 @@ class ExtendedReader(CheckpointReader):
     def __init__(
         self, reader: CheckpointReader, vocabulary: Sequence[DeclaredTensor], *, seed: int, dtype: torch.dtype
     ) -> None:
-        self.path, self.manifest = reader.path, reader.manifest
+        vars(self).update(vars(reader))
         self._seed, self._dtype = seed, dtype
         self._saved = {
             p.name: saved
@@ -50,16 +50,39 @@ class ExtendedReader(CheckpointReader):
             {name: self._saved.get(name, shape) for name, shape in full_shapes.items()}, whole_model=whole_model
         )
 
-    def read_local(self, name: str, kind: str, shard: ShardSpec) -> Tensor:
-        """See the base class."""
+    def read_flat(self, name: str, kind: str, shard: ShardSpec, flat_start: int, length: int) -> Tensor:
+        """See the base class; of the new rows only those are made that the run reaches."""
         saved = self._saved.get(name)
         if saved is None or kind != WEIGHT:
-            return super().read_local(name, kind, shard)
-        local = initial_values(name, shard, self._inits[name], self._seed).to(self._dtype).float()
+            return super().read_flat(name, kind, shard, flat_start, length)
+        run = torch.zeros(length)
         start, stop = self._kept(saved, shard)
-        if start < stop:
-            local[: stop - start] = super().read_local(name, kind, ShardSpec.along(saved, 0, ((start, stop),)))
-        return local
+        width = prod(saved[1:])
+        end = min(flat_start + length, (stop - start) * width)
+        if flat_start < end:
+            kept = ShardSpec.along(saved, 0, ((start, stop),))
+            run[: end - flat_start] = super().read_flat(name, kind, kept, flat_start, end - flat_start)
+        made = self._new_rows(name, shard, stop - start, flat_start, length)
+        if made is not None:
+            place, values = made
+            run[place : place + values.numel()] = values
+        return run
+
+    def _new_rows(
+        self, name: str, shard: ShardSpec, kept: int, flat_start: int, length: int
+    ) -> tuple[int, Tensor] | None:
+        """(where they begin in a run, values) of the rows after the first ``kept`` ones of a slice."""
+        (rows,) = shard.cuts
+        ((begin, end),) = rows.ranges
+        width = prod(shard.full_shape[1:])
+        first = max(kept, flat_start // width)
+        last = min(end - begin, -(-(flat_start + length) // width))
+        if first >= last:
+            return None
+        part = ShardSpec.along(shard.full_shape, 0, ((begin + first, begin + last),))
+        made = initial_values(name, part, self._inits[name], self._seed).to(self._dtype).float().view(-1)
+        low, high = max(flat_start, first * width), min(flat_start + length, last * width)
+        return low - flat_start, made[low - first * width : high - first * width]
 
     def saved_part(self, piece: StatePiece) -> StatePiece:
         """What of a piece was saved: all but the new rows and the padding after them."""

@@ -3,14 +3,13 @@
 A checkpoint is a folder:
 
     step-00000200/
-        manifest.json            this file
-        rank-00000.safetensors   the pieces that rank 0 wrote, one-dimensional
+        manifest.json                            this file
+        rank-00000.safetensors                   the pieces that rank 0 wrote, one-dimensional
         …
-        COMPLETE                 written last; holds the manifest's sha256
+        ranks-00256/rank-00256.safetensors       those of ranks 256 to 511, and so on
+        COMPLETE                                 written last; holds the manifest's sha256
 
-A *piece* is a run of one rank's flattened local tensor. The local tensor is the slice of the full tensor that its
-``cuts`` describe (see ``mesh.slices.ShardSpec``). Readers assemble any other slice from pieces, so a checkpoint has no
-layout of its own.
+What a piece is says ``pieces.py``, and how they are written ``columns.py``.
 """
 
 from __future__ import annotations
@@ -18,90 +17,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megalm.checkpoint.columns import cuts_from_fields, is_fingerprint, tensor_from_fields
+from megalm.checkpoint.pieces import Piece, TensorRecord
 from megalm.errors import CheckpointError
-from megalm.mesh.slices import Cut, ShardSpec, uncovered
+from megalm.mesh.slices import Cut, ShardSpec
 
 FORMAT = "megalm-checkpoint"
-VERSION = 4
-WEIGHT = "weight"
-"""The kind of piece that is a parameter's master, or the parameter itself where it is not trained."""
-BUFFER = "buffer"
-"""The kind of piece that is state of the model and no parameter. All other kinds are state of the optimizer."""
-READABLE_VERSIONS = (2, 3, 4)
-"""Version 2 has no fingerprints; 2 and 3 slice along one dim, and all that they hold is trained."""
+VERSION = 5
+READABLE_VERSIONS = (2, 3, 4, 5)
+"""Version 2 has no fingerprints; 2 and 3 slice along one dim, and all that they hold is trained; up to 4 there is an
+object for each piece, and no fingerprint of moments."""
 MANIFEST_FILE = "manifest.json"
 COMPLETE_FILE = "COMPLETE"
-_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of a flattened local tensor, and where it is stored.
-
-    Attributes:
-        kind: ``weight`` (fp32 master), ``exp_avg`` or ``exp_avg_sq`` (moments of Adam), ``buffer``.
-        file: safetensors file, in the checkpoint's folder.
-        key: name of the stored tensor in that file.
-        cuts: what the local tensor keeps of the full one, by dim; none: the local tensor is the full one.
-        flat_start: first element in the flattened local tensor.
-        length: number of elements.
-        dtype: torch's name, such as ``float32``.
-        sha256: of the stored bytes.
-    """
-
-    kind: str
-    file: str
-    key: str
-    cuts: tuple[Cut, ...]
-    flat_start: int
-    length: int
-    dtype: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """One full tensor.
-
-    Attributes:
-        shape: without padding.
-        pieces: of every kind.
-        fingerprint: hash of the weight that no layout changes (see ``fingerprint.py``), as 16 hexadecimal digits; None
-            where the format's version has none.
-        trainable: whether the run trained it; if not, there is no state of an optimizer.
-    """
-
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    fingerprint: str | None = None
-    trainable: bool = True
-
-    def of_kind(self, kind: str) -> dict[ShardSpec, list[Piece]]:
-        """Pieces of one kind by the local tensor they are runs of, each list in order."""
-        found: dict[tuple[Cut, ...], list[Piece]] = defaultdict(list)
-        for piece in self.pieces:
-            if piece.kind == kind:
-                found[piece.cuts].append(piece)
-        return {
-            ShardSpec(self.shape, cuts): sorted(pieces, key=lambda p: p.flat_start) for cuts, pieces in found.items()
-        }
-
-    def holes(self, kind: str) -> str | None:
-        """Which part of the full tensor no piece of a kind covers, in words; None where all is covered."""
-        slices = self.of_kind(kind)
-        for shard, pieces in slices.items():
-            end = 0
-            for start, stop in [*((p.flat_start, p.flat_start + p.length) for p in pieces), (shard.local_numel,) * 2]:
-                if start > end:
-                    return f"elements {end} to {start} of the slice {shard}"
-                end = max(end, stop)
-        return uncovered(self.shape, list(slices))
+_FOLDER = re.compile(r"ranks-\d{5,}")
 
 
 @dataclass(frozen=True)
@@ -126,10 +59,6 @@ class Manifest:
     data: dict[str, Any]
     training: dict[str, Any]
     tensors: dict[str, TensorRecord]
-
-    def to_json(self) -> str:
-        """Text of ``manifest.json``."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
 
     @property
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -161,53 +90,98 @@ def combined_hash(fingerprints: Mapping[str, int]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
+def to_json(fields: Mapping[str, Any]) -> str:
+    """Text of ``manifest.json``: a line for each field and each tensor, for people who search."""
+    fields = {"format": FORMAT, "version": VERSION, **fields}
+    lines = [f"{_compact(name)}:{_compact(value)}" for name, value in fields.items() if name != "tensors"]
+    tensors = ",\n".join(f"{_compact(name)}:{_compact(tensor)}" for name, tensor in fields["tensors"].items())
+    return "{" + ",\n".join([*lines, f'"tensors":{{\n{tensors}\n}}']) + "}\n"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a complete checkpoint.
 
     Raises:
         CheckpointError: incomplete, damaged, or of a version that this megalm does not read.
     """
+    return parse_manifest(read_text(folder), folder / MANIFEST_FILE)
+
+
+def read_text(folder: Path) -> str:
+    """The text of the manifest of a complete checkpoint, as it was written.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, or the text has changed.
+    """
     path = folder / MANIFEST_FILE
     if not (folder / COMPLETE_FILE).is_file():
         raise CheckpointError(f"{folder}: not a complete checkpoint (no {COMPLETE_FILE} file, which is written last)")
     try:
         text = path.read_text(encoding="utf-8")
-        fields = json.loads(text)
         expected = (folder / COMPLETE_FILE).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if hashlib.sha256(text.encode()).hexdigest() != expected:
         raise CheckpointError(f"{path}: changed since the checkpoint was completed; use another checkpoint")
-    return parse_manifest(fields, path)
+    return text
 
 
-def parse_manifest(fields: Any, path: Path) -> Manifest:
-    """Build a manifest from untrusted JSON; ``path`` is for messages.
+def parse_manifest(text: str, path: Path, *, checked: bool = False) -> Manifest:
+    """Build a manifest from untrusted JSON.
+
+    Args:
+        text: of the file.
+        path: for messages.
+        checked: whether another rank has parsed the same text: then pieces are made where one is asked for, unchecked.
 
     Raises:
         CheckpointError: naming what does not fit.
     """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+    return manifest_of(fields, path, checked=checked)
+
+
+def manifest_of(fields: Any, path: Path, *, checked: bool = False) -> Manifest:
+    """As :func:`parse_manifest`, of what the text says."""
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not the manifest of a {FORMAT}")
     if fields.get("version") not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+        readable = ", ".join(map(str, READABLE_VERSIONS))
         raise CheckpointError(f"{path}: format version {fields.get('version')}; this megalm reads versions {readable}")
     try:
-        tensors = {name: _parse_tensor(record, fields["version"]) for name, record in fields["tensors"].items()}
+        tensors = _parse_tensors(fields, path, checked=checked)
         plain = {name: fields[name] for name in Manifest.__dataclass_fields__ if name != "tensors"}
         manifest = Manifest(tensors=tensors, **plain)
         valid = _is_count(manifest.step) and all(
             isinstance(part, dict) for part in (manifest.config, manifest.topology, manifest.data, manifest.training)
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: incomplete or damaged ({error!r})") from None
     if not valid:
         raise CheckpointError(f"{path}: incomplete or damaged (a field has the wrong type)")
+    return manifest
+
+
+def _parse_tensors(fields: dict[str, Any], path: Path, *, checked: bool) -> dict[str, TensorRecord]:
+    version = fields["version"]
+    if version > 4:
+        table = [cuts_from_fields(cuts) for cuts in fields["cuts"]]
+        found = {}
+        for name, tensor in fields["tensors"].items():
+            try:
+                found[name] = tensor_from_fields(name, tensor, table, checked=checked)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{path}: tensor {name}: incomplete or damaged ({error})") from None
+        return found
+    tensors = {name: _parse_tensor(record, version) for name, record in fields["tensors"].items()}
     for name, record in tensors.items():
         slices: dict[tuple[Cut, ...], int] = {}
         for piece in record.pieces:
             _check_piece(path, name, record, piece, slices)
-    return manifest
+    return tensors
 
 
 def _is_count(value: object) -> bool:
@@ -215,12 +189,12 @@ def _is_count(value: object) -> bool:
 
 
 def _parse_tensor(record: dict[str, Any], version: int) -> TensorRecord:
-    pieces = tuple(parse_piece(piece if version > 3 else _with_cuts(piece)) for piece in record["pieces"])
+    pieces = tuple(_parse_piece(piece if version > 3 else _with_cuts(piece)) for piece in record["pieces"])
     shape = tuple(record["shape"])
     if not all(map(_is_count, shape)):
         raise ValueError(f"shape {list(shape)}")
     fingerprint = record.get("fingerprint")
-    if fingerprint is not None and not _FINGERPRINT.fullmatch(fingerprint):
+    if fingerprint is not None and not is_fingerprint(fingerprint):
         raise ValueError(f"fingerprint {fingerprint!r}")
     trainable = record["trainable"] if version > 3 else True
     if not isinstance(trainable, bool):
@@ -228,7 +202,7 @@ def _parse_tensor(record: dict[str, Any], version: int) -> TensorRecord:
     return TensorRecord(shape, pieces, fingerprint, trainable)
 
 
-def parse_piece(fields: dict[str, Any]) -> Piece:
+def _parse_piece(fields: dict[str, Any]) -> Piece:
     """Build a piece from JSON that nobody has checked.
 
     Raises:
@@ -259,7 +233,9 @@ def _with_cuts(piece: dict[str, Any]) -> dict[str, Any]:
 def _check_piece(path: Path, name: str, record: TensorRecord, piece: Piece, slices: dict[tuple[Cut, ...], int]) -> None:
     """``slices``: elements of the local tensors of this tensor that were checked already."""
     where = f"{path}: tensor {name}"
-    if Path(piece.file).name != piece.file or piece.file in ("", ".", ".."):
+    *folders, file = PurePosixPath(piece.file).parts or ("",)
+    inside = not folders or (len(folders) == 1 and _FOLDER.fullmatch(folders[0]))
+    if not inside or "/".join((*folders, file)) != piece.file or file in ("", ".", ".."):
         raise CheckpointError(f"{where}: file name {piece.file!r} leaves the checkpoint's folder")
     if piece.cuts not in slices:
         try:
@@ -270,3 +246,7 @@ def _check_piece(path: Path, name: str, record: TensorRecord, piece: Piece, slic
         raise CheckpointError(
             f"{where}: elements {piece.flat_start} + {piece.length} lie outside a slice of {slices[piece.cuts]}"
         )
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -1,13 +1,14 @@
 """Reads any slice of any tensor of a checkpoint, whatever layout wrote it.
 
 Tensors are assembled one at a time from the pieces that overlap what is asked for: memory is bounded by what is asked
-for, one full tensor and one piece. Every piece's sha256 is checked as it is read.
+for and one piece. The sha256 of every piece that is read whole is checked.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +16,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalm.checkpoint.fingerprint import fingerprint
-from megalm.checkpoint.manifest import BUFFER, WEIGHT, Manifest, Piece, TensorRecord, read_manifest
+from megalm.checkpoint.manifest import Manifest, read_manifest
+from megalm.checkpoint.pieces import Piece, TensorRecord
+from megalm.checkpoint.reads import PieceRead, plan_reads, reads_in_part
 from megalm.checkpoint.tensor_file import as_bytes
 from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
 from megalm.mesh.slices import ShardSpec
+
+
+@dataclass
+class ReadCount:
+    """What a reader has read of tensors.
+
+    Attributes:
+        nbytes: of elements that were read.
+        pieces: reads of a piece, in part or whole.
+    """
+
+    nbytes: int = 0
+    pieces: int = 0
 
 
 class CheckpointReader:
@@ -27,14 +43,24 @@ class CheckpointReader:
 
     Args:
         path: the checkpoint's folder.
+        manifest: of the checkpoint, where it was read already.
+        is_proven: whether all ranks together compare what they have loaded with the tensors' fingerprints. Of a piece
+            that is needed in part then only that part is read, and its sha256 cannot be checked; else every piece is
+            read whole, and checked.
+
+    Attributes:
+        count: what was read so far.
 
     Raises:
         CheckpointError: incomplete or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, manifest: Manifest | None = None, is_proven: bool = False) -> None:
         self.path = path
-        self.manifest: Manifest = read_manifest(path)
+        self.manifest: Manifest = read_manifest(path) if manifest is None else manifest
+        self.count = ReadCount()
+        self._is_proven = is_proven
+        self._complete: set[tuple[str, str]] = set()
 
     def has(self, name: str, kind: str) -> bool:
         """Whether the checkpoint holds a kind of state of a parameter; moments are absent before the first step."""
@@ -51,7 +77,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: naming every parameter that is missing, too many, or of another shape.
         """
-        saved = {name: record.shape for name, record in self.manifest.tensors.items()}
+        saved = self.manifest.full_shapes
         problems = [f"{name}: not in the checkpoint" for name in full_shapes if name not in saved]
         problems += [
             f"{name}: {list(saved[name])} in the checkpoint, {list(shape)} in the model"
@@ -94,23 +120,25 @@ class CheckpointReader:
             CheckpointError: as for :meth:`read_local`.
         """
         record = self._record(name, kind, shard)
-        slices = record.of_kind(kind)
-        if same := slices.get(shard):
-            return self._from_same_slice(name, kind, same, flat_start, length)
-        if hole := record.holes(kind):
-            raise CheckpointError(f"{self.path}: {name}: {kind} is incomplete: {hole}")
-        full = self._whole(record, kind)
-        if full is None:
-            full = torch.empty(record.shape)
-            wanted = _extent(shard, flat_start, length)
-            for source, pieces in slices.items():
-                for piece in pieces:
-                    if _overlap(wanted, _extent(source, piece.flat_start, piece.length)):
-                        values = self._read(piece)
-                        for rows in source.runs(piece.flat_start, piece.length):
-                            rows.of_full(full.view(-1)).copy_(rows.of_local(values))
-        local = shard.take(full) if shard.is_sharded else full
-        return local.view(-1)[flat_start : flat_start + length]
+        self._check_complete(name, kind, record)
+        in_part = self._is_proven and reads_in_part(record, kind)
+        plan = plan_reads(record, kind, shard, flat_start, length, in_part=in_part)
+        if len(plan) == 1 and _is_all(plan[0], length):
+            (rows,) = plan[0].copies
+            return self._values(plan[0])[rows.full_start : rows.full_stop]  # one piece has it all: no copy
+        run = torch.zeros(length)
+        for read in plan:
+            values = self._values(read)
+            for rows in read.copies:
+                rows.of_local(run).copy_(rows.of_full(values))
+        return run
+
+    def _check_complete(self, name: str, kind: str, record: TensorRecord) -> None:
+        """Refuse a tensor with holes; each is looked at once."""
+        if (name, kind) not in self._complete:
+            if hole := record.holes(kind):
+                raise CheckpointError(f"{self.path}: {name}: {kind} is incomplete: {hole}")
+            self._complete.add((name, kind))
 
     def _whole(self, record: TensorRecord, kind: str) -> Tensor | None:
         """A full tensor as it lies in a file, where one piece is all of it; not to be written to."""
@@ -118,27 +146,6 @@ class CheckpointReader:
             if source.is_whole and len(pieces) == 1:
                 return self._read(pieces[0]).view(record.shape)
         return None
-
-    def _from_same_slice(self, name: str, kind: str, pieces: list[Piece], flat_start: int, length: int) -> Tensor:
-        """A run of the very slice that these are runs of, in order."""
-        stop = flat_start + length
-        local: Tensor | None = None
-        end = flat_start
-        for piece in pieces:
-            first, last = max(piece.flat_start, flat_start), min(piece.flat_start + piece.length, stop)
-            if first > end:
-                break
-            if last <= end:
-                continue
-            values = self._read(piece)[first - piece.flat_start : last - piece.flat_start]
-            if local is None and (first, last) == (flat_start, stop):
-                return values  # one piece has it all: no copy
-            local = torch.empty(length) if local is None else local
-            local[first - flat_start : last - flat_start] = values
-            end = last
-        if end < stop:
-            raise CheckpointError(f"{self.path}: {name}: {kind} is incomplete from element {end} on")
-        return torch.empty(0) if local is None else local
 
     def saved_part(self, piece: StatePiece) -> StatePiece:
         """What of a piece of the loaded model the checkpoint has: all of it, in a model of the same shape."""
@@ -150,20 +157,24 @@ class CheckpointReader:
             for kind in sorted({piece.kind for piece in record.pieces}):
                 if hole := record.holes(kind):
                     yield f"{name}: {kind} is incomplete: {hole}"
-            shares = 0
-            damaged = False
+            shares: dict[str, int] = {}
+            damaged = set()
             for piece in record.pieces:
                 try:
                     values = self._read(piece)
                 except CheckpointError as error:
-                    damaged = True
+                    damaged.add(piece.kind)
                     yield str(error)
                     continue
-                if piece.kind in (WEIGHT, BUFFER):
+                if record.fingerprint_of(piece.kind) is not None:
                     source = ShardSpec(record.shape, piece.cuts)
-                    shares += fingerprint(name, source, piece.flat_start, values)
-            if record.fingerprint is not None and not damaged and f"{shares % (1 << 64):016x}" != record.fingerprint:
-                yield f"{self.path}: {name}: its pieces are whole, but together not the tensor that was saved"
+                    shares[piece.kind] = shares.get(piece.kind, 0) + fingerprint(name, source, piece.flat_start, values)
+            for kind, share in shares.items():
+                if kind not in damaged and f"{share % (1 << 64):016x}" != record.fingerprint_of(kind):
+                    yield (
+                        f"{self.path}: {name}: its pieces of {kind} are whole, but together not the tensor that was "
+                        "saved"
+                    )
 
     def _record(self, name: str, kind: str, shard: ShardSpec) -> TensorRecord:
         if not self.has(name, kind):
@@ -171,7 +182,27 @@ class CheckpointReader:
         self.check_parameters({name: shard.full_shape})
         return self.manifest.tensors[name]
 
+    def _values(self, read: PieceRead) -> Tensor:
+        """A piece, of which only what is read may be looked at."""
+        if read.is_whole:
+            return self._read(read.piece)
+        self._count(read.nbytes)
+        return self._mapped(read.piece)
+
     def _read(self, piece: Piece) -> Tensor:
+        """All of a piece, whose sha256 is right."""
+        tensor = self._mapped(piece)
+        self._count(tensor.nbytes)
+        if hashlib.sha256(as_bytes(tensor)).hexdigest() != piece.sha256:
+            raise CheckpointError(f"{self.path / piece.file}: {piece.key} is corrupt: its sha256 is not the manifest's")
+        return tensor
+
+    def _count(self, nbytes: int) -> None:
+        self.count.nbytes += nbytes
+        self.count.pieces += 1
+
+    def _mapped(self, piece: Piece) -> Tensor:
+        """A piece as a view of its file: what is not looked at is not read from the disk."""
         path = self.path / piece.file
         try:
             # Opened anew for each piece: pages of a mapping count as this process's memory as long as it lasts.
@@ -184,19 +215,9 @@ class CheckpointReader:
                 f"{path}: {piece.key} is {list(tensor.shape)} {tensor.dtype}, the manifest says [{piece.length}] "
                 f"{piece.dtype}"
             )
-        if hashlib.sha256(as_bytes(tensor)).hexdigest() != piece.sha256:
-            raise CheckpointError(f"{path}: {piece.key} is corrupt: its sha256 is not the manifest's")
         return tensor
 
 
-Extent = tuple[tuple[int, int], ...]
-"""Stretches of a flattened full tensor."""
-
-
-def _extent(shard: ShardSpec, flat_start: int, length: int) -> Extent:
-    """Where a run of a local tensor lies in the full one: all of it and, under strides, what is between."""
-    return tuple((rows.full_start, rows.full_stop) for rows in shard.runs(flat_start, length))
-
-
-def _overlap(one: Extent, other: Extent) -> bool:
-    return any(a < d and c < b for a, b in one for c, d in other)
+def _is_all(read: PieceRead, length: int) -> bool:
+    """Whether a read is a run as it lies in the piece, all of what is wanted."""
+    return len(read.copies) == 1 and (read.copies[0].rows, read.copies[0].width) == (1, length)

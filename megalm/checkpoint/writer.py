@@ -3,8 +3,9 @@
 Ranks do not talk to each other here; they meet in the file system that they share:
 
 1. every rank writes its pieces and an index of them into a temporary folder, and flushes both to the disk;
-2. rank 0 waits for all indexes, proves that every element of every tensor is covered, writes the manifest and the
-   completeness marker last, and renames the folder: the one operation by which the checkpoint comes into being.
+2. rank 0 waits for all indexes (``collect.py``), proves that every element of every tensor is covered, writes the
+   manifest and the completeness marker last, and renames the folder: the one operation by which the checkpoint comes
+   into being.
 
 A kill at any moment leaves the previous checkpoint untouched and the new one under its temporary name.
 """
@@ -14,28 +15,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalm.checkpoint.collect import INDEX_ENDING, await_indexes, collect
+from megalm.checkpoint.columns import CutTable, cuts_to_fields
 from megalm.checkpoint.durable import flush
 from megalm.checkpoint.fingerprint import fingerprint
-from megalm.checkpoint.manifest import (
-    BUFFER,
-    COMPLETE_FILE,
-    MANIFEST_FILE,
-    WEIGHT,
-    Manifest,
-    Piece,
-    TensorRecord,
-    parse_piece,
-)
+from megalm.checkpoint.manifest import COMPLETE_FILE, FORMAT, MANIFEST_FILE, VERSION, manifest_of, to_json
+from megalm.checkpoint.pieces import BYTES_PER_ELEMENT, key_of, rank_file, rank_folders
 from megalm.checkpoint.store import TEMPORARY_PREFIX, remove_folder, replaced_folder, step_folder
 from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, as_bytes
 from megalm.core.parameters import Recorded, StatePiece
@@ -44,9 +38,6 @@ from megalm.version import __version__
 
 CANCELLED = "cancelled"
 """The error of a rank that stopped because another one had failed."""
-
-_SHORTEST_POLL, _LONGEST_POLL = 0.05, 1.0
-"""Seconds between two looks for other ranks' indexes: a thousand ranks' file server is not asked without end."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +77,6 @@ class PieceToWrite(Recorded):
 
         return cls(piece.record, piece.kind, piece.flat_start, piece.values.numel(), load)
 
-    @property
-    def key(self) -> str:
-        """Name of the stored tensor in its file."""
-        return f"{self.kind}/{self.name}"
-
 
 def temporary_folder(folder: Path, step: int, attempt: int | str) -> Path:
     """Where ranks write until a checkpoint is complete.
@@ -113,30 +99,65 @@ def write_rank(
         cancelled: asked before each of the writes that a piece takes.
 
     Raises:
-        CheckpointError: a piece is not fp32, two have one key, or the save was cancelled.
+        CheckpointError: a piece is not fp32, two are the same, or the save was cancelled.
         OSError: the disk is full or broken.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = _rank_file(rank)
-    specs: dict[str, TensorSpec] = {}
-    for piece in pieces:
-        if piece.key in specs:
-            raise CheckpointError(f"{piece.name}: rank {rank} has two runs of {piece.kind}; one key holds one")
-        specs[piece.key] = TensorSpec(torch.float32, (piece.length,))
+    path = folder / rank_file(rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = _named(pieces)
+    specs = {key: TensorSpec(torch.float32, (piece.length,)) for key, piece in named.items()}
     entries = []
     if pieces:
-        # One thread hashes what the other writes: both let go of the interpreter, and a piece is in memory once.
-        with TensorFileWriter(folder / file, specs) as writer, ThreadPoolExecutor(1) as hasher:
-            for piece in pieces:
+        # Two threads hash what this one writes: all let go of the interpreter, and a piece is in memory once.
+        with TensorFileWriter(path, specs) as writer, ThreadPoolExecutor(2) as hashers:
+            for key, piece in named.items():
                 values = piece.load()
                 if values.dtype is not torch.float32:
                     raise CheckpointError(
                         f"{piece.name}: {piece.kind} is {values.dtype}, masters and moments are float32"
                     )
-                entry = hasher.submit(_index_entry, piece, values, file)
-                writer.write(piece.key, values, stop=_stop_if(cancelled))
-                entries.append(entry.result())
-    _write_text(folder / _index_file(rank), json.dumps(entries))
+                digest = hashers.submit(_sha256, values)
+                share = hashers.submit(fingerprint, piece.name, piece.shard, piece.flat_start, values)
+                writer.write(key, values, stop=_stop_if(cancelled))
+                entries.append((piece, digest.result(), share.result()))
+    _write_text(folder / rank_file(rank, INDEX_ENDING), _index(entries))
+
+
+def _named(pieces: Sequence[PieceToWrite]) -> dict[str, PieceToWrite]:
+    """Pieces by the names that they are stored under."""
+    first: dict[tuple[str, str], int] = {}
+    for piece in pieces:
+        place = piece.kind, piece.name
+        first[place] = min(first.get(place, piece.flat_start), piece.flat_start)
+    named: dict[str, PieceToWrite] = {}
+    for piece in pieces:
+        key = key_of(piece.kind, piece.name, piece.flat_start, first=first[piece.kind, piece.name])
+        if named.setdefault(key, piece) is not piece:
+            raise CheckpointError(f"{piece.name}: a rank has two runs of {piece.kind} from {piece.flat_start} on")
+    return named
+
+
+def _sha256(values: Tensor) -> str:
+    return hashlib.sha256(as_bytes(values)).hexdigest()
+
+
+def _index(entries: Sequence[tuple[PieceToWrite, str, int]]) -> str:
+    """What a rank tells rank 0 of its pieces; each is a piece, its sha256, and its share of the tensor's fingerprint.
+
+    A tensor is ``[shape, whether it is trained, runs]``, and a run
+    ``[number of its cuts, start, length, {kind: [sha256, share]}]``.
+    """
+    table = CutTable()
+    tensors: dict[str, list[Any]] = {}
+    runs: dict[tuple[Any, ...], list[Any]] = {}
+    for piece, digest, share in entries:
+        shard = piece.shard
+        _, _, own = tensors.setdefault(piece.name, [list(shard.full_shape), piece.record.trainable, []])
+        place = (table.number(cuts_to_fields(shard.cuts)), piece.flat_start, piece.length)
+        if (piece.name, *place) not in runs:
+            own.append(runs.setdefault((piece.name, *place), [*place, {}]))
+        runs[(piece.name, *place)][-1][piece.kind] = [digest, share]
+    return json.dumps({"cuts": table.fields, "tensors": tensors}, separators=(",", ":"))
 
 
 def complete_checkpoint(
@@ -167,19 +188,21 @@ def complete_checkpoint(
         CheckpointError: a tensor is not covered, ranks disagree, waiting was given up, or it is forbidden.
         OSError: the disk is full or broken.
     """
-    tensors = _collect(_await_indexes(temporary, world_size, given_up))
-    manifest = Manifest(megalm_version=__version__, tensors=tensors, **_shallow_dict(header))
-    text = manifest.to_json()
+    await_indexes(temporary, world_size, given_up)
+    fields = {"megalm_version": __version__, **_shallow_dict(header), **collect(temporary, world_size)}
+    nbytes = BYTES_PER_ELEMENT * _stored_elements(fields, temporary)
+    text = to_json(fields)
     _write_text(temporary / MANIFEST_FILE, text)
     for rank in range(world_size):
-        (temporary / _index_file(rank)).unlink()  # the manifest has it all
-    flush(temporary)
+        (temporary / rank_file(rank, INDEX_ENDING)).unlink()  # the manifest has it all
+    for folder, _ in reversed(rank_folders(world_size)):  # the checkpoint's own folder last
+        flush(temporary / folder)
     _write_text(temporary / COMPLETE_FILE, hashlib.sha256(text.encode()).hexdigest() + "\n")
     flush(temporary)
     if reason := forbidden():
         raise CheckpointError(reason)
     _move_into_place(temporary, final, warn)
-    return 4 * sum(piece.length for tensor in tensors.values() for piece in tensor.pieces)
+    return nbytes
 
 
 def error_of(phase: Callable[[], object]) -> str | None:
@@ -193,34 +216,16 @@ def error_of(phase: Callable[[], object]) -> str | None:
     return None
 
 
-def _rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
-def _index_file(rank: int) -> str:
-    return f"rank-{rank:05d}.json"
-
-
-def _index_entry(piece: PieceToWrite, values: Tensor, file: str) -> dict[str, Any]:
-    """What the manifest will say of a piece, and its share of the tensor's fingerprint."""
-    record = Piece(
-        kind=piece.kind,
-        file=file,
-        key=piece.key,
-        cuts=piece.record.shard.cuts,
-        flat_start=piece.flat_start,
-        length=piece.length,
-        dtype="float32",
-        sha256=hashlib.sha256(as_bytes(values)).hexdigest(),
-    )
-    shard, is_value = piece.record.shard, piece.kind in (WEIGHT, BUFFER)
-    return {
-        "name": piece.name,
-        "shape": shard.full_shape,
-        "trainable": piece.record.trainable,
-        "fingerprint": fingerprint(piece.name, shard, piece.flat_start, values) if is_value else 0,
-        "piece": asdict(record),
-    }
+def _stored_elements(fields: dict[str, Any], folder: Path) -> int:
+    """How many elements a checkpoint has; what no reader could read is an error now, and so is a hole anywhere."""
+    tensors = manifest_of({"format": FORMAT, "version": VERSION, **fields}, folder / MANIFEST_FILE).tensors
+    kinds = {name: {piece.kind for piece in tensor.pieces} for name, tensor in tensors.items()}
+    of_trained = set().union(*(kinds[name] for name, tensor in tensors.items() if tensor.trainable))
+    for name, tensor in tensors.items():
+        for kind in sorted(of_trained if tensor.trainable else kinds[name]):
+            if hole := tensor.holes(kind):
+                raise CheckpointError(f"{name}: no rank wrote {kind} {hole}")
+    return sum(piece.length for tensor in tensors.values() for piece in tensor.pieces)
 
 
 def _move_into_place(temporary: Path, final: Path, warn: Callable[[str], object]) -> None:
@@ -241,49 +246,6 @@ def _move_into_place(temporary: Path, final: Path, warn: Callable[[str], object]
     for action in (lambda: flush(final.parent), lambda: remove_folder(replaced) if replaced.exists() else None):
         if problem := error_of(action):
             warn(f"after {final} was saved: {problem}")
-
-
-def _collect(indexes: Sequence[Path]) -> dict[str, TensorRecord]:
-    """Tensors from every rank's index; a hole anywhere is an error, not something to find out at load time."""
-    described: dict[str, tuple[tuple[int, ...], bool]] = {}
-    pieces: dict[str, list[Piece]] = {}
-    fingerprints: dict[str, int] = {}
-    for path in indexes:
-        for entry in json.loads(path.read_text(encoding="utf-8")):
-            name, said = entry["name"], (tuple(entry["shape"]), entry["trainable"])
-            if described.setdefault(name, said) != said:
-                raise CheckpointError(
-                    f"{name}: ranks disagree on its shape and whether it is trained: {described[name]}, {said}"
-                )
-            pieces.setdefault(name, []).append(parse_piece(entry["piece"]))
-            fingerprints[name] = (fingerprints.get(name, 0) + entry["fingerprint"]) % (1 << 64)
-    tensors = {
-        name: TensorRecord(shape, tuple(pieces[name]), f"{fingerprints[name]:016x}", trainable)
-        for name, (shape, trainable) in sorted(described.items())
-    }
-    of_trained = {piece.kind for tensor in tensors.values() if tensor.trainable for piece in tensor.pieces}
-    for name, tensor in tensors.items():
-        for kind in sorted(of_trained if tensor.trainable else {piece.kind for piece in tensor.pieces}):
-            if hole := tensor.holes(kind):
-                raise CheckpointError(f"{name}: no rank wrote {kind} {hole}")
-    return tensors
-
-
-def _await_indexes(folder: Path, world_size: int, given_up: Callable[[], str | None]) -> list[Path]:
-    """Every rank's index, once this host sees them all."""
-    paths = [folder / _index_file(rank) for rank in range(world_size)]
-    pause = _SHORTEST_POLL
-    while True:
-        # One listing, which makes an NFS client ask the server again, and not a question per rank.
-        present = set(os.listdir(folder)) if folder.is_dir() else set()  # noqa: PTH208 - names are all that is wanted
-        missing = [rank for rank, path in enumerate(paths) if path.name not in present]
-        if not missing:
-            return paths
-        if reason := given_up():
-            listed = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-            raise CheckpointError(f"{folder}: no index of {len(missing)} of {world_size} ranks ({listed}): {reason}")
-        time.sleep(pause)
-        pause = min(1.5 * pause, _LONGEST_POLL)
 
 
 def _stop_if(cancelled: Callable[[], bool]) -> Callable[[], None]:

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from megalm.checkpoint.manifest import Manifest, TensorRecord, combined_hash, read_manifest
+from megalm.checkpoint.manifest import Manifest, combined_hash, read_manifest
+from megalm.checkpoint.pieces import TensorRecord
 from megalm.checkpoint.store import CheckpointInfo, describe_torn, locate, torn_checkpoints
 from megalm.config.arguments import LineParser, user_path
 from megalm.errors import ExitCode

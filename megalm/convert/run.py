@@ -13,7 +13,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from megalm.checkpoint.manifest import WEIGHT, Manifest
+from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.pieces import WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER, TEMPORARY_PREFIX, locate, step_folder
 from megalm.checkpoint.writer import Header, PieceToWrite, complete_checkpoint, write_rank

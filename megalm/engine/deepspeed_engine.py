@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.config.schema import Config
+from megalm.core.collectives import start_all_gather
 from megalm.core.host import read
 from megalm.core.parameters import DeclaredTensor, StatePiece
 from megalm.core.pipeline.runner import PipelineResult, PipelineRunner, Stages
@@ -39,11 +40,13 @@ from megalm.engine.layout import FlatLayout, cut_into_buckets
 from megalm.engine.loss_scale import LossScale
 from megalm.engine.optimizer import ParameterGroup, make_adamw, parameter_groups
 from megalm.engine.reduction import reduction_to_pieces
+from megalm.engine.resume import is_shared, kinds_of, share_of
 from megalm.engine.validation import reported
 from megalm.engine.zero import FlatZeroOptimizer, PartitionedAdamW, ReplicatedAdamW, ZeroOptimizer
 from megalm.engine.zero3 import Root, Zero3AdamW
 from megalm.errors import ConfigError
 from megalm.mesh.groups import Group, ParallelContext
+from megalm.mesh.parameter import StateRun
 from megalm.mesh.slices import ShardSpec
 from megalm.models.micro_batch import MicroBatch
 from megalm.models.transformer import Transformer
@@ -149,12 +152,20 @@ class DeepSpeedEngine:
     def state_pieces(self) -> list[StatePiece]:
         """What this rank alone is to save; together, all ranks' pieces cover everything once."""
         self.settle_weights()
+        return [piece for piece in self.held_pieces() if self._stands_for(piece)]
+
+    def held_pieces(self) -> list[StatePiece]:
+        """All that this rank holds of masters, moments, parameters that are not trained, and buffers; live values."""
         return [
             StatePiece(t.record, kind, start, values)
             for t in self.tensors
             for kind, start, values in self._fragments(t)
-            if self.context.owns(t.record, among_replicas=not self._splits(t))
         ]
+
+    def model_pieces(self) -> list[StatePiece]:
+        """What this rank holds of the parameters that the model computes with, in the run's number format."""
+        parameters = [t for t in self.tensors if not t.record.is_buffer]
+        return [StatePiece(t.record, "weight", *self._optimizer.weight_fragment(t.parameter)) for t in parameters]
 
     def full_weight(self, t: DeclaredTensor) -> Tensor:
         """The local tensor as the model computes with it; collective over replicas."""
@@ -171,6 +182,10 @@ class DeepSpeedEngine:
     def load_state(self, source: StateSource, *, scalars: dict[str, float] | None) -> None:
         """Take weights from a checkpoint of any layout, and with ``scalars`` its optimizer state too.
 
+        Collective over all ranks. Each reads its own part of what ZeRO splits, into masters and moments, and a share of
+        what replicas hold whole (``resume.py``); the weights that the model computes with are then made of the masters,
+        as in a step.
+
         Args:
             source: reads slices of saved tensors.
             scalars: what :meth:`scalar_state` gave; None: weights only.
@@ -181,17 +196,65 @@ class DeepSpeedEngine:
         if scalars and self._loss_scale is not None and "loss_scale" in scalars:
             window = self._loss_scale.window
             self._loss_scale = LossScale(scalars["loss_scale"], int(scalars["good_steps"]), window)
-        for t in self.tensors:
-            if t.record.is_buffer:
-                t.tensor.copy_(source.read_local(t.name, "buffer", t.shard))
+        with torch.no_grad():
+            # What two stages hold comes first, so that neither waits while the other reads its blocks.
+            for t in sorted(self.tensors, key=lambda t: not t.record.copies):
+                self._load(t, source, moments=bool(steps))
+            self._optimizer.publish_weights()
+
+    def runs_to_read(self, *, moments: bool) -> list[StateRun]:
+        """What this rank reads of a checkpoint in :meth:`load_state`; ``moments``: with the optimizer's state."""
+        return [run for t in self.tensors for run in self._runs(t, moments=moments)]
+
+    def _runs(self, t: DeclaredTensor, *, moments: bool) -> list[StateRun]:
+        kinds = kinds_of(t.record, moments=moments)
+        if self._is_shared(t):
+            holders = self._holders(t)
+            start, length = share_of(t.shard.local_numel, holders.index, holders.size)
+            return [StateRun(t.record, kind, start, length) for kind in kinds]
+        # Moments lie where their masters do; there are none before the first step.
+        masters = [(start, values.numel()) for kind, start, values in self._fragments(t) if kind == "weight"]
+        return [StateRun(t.record, kind, start, length) for kind in kinds for start, length in masters]
+
+    def _load(self, t: DeclaredTensor, source: StateSource, *, moments: bool) -> None:
+        """Fill what this rank holds of a tensor."""
+        held: dict[str, list[tuple[int, Tensor]]] = {}
+        for kind, start, values in self._fragments(t):
+            held.setdefault(kind, []).append((start, values))
+        runs = iter(self._runs(t, moments=moments))
+        for kind in kinds_of(t.record, moments=moments):
+            if self._is_shared(t):
+                run = next(runs)
+                whole = self._from_all_holders(t, source.read_flat(t.name, kind, t.shard, run.flat_start, run.length))
+                for start, values in held.get(kind, ()):
+                    values.copy_(whole[start : start + values.numel()])
                 continue
-            local = source.read_local(t.name, "weight", t.shard)
-            self._optimizer.put_weight(t.parameter, local)
-            for kind, start, values in self._optimizer.fragments(t.parameter) if t.record.trainable else ():
-                if kind == "weight":
-                    values.copy_(local.view(-1)[start : start + values.numel()])
-                elif steps:
-                    values.copy_(source.read_flat(t.name, kind, t.shard, start, values.numel()))
+            for start, values in held.get(kind, ()):
+                values.copy_(source.read_flat(t.name, kind, t.shard, start, values.numel()))
+
+    def _from_all_holders(self, t: DeclaredTensor, own: Tensor) -> Tensor:
+        """This rank's share of a flattened local tensor ▶ all of it; collective over those that hold it."""
+        holders = self._holders(t)
+        if holders.size == 1:
+            return own
+        share = share_of(t.shard.local_numel, 0, holders.size)[1]
+        dtype = torch.float32 if t.record.trainable else t.tensor.dtype
+        padded = torch.zeros(share, dtype=dtype, device=self.context.device)
+        padded[: own.numel()] = own
+        return start_all_gather(padded, holders, 0).wait()
+
+    def _is_shared(self, t: DeclaredTensor) -> bool:
+        return is_shared(
+            t.record, splits_state=self._optimizer.splits_state, splits_weights=self._optimizer.splits_weights
+        )
+
+    def _holders(self, t: DeclaredTensor) -> Group:
+        """The ranks that hold this rank's slice of a tensor, but for copies on tensor-parallel ranks."""
+        return self.context.tied_group if t.record.copies else self.context.replicas_of(t.record)
+
+    def _stands_for(self, piece: StatePiece) -> bool:
+        splits = self._optimizer.splits_weights or (piece.record.trainable and self._optimizer.splits_state)
+        return self.context.owns(piece.record, among_replicas=piece.record.is_buffer or not splits)
 
     def _fragments(self, t: DeclaredTensor) -> Iterator[tuple[str, int, Tensor]]:
         """(kind, offset in the flattened local tensor, live values) of what this rank holds of a tensor."""
@@ -204,16 +267,9 @@ class DeepSpeedEngine:
             if values.numel():
                 yield "weight", start, values
 
-    def _splits(self, t: DeclaredTensor) -> bool:
-        """Whether the replicas hold different fragments of a tensor."""
-        return self._optimizer.splits_weights or (t.record.trainable and self._optimizer.splits_state)
-
 
 class StateSource(Protocol):
     """What :meth:`DeepSpeedEngine.load_state` needs of a checkpoint reader."""
-
-    def read_local(self, name: str, kind: str, shard: ShardSpec) -> Tensor:
-        """The local tensor that ``shard`` describes."""
 
     def read_flat(self, name: str, kind: str, shard: ShardSpec, flat_start: int, length: int) -> Tensor:
         """A run of the flattened local tensor."""

@@ -22,11 +22,9 @@ from megalm.engine.global_mean import gradient_factor
 from megalm.engine.gradients import GradientBuckets
 from megalm.engine.layout import FlatLayout
 from megalm.engine.optimizer import ParameterGroup, merge_equal_groups
+from megalm.engine.resume import MOMENTS
 from megalm.engine.weights import GatheredWeights, Shard
 from megalm.mesh.groups import ParallelContext
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""State of AdamW per element, as torch names it."""
 
 NORM_EPSILON = 1e-6
 """As ``torch.nn.utils.clip_grad_norm_`` adds to the norm."""
@@ -82,17 +80,12 @@ class ZeroOptimizer(ABC):
         """What this rank holds of a trained parameter: (kind, offset in the flattened local tensor, live values)."""
 
     def weight_fragment(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
-        """(offset, values in the model's dtype) of what this rank holds of a parameter that is not trained."""
+        """(offset, values in the model's dtype) of what this rank holds of a parameter that the model computes with."""
         return 0, parameter.detach().view(-1)
 
     @abstractmethod
     def create_moments(self, optimizer_steps: int) -> None:
         """Make AdamW's state, which torch would make at the first step, so that it can be loaded into."""
-
-    def put_weight(self, parameter: nn.Parameter, local: Tensor) -> None:
-        """Set the weight that the model computes with; its master is a fragment."""
-        with torch.no_grad():
-            parameter.copy_(local)
 
     def full_weight(self, parameter: nn.Parameter) -> Tensor:
         """The weight that the model computes with, as this tensor-parallel rank has it; collective over replicas."""
@@ -299,11 +292,6 @@ class PartitionedAdamW(FlatZeroOptimizer):
     def create_moments(self, optimizer_steps: int) -> None:
         """For every piece."""
         self._make_state(optimizer_steps)
-
-    def put_weight(self, parameter: nn.Parameter, local: Tensor) -> None:
-        """See :meth:`ZeroOptimizer.put_weight`; no gather is to write over it."""
-        self.settle_weights()
-        super().put_weight(parameter, local)
 
     def full_weight(self, parameter: nn.Parameter) -> Tensor:
         """See :meth:`ZeroOptimizer.full_weight`."""

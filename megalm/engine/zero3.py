@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from megalm.core.pipeline.p2p import Tensors
 from megalm.core.pipeline.runner import PlainGradients
 from megalm.core.sums import sum_of_squares
-from megalm.engine.zero import MOMENTS, ReducedGradients, ZeroOptimizer, adamw_state
+from megalm.engine.resume import MOMENTS
+from megalm.engine.zero import ReducedGradients, ZeroOptimizer, adamw_state
 from megalm.mesh.groups import ParallelContext
 from megalm.models.micro_batch import MicroBatch
 from megalm.models.transformer import Transformer
@@ -88,12 +89,6 @@ class Zero3AdamW(ZeroOptimizer):
         parts = [sum_of_squares(part) for group in self._zero.averaged_gradients.values() for part in group]
         return [self._data.all_reduce(torch.stack(parts).sum()).sqrt()]
 
-    def put_weight(self, parameter: nn.Parameter, local: Tensor) -> None:
-        """Keep this replica's part of a weight."""
-        start, stop = self._range(parameter)
-        part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-        part.view(-1)[: stop - start].copy_(local.reshape(-1)[start:stop])
-
     @torch.no_grad()
     def publish_weights(self) -> None:
         """Each replica keeps its part of the weights in the model's dtype; they are gathered where they are used."""
@@ -128,7 +123,7 @@ class Zero3AdamW(ZeroOptimizer):
             yield kind, start, values[offset : offset + stop - start]
 
     def weight_fragment(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
-        """This replica's part of a parameter that is not trained."""
+        """This replica's part of a parameter as the model computes with it."""
         start, stop = self._range(parameter)
         part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return start, part.view(-1)[: stop - start]

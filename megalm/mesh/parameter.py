@@ -60,3 +60,30 @@ class ParameterRecord:
         if "tp" not in self.split_over and topology.coordinates(rank).tp:
             return False
         return not among_replicas or not any(topology.coordinate(rank, axis) for axis in self.replicated_over)
+
+
+@dataclass(frozen=True)
+class StateRun:
+    """A run of the flattened local tensor of a parameter or buffer, of one kind, such as one that a rank reads.
+
+    Attributes:
+        record: of the parameter.
+        kind: ``weight``, a moment, or ``buffer``.
+        flat_start: first element in the flattened local tensor.
+        length: number of elements.
+    """
+
+    record: ParameterRecord
+    kind: str
+    flat_start: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        """Layout-independent name of the tensor."""
+        return self.record.name
+
+    @property
+    def shard(self) -> ShardSpec:
+        """The slice of the full tensor that the local tensor is."""
+        return self.record.shard

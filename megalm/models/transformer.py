@@ -311,9 +311,18 @@ def _at_stage(stage: int, tensors: list[DeclaredTensor], copies: tuple[int, ...]
 
 
 def build_transformer(
-    config: Config, vocab_size: int, *, context: ParallelContext, dtype: torch.dtype, objective: Learning
+    config: Config,
+    vocab_size: int,
+    *,
+    context: ParallelContext,
+    dtype: torch.dtype,
+    objective: Learning,
+    with_values: bool = True,
 ) -> Transformer:
-    """This rank's part of the model with its initial weights, in ``dtype`` on the context's device."""
+    """This rank's part of the model with its initial weights, in ``dtype`` on the context's device.
+
+    ``with_values=False`` leaves the weights zero, for a checkpoint that fills all of them.
+    """
     layers = split_layers(config, vocab_size)
     model = Transformer(
         config.model,
@@ -326,7 +335,8 @@ def build_transformer(
         seed=config.run.seed,
         device=context.device,
     ).to(dtype)
-    initialise(model.tensors(), config.run.seed)
+    if with_values:
+        initialise(model.tensors(), config.run.seed)
     fuses = config.engine.gradient_accumulation_fusion
     if fuses or splits_backward(config.parallel.schedule):
         model.weight_gradients = WeightGradients()

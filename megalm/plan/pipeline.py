@@ -1,4 +1,4 @@
-"""What ``megalm check`` says of a pipeline: its schedule, and the bubble without and with the time of transfers. No torch.
+"""What ``megalm check`` says of a pipeline: schedule and bubble, without and with the time of transfers. No torch.
 
 Shape legend: B micro-batch, S sequence, H hidden.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megalm.checkpoint.manifest import BUFFER, WEIGHT
+from megalm.checkpoint.pieces import BUFFER, WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.config.schema import Config, Engine
 from megalm.core.attention.context_parallel import ContextParallel

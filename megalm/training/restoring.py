@@ -1,23 +1,24 @@
-"""Restores a run: loads what a start point says, and proves that what arrived is what was saved."""
+"""Restores a run: loads what a start point says, and proves that what arrived is what was saved (``proof.py``)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megalm.checkpoint.extension import ExtendedReader
-from megalm.checkpoint.fingerprint import fingerprint
-from megalm.checkpoint.manifest import BUFFER, WEIGHT, Manifest, combined_hash
+from megalm.checkpoint.manifest import MANIFEST_FILE, Manifest, parse_manifest, read_manifest, read_text
 from megalm.checkpoint.reader import CheckpointReader
-from megalm.core.parameters import StatePiece
 from megalm.data.stream.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.errors import CheckpointError
 from megalm.mesh.groups import ParallelContext
 from megalm.runs.start import ARCHITECTURE, RESUMED_FROM, StartMode, StartPoint
 from megalm.training.progress import Progress
+from megalm.training.proof import prove_loaded
 
 PARENT = "parent"
 """Where a manifest's ``training`` says whose weights the run began with."""
@@ -67,7 +68,8 @@ def restore(
     """
     if start.path is None:
         return Restored(Progress())
-    reader = CheckpointReader(start.path)
+    # What is loaded is proven below, so that a rank reads those parts of pieces alone that it needs.
+    reader = CheckpointReader(start.path, manifest=shared_manifest(start.path, context), is_proven=True)
     if start.extends_vocab:
         dtype = next(engine.model.parameters()).dtype
         per_word = [t for t in engine.tensors if t.record.per_word]
@@ -77,8 +79,9 @@ def restore(
     resumes = start.mode is StartMode.RESUME
     if resumes:
         loader.load_state_dict(manifest.data)
-    engine.load_state(reader, scalars=manifest.training["engine"] if resumes else None)
-    parameters = _prove_loaded(reader, engine, context)
+    scalars = manifest.training["engine"] if resumes else None
+    engine.load_state(reader, scalars=scalars)
+    parameters = prove_loaded(reader, engine, context, moments=bool(scalars and scalars["optimizer_steps"]))
     what = _WORDS[start.mode] + (", rows added to the vocabulary" if start.extends_vocab else "")
     words = f"{start.mode.value}, step {manifest.step:,}: {what}; hash {parameters}; {start.path}"
     if resumes:
@@ -99,40 +102,36 @@ def restore(
     return Restored(Progress(), words, {PARENT: parent, **kept})
 
 
-def _prove_loaded(reader: CheckpointReader, engine: DeepSpeedEngine, context: ParallelContext) -> str:
-    """Hash the parameters that all ranks hold now, and compare tensor by tensor with what the checkpoint says of them.
+def shared_manifest(path: Path, context: ParallelContext) -> Manifest:
+    """A checkpoint's manifest, which rank 0 reads and checks; the others take its word. Collective over all ranks.
 
-    Returns:
-        One hash of them all, the same for every layout.
+    Raises:
+        CheckpointError: on every rank, where rank 0 finds it incomplete or damaged.
     """
-    names = sorted(reader.manifest.tensors)
-    number = {name: index for index, name in enumerate(names)}
-    # Shares of fingerprints; how many there are; shares of what the checkpoint has of them, without rows added here.
-    sums = torch.zeros(3, len(names), dtype=torch.int64)
-    for piece in engine.state_pieces():
-        if piece.kind in (WEIGHT, BUFFER):
-            sums[:, number[piece.name]] += torch.tensor([_share(piece), 1, _share(reader.saved_part(piece))])
-    totals, counts, kept = context.world_group.all_reduce(sums.to(context.device)).tolist()
-    loaded = {name: total % (1 << 64) for name, total in zip(names, totals, strict=True)}
-    as_saved = {name: total % (1 << 64) for name, total in zip(names, kept, strict=True)}
-    saved = reader.manifest.fingerprints
-    problems = [
-        f"{reader.path}: {name}: in the checkpoint, not in the model"
-        for name, count in zip(names, counts, strict=True)
-        if not count
-    ]
-    problems += [
-        f"{reader.path}: {name}: what was loaded is not what was saved"
-        for name, count in zip(names, counts, strict=True)
-        if count and saved is not None and as_saved[name] != saved[name]
-    ]
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    return combined_hash(loaded)
+    if context.world_group.size == 1:
+        return read_manifest(path)
+    text, manifest, error = "", None, ""
+    if context.rank == 0:
+        try:
+            text = read_text(path)
+            manifest = parse_manifest(text, path / MANIFEST_FILE)
+        except CheckpointError as refused:
+            error = str(refused)
+    if error := _from_rank_0(error, context):
+        raise CheckpointError(error)
+    text = _from_rank_0(text, context)
+    return parse_manifest(text, path / MANIFEST_FILE, checked=True) if manifest is None else manifest
 
 
-def _share(piece: StatePiece) -> int:
-    """A piece's share of its tensor's fingerprint, as 64 bits with a sign hold it."""
-    # Frozen parameters and buffers have the model's dtype here, and fp32 in the checkpoint.
-    share = fingerprint(piece.name, piece.shard, piece.flat_start, piece.values.float())
-    return share - (1 << 64) if share >= 1 << 63 else share
+def _from_rank_0(text: str, context: ParallelContext) -> str:
+    """Rank 0's text on every rank; collective."""
+    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(context.device)
+    size = torch.tensor([len(text.encode())], device=context.device)
+    dist.broadcast(size, src=0, group=context.world_group.handle)
+    length = int(size)
+    if not length:
+        return ""
+    if context.rank != 0:
+        data = torch.empty(length, dtype=torch.uint8, device=context.device)
+    dist.broadcast(data, src=0, group=context.world_group.handle)
+    return data.cpu().numpy().tobytes().decode()

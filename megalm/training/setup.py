@@ -133,7 +133,7 @@ def build_trainer(
     vocab_size = config.model.vocab_size or data.train.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     parameters = parameter_count(config.model, vocab_size).total + objective.head_parameters(config.model)
-    engine = _build_engine(config, vocab_size, context, objective, parameters)
+    engine = _build_engine(config, vocab_size, context, objective, parameters, is_loaded=start.path is not None)
     loader = data.loader(config, context)
     restored = restore(start, engine, loader, context, seed=config.run.seed)
     schedule = schedule_for(config, None if restored.resumed is None else history_of(restored.resumed))
@@ -173,11 +173,19 @@ def build_trainer(
 
 
 def _build_engine(
-    config: Config, vocab_size: int, context: ParallelContext, objective: Objective, parameters: int
+    config: Config, vocab_size: int, context: ParallelContext, objective: Objective, parameters: int, *, is_loaded: bool
 ) -> DeepSpeedEngine:
-    """The model with its initial weights, under its optimizer; ``parameters`` is how many the whole model has."""
+    """The model under its optimizer, with its initial weights unless a checkpoint is loaded into it.
+
+    ``parameters`` is how many the whole model has.
+    """
     model = build_transformer(
-        config, vocab_size, context=context, dtype=DTYPES[config.engine.dtype], objective=objective
+        config,
+        vocab_size,
+        context=context,
+        dtype=DTYPES[config.engine.dtype],
+        objective=objective,
+        with_values=not is_loaded,
     )
     _assert_nothing_lost(context, model, parameters)
     return DeepSpeedEngine(model, context, config)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.checkpoint.manifest import WEIGHT
+from megalm.checkpoint.pieces import WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import locate
 from megalm.config.compose import load_run_config

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.table import Report, Row
-from megalm.checkpoint.manifest import WEIGHT
+from megalm.checkpoint.pieces import WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.store import CHECKPOINTS_FOLDER

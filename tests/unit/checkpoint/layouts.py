@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Barrier, Thread
 
 import torch
 
+from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, read_manifest
 from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.core.parameters import StatePiece
@@ -116,3 +119,31 @@ def save(
     for thread in threads:
         thread.join()
     return results
+
+
+def fields_of(checkpoint: Path) -> dict:
+    """What the text of a manifest says."""
+    return json.loads((checkpoint / MANIFEST_FILE).read_text())
+
+
+def rewrite(checkpoint: Path, fields: dict) -> None:
+    """Another manifest for a checkpoint, which vouches for it."""
+    text = json.dumps(fields)
+    (checkpoint / MANIFEST_FILE).write_text(text)
+    (checkpoint / COMPLETE_FILE).write_text(hashlib.sha256(text.encode()).hexdigest())
+
+
+def fields_of_version_4(checkpoint: Path) -> dict:
+    """A manifest as version 4 had it: an object for each piece, and no fingerprints of moments."""
+    manifest = read_manifest(checkpoint)
+    fields = {name: getattr(manifest, name) for name in ("megalm_version", "step", "config", "topology", "data")}
+    tensors = {
+        name: {
+            "shape": list(record.shape),
+            "pieces": [{**piece._asdict(), "cuts": [asdict(cut) for cut in piece.cuts]} for piece in record.pieces],
+            "fingerprint": record.fingerprint,
+            "trainable": record.trainable,
+        }
+        for name, record in manifest.tensors.items()
+    }
+    return {"format": "megalm-checkpoint", "version": 4, **fields, "training": manifest.training, "tensors": tensors}

@@ -14,7 +14,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import KINDS, SHAPES, Layout, full_tensors, pieces_of, save, shard_of
+from layouts import (
+    KINDS,
+    SHAPES,
+    Layout,
+    fields_of,
+    fields_of_version_4,
+    full_tensors,
+    pieces_of,
+    rewrite,
+    save,
+    shard_of,
+)
 
 from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, combined_hash
@@ -78,13 +89,11 @@ def test_no_pickle_and_no_leftovers(checkpoint: Path) -> None:
 
 
 def test_padding_is_not_saved_as_values(checkpoint: Path) -> None:
-    record = json.loads((checkpoint / MANIFEST_FILE).read_text())["tensors"]["embedding.weight"]
+    fields = fields_of(checkpoint)
+    record = fields["tensors"]["embedding.weight"]
     assert record["shape"] == [13, 6]
-    cuts = {json.dumps(p["cuts"]) for p in record["pieces"]}
-    assert sorted(cuts) == [
-        '[{"dim": 0, "ranges": [[0, 7]], "padding": 0}]',
-        '[{"dim": 0, "ranges": [[7, 13]], "padding": 1}]',
-    ]
+    cuts = {json.dumps(fields["cuts"][number]) for runs in record["runs"] for number in runs["cuts"]}
+    assert sorted(cuts) == ["[[0, [[0, 7]], 0]]", "[[0, [[7, 13]], 1]]"]
 
 
 def test_a_flipped_byte_is_found_and_never_loads(checkpoint: Path) -> None:
@@ -126,23 +135,48 @@ def test_a_lying_header_is_refused(checkpoint: Path) -> None:
             CheckpointReader(checkpoint).read_local(name, "weight", shard_of(name, 1, 0))
 
 
+def _norm(manifest: dict) -> dict:
+    return manifest["tensors"]["norm.weight"]["runs"][0]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("version", "change", "message"),
     [
-        (lambda m: m["tensors"]["norm.weight"]["pieces"][0].update(file="../other"), "leaves the checkpoint's folder"),
-        (lambda m: m["tensors"]["norm.weight"]["pieces"][0].update(length=99), "lie outside"),
-        (lambda m: m.update(version=1), "format version 1; this megalm reads versions 2 and 3"),
-        (lambda m: m.pop("data"), "incomplete or damaged"),
+        (
+            4,
+            lambda m: m["tensors"]["norm.weight"]["pieces"][0].update(file="../other"),
+            "leaves the checkpoint's folder",
+        ),
+        (4, lambda m: m["tensors"]["norm.weight"]["pieces"][0].update(length=99), "lie outside"),
+        (5, lambda m: _norm(m).update(lengths=[99, 4]), r"norm\.weight.* lie outside"),
+        (5, lambda m: _norm(m).update(ranks=[0]), r"norm\.weight.* of 1 runs"),
+        (5, lambda m: _norm(m).update(ranks=[0, "../2"]), r"norm\.weight.*ranks: \[0, '../2'\]"),
+        (5, lambda m: _norm(m).update(starts=[0, True]), r"norm\.weight.*starts: \[0, True\]"),
+        (5, lambda m: _norm(m).update(cuts=[99, 99]), r"norm\.weight.*out of range"),
+        (5, lambda m: _norm(m)["sha256"].update(weight="0" * 127), r"norm\.weight.*127 characters for 2 runs"),
+        (5, lambda m: _norm(m)["sha256"].update(weight="G" * 128), r"norm\.weight.*sha256 of weight"),
+        (5, lambda m: _norm(m)["sha256"].update(weight=None), r"norm\.weight"),
+        (5, lambda m: _norm(m).pop("starts") and None, r"norm\.weight"),
+        (5, lambda m: _norm(m).update(other=[]), r"norm\.weight"),
+        (5, lambda m: m["tensors"]["norm.weight"]["fingerprints"].update(weight="1"), r"norm\.weight.*fingerprints"),
+        (5, lambda m: m["tensors"]["norm.weight"].update(trainable=1), r"norm\.weight.*trainable 1"),
+        (5, lambda m: m["tensors"]["norm.weight"].update(shape=[-6]), r"norm\.weight.*shape"),
+        (5, lambda m: m["cuts"].append([["0", [[0, 6]], 0]]), "incomplete or damaged"),
+        (5, lambda m: m["cuts"].append(3), "incomplete or damaged"),
+        (5, lambda m: m.update(version=1), "format version 1; this megalm reads versions 2, 3, 4, 5"),
+        (5, lambda m: m.pop("data"), "incomplete or damaged"),
     ],
 )
-def test_a_manifest_that_does_not_fit_is_refused(checkpoint: Path, change, message: str) -> None:
+def test_a_manifest_that_does_not_fit_is_refused(checkpoint: Path, version: int, change, message: str) -> None:
+    fields = fields_of(checkpoint) if version == 5 else fields_of_version_4(checkpoint)
+    rewrite(checkpoint, fields)
+    assert list(CheckpointReader(checkpoint).find_corruption()) == []
+    change(fields)
     path = checkpoint / MANIFEST_FILE
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match="changed since the checkpoint was completed"):
         CheckpointReader(checkpoint)
-    (checkpoint / COMPLETE_FILE).write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    rewrite(checkpoint, fields)
     with pytest.raises(CheckpointError, match=message):
         CheckpointReader(checkpoint)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +9,12 @@ from threading import Event
 
 import pytest
 import torch
-from layouts import SHAPES, Layout, header, pieces_of, save, shard_of
+from layouts import SHAPES, Layout, fields_of, fields_of_version_4, header, pieces_of, rewrite, save, shard_of
 
 from megalm.checkpoint import save as save_module
 from megalm.checkpoint import store, writer
-from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, Piece, TensorRecord
+from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE
+from megalm.checkpoint.pieces import Piece, TensorRecord
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.save import Save, save_checkpoint
 from megalm.checkpoint.store import (
@@ -162,10 +161,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 )
 def test_a_piece_of_the_wrong_type_is_one_line(tmp_path: Path, fields: dict) -> None:
     checkpoint = save(tmp_path, Layout())[0]
-    manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    manifest = fields_of_version_4(checkpoint)
     for piece in manifest["tensors"]["norm.weight"]["pieces"]:
         piece.update(fields)
-    _rewrite(checkpoint, manifest)
+    rewrite(checkpoint, manifest)
     with pytest.raises(CheckpointError, match=r"norm\.weight|incomplete or damaged"):
         CheckpointReader(checkpoint)
 
@@ -173,7 +172,7 @@ def test_a_piece_of_the_wrong_type_is_one_line(tmp_path: Path, fields: dict) -> 
 @pytest.mark.parametrize("step", [True, -1, "7", None])
 def test_a_step_is_a_count(tmp_path: Path, step: object) -> None:
     checkpoint = save(tmp_path, Layout())[0]
-    _rewrite(checkpoint, {**json.loads((checkpoint / MANIFEST_FILE).read_text()), "step": step})
+    rewrite(checkpoint, {**fields_of(checkpoint), "step": step})
     with pytest.raises(CheckpointError, match="incomplete or damaged"):
         CheckpointReader(checkpoint)
 
@@ -189,12 +188,6 @@ def test_rows_and_columns_do_not_add_up_to_a_tensor() -> None:
 def test_slices_are_read_back_after_every_one_of_these_rules(tmp_path: Path) -> None:
     reader = CheckpointReader(save(tmp_path, Layout(tp=3))[0])
     assert {name: tuple(reader.read_local(name, "weight", shard_of(name, 1, 0)).shape) for name in SHAPES} == SHAPES
-
-
-def _rewrite(checkpoint: Path, manifest: dict) -> None:
-    text = json.dumps(manifest)
-    (checkpoint / MANIFEST_FILE).write_text(text)
-    (checkpoint / COMPLETE_FILE).write_text(hashlib.sha256(text.encode()).hexdigest())
 
 
 def test_a_save_that_is_cancelled_stops_between_pieces_and_the_other_ranks_error_is_told(tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ class Engine:
         if self.spoil:
             self.weights[self.spoil].view(-1)[3] += 1e-6
 
+    def held_pieces(self):
+        return self.state_pieces()
+
+    def model_pieces(self):
+        return self.state_pieces()
+
     def state_pieces(self):
         return [
             StatePiece(ParameterRecord(name, ShardSpec.replicated(*weight.shape)), "weight", 0, weight.view(-1))
