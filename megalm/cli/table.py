@@ -24,6 +24,9 @@ COMMANDS = {
         "Train a run, or resume it; starts its own ranks unless torchrun, srun or mpirun has.", works=True
     ),
     "check": Command("Check a configuration for cluster.gpus GPUs, in a second, without starting anything."),
+    "dryrun": Command(
+        "Execute the step of one rank of any job without its devices: memory, FLOPs, messages, waits of the host."
+    ),
     "verify": Command(
         "Prove that a config's layout trains like one process: shrunk, on this machine's CPU, in a minute.", works=True
     ),

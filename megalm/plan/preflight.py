@@ -273,7 +273,7 @@ def check_config(config: Config, world_size: int) -> None:
     Where they are, what they ask for is checked too, and every remedy that is offered fits them.
     """
     problems = violations(config, world_size)
-    if datasets := _datasets_here(config):
+    if datasets := datasets_here(config):
         problems = violations(config, world_size, datasets)
     problems += device_violations(config)
     if problems:
@@ -300,7 +300,7 @@ def check_data(config: Config) -> str:
     return f"{'data':15}{', '.join(config.data.path)}: {tokens:,} training tokens, all files there"
 
 
-def _datasets_here(config: Config) -> tuple[DatasetInfo, ...]:
+def datasets_here(config: Config) -> tuple[DatasetInfo, ...]:
     """The datasets of a config where all are whole folders of this machine; nothing is fetched, nothing is raised."""
     try:
         return tuple(inspect_dataset(Path(path)) for path in config.data.path)

@@ -51,7 +51,7 @@ def zero_3_runs_alone(job: Job) -> Iterator[Violation]:
             yield Violation(field, value, "not in this version with ZeRO-3", fixes=(Fix(field, (False,)), stages))
 
 
-@needs("engine.reduce_dtype", "engine.zero_stage")
+@needs("engine.zero_stage")
 def pieces_are_exchanged_in_bf16(job: Job) -> Iterator[Violation]:
     """Only where each replica owns a piece of the gradients, and megalm reduces them."""
     engine = job.config.engine

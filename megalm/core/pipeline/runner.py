@@ -7,7 +7,8 @@ next stage, the last one to the terms of the objective.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Generic, Protocol, TypeVar
@@ -124,10 +125,10 @@ class PipelineRunner(Generic[MicroBatch]):
         between_stages: Mapping[str, TensorSpec],
         weight_gradients: WeightGradients | None = None,
     ) -> None:
-        self._stages = stages
+        self.stages = stages
         self._context = context
         self._early = posts_receives_early(context)
-        self._between_stages = between_stages
+        self.between_stages = between_stages
         self._weight_gradients = weight_gradients or WeightGradients()
         topology, rank = context.topology, context.coordinates.pp
         self._last_stage = topology.num_stages - 1
@@ -137,7 +138,7 @@ class PipelineRunner(Generic[MicroBatch]):
             shape = Shape(topology.pp, micro_batches, topology.virtual_stages)
             return plan(SCHEDULES[schedule] if training else forward_only, shape)[rank]
 
-        self._ticks = ticks
+        self._ticks: Callable[[int, bool], tuple[Tick, ...]] = ticks
 
     def train(
         self,
@@ -163,6 +164,13 @@ class PipelineRunner(Generic[MicroBatch]):
         """Forward of every micro-batch, without gradients."""
         return _Pass(self, micro_batches, PlainGradients(), 1.0).run(self._ticks(len(micro_batches), False))
 
+    def with_parts(self, *, ticks: tuple[Tick, ...], stages: Stages[MicroBatch]) -> PipelineRunner[MicroBatch]:
+        """The same runner with another plan for training, and other stages: to look at a part of its work."""
+        other = copy(self)
+        other.stages = stages
+        other._ticks = lambda micro_batches, training: ticks if training else self._ticks(micro_batches, training)
+        return other
+
     def ticks(self, micro_batches: int) -> tuple[Tick, ...]:
         """What this rank does in a training pass, tick by tick."""
         return self._ticks(micro_batches, True)
@@ -184,7 +192,7 @@ class _Pass(Generic[MicroBatch]):
         self._micro_batches = micro_batches
         self._gradients = gradients
         self._loss_scale = loss_scale
-        self._mailbox = Mailbox(runner._context, runner._between_stages)
+        self._mailbox = Mailbox(runner._context, runner.between_stages)
         # (stage, micro-batch) ▶ stage inputs and where backward enters. The outputs themselves are not kept: once sent,
         # only what their own backward saved stays in memory.
         self._live: dict[tuple[int, int], tuple[Tensors | None, dict[str, GradientEdge]]] = {}
@@ -254,7 +262,7 @@ class _Pass(Generic[MicroBatch]):
         if received is not None and training:
             for tensor in received.values():
                 tensor.requires_grad_()
-        outputs = self._runner._stages(action.stage, received, self._micro_batches[action.micro_batch])
+        outputs = self._runner.stages(action.stage, received, self._micro_batches[action.micro_batch])
         detached = {name: output.detach() for name, output in outputs.items()}
         if action.stage == self._runner._last_stage:
             self._terms[action.micro_batch] = detached

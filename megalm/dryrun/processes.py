@@ -1,0 +1,32 @@
+"""Dry runs of several ranks, each in a process of its own: a process group, fake or not, is one per process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+from megalm.config.schema import Config
+from megalm.dryrun.report import RankReport
+
+
+def reports(config: Config, ranks: Sequence[int], world_size: int, *, device: str) -> list[RankReport]:
+    """What dry runs of some ranks found; see :func:`megalm.dryrun.run.dry_run`.
+
+    Started anew rather than forked: torch's threads do not survive a fork.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = min(len(ranks), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+        found = [pool.submit(_report, config, rank, world_size, device) for rank in ranks]
+        return [future.result() for future in found]
+
+
+def _report(config: Config, rank: int, world_size: int, device: str) -> RankReport:
+    import torch
+
+    torch.set_num_threads(1)
+    from megalm.dryrun.run import dry_run
+
+    return dry_run(config, rank, world_size, device=device)
