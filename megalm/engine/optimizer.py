@@ -49,7 +49,8 @@ def parameter_groups(parameters: Sequence[DeclaredTensor], context: ParallelCont
         r = p.record
         if r.trainable:
             owned = context.owns(r, among_replicas=False)
-            key = (r.decays, "tp" in r.split_over, bool(r.partial_over), bool(r.copies), owned)
+            is_split = context.tp_group.size > 1 and "tp" in r.split_over
+            key = (r.decays, is_split, bool(r.partial_over), bool(r.copies), owned)
             members.setdefault(r.replicated_over, {}).setdefault(key, []).append(p)
     return [
         ParameterGroup(

@@ -13,7 +13,7 @@
 
 What "fp32 sums" means for 16-bit messages: a reduce-scatter in bf16 would round after *each* of the R - 1 additions on
 the way around the ring. Here each replica's gradient, summed over micro-batches in fp32, is rounded to bf16 once (an
-error of at most 2⁻⁹ of it; that of the piece which a replica owns itself is not rounded at all), and nothing after.
+error of at most 2⁻⁸ of it; that of the piece which a replica owns itself is not rounded at all), and nothing after.
 """
 
 from __future__ import annotations
