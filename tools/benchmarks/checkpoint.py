@@ -1,4 +1,5 @@
-"""What checkpoints cost: saving and loading beside a plain write of the same bytes, stalls, and memory of converting.
+"""What checkpoints cost: saving and loading beside a plain write of the same bytes, stalls, memory of converting, and
+manifests of thousands of ranks.
 
 Writers and readers take turns on one disk, round by round, and ratios are medians over rounds: a shared disk is slower
 at one time than at another. A write ends when the bytes are on the disk (fsync), for both; a file is read after its
@@ -22,12 +23,14 @@ from statistics import median
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.large_checkpoint import topology_of, write_indexes
 from benchmarks.table import Report, Row
+from megalm.checkpoint.manifest import MANIFEST_FILE, parse_manifest, read_manifest
 from megalm.checkpoint.pieces import WEIGHT
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.save import save_checkpoint
-from megalm.checkpoint.store import CHECKPOINTS_FOLDER
-from megalm.checkpoint.writer import Header, PieceToWrite
+from megalm.checkpoint.store import CHECKPOINTS_FOLDER, step_folder
+from megalm.checkpoint.writer import Header, PieceToWrite, complete_checkpoint
 from megalm.config.parse import config_to_dict
 from megalm.config.schema import Model
 from megalm.convert.checks import config_around
@@ -38,6 +41,8 @@ from megalm.mesh.slices import ShardSpec
 from megalm.training.saving import HostCopy
 
 _LEAST_RATIO = 0.8
+_MANIFEST_SECONDS = {8: 0.5, 128: 3.0}
+"""Most that completing may compute, by data-parallel degree."""
 _VOCABULARY = 50_257
 _KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")
 _CONVERT = Path(__file__).resolve().parents[1] / "convert_checkpoint.py"
@@ -65,6 +70,7 @@ def run(options: Options) -> Report:
     """Measure everything in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="megalm-bench-", dir=options.folder) as name:
         rows = _speed_rows(Path(name), options.rounds)
+        rows += [row for dp in (8, 128) for row in _manifest_rows(Path(name) / f"manifest-{dp}", dp)]
         if options.convert:
             rows += _convert_rows(Path(name))
     return Report("checkpoint", rows)
@@ -100,6 +106,32 @@ def _speed_rows(folder: Path, rounds: int) -> list[Row]:
         Row("stall, first save", seconds["first copy"][0], "s", note="host memory is touched for the first time"),
         Row("stall, later saves", median(seconds["copy"] or seconds["first copy"]), "s", note="copy to host memory"),
     ]
+
+
+def _manifest_rows(folder: Path, dp: int) -> list[Row]:
+    """What rank 0 computes to complete a checkpoint of 175B, in its thread beside training, and ranks to read it."""
+    topology = topology_of(dp)
+    temporary, final = folder / "unfinished", folder / step_folder(1)
+    pieces = write_indexes(temporary, topology)
+    header = Header(1, {}, {}, {}, {})
+    completed = _computed(lambda: complete_checkpoint(temporary, final, header, topology.world_size))
+    text = (final / MANIFEST_FILE).read_text(encoding="utf-8")
+    checked = _computed(lambda: read_manifest(final))
+    taken = _computed(lambda: parse_manifest(text, final, checked=True))
+    name = f"manifest, 175B on {topology.world_size:,} ranks"
+    note = f"{pieces:,} pieces, {len(text) / 1e6:.1f} MB, {len(text) / pieces:.0f} bytes for each"
+    return [
+        Row(f"{name}: completed", completed, "CPU s", _MANIFEST_SECONDS[dp], at_most=True, note=note),
+        Row(f"{name}: read by rank 0", checked, "CPU s", note="sha256 and every field checked"),
+        Row(f"{name}: taken by others", taken, "CPU s", note="pieces are made where one is asked for"),
+    ]
+
+
+def _computed(action: Callable[[], object]) -> float:
+    """Seconds of this thread's computing: no more can another thread wait for the interpreter."""
+    started = time.thread_time()
+    action()
+    return time.thread_time() - started
 
 
 def _convert_rows(folder: Path) -> list[Row]:
