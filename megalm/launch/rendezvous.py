@@ -7,18 +7,27 @@ what the process group is made from. torch is imported here, in functions.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, ExitCode
 from megalm.launch.discovery import LOCAL, RankInfo
-from megalm.launch.store import START_TIMEOUT
+from megalm.launch.store import START_TIMEOUT, another_connection
 from megalm.launch.waiting import Patience, StoppedError
+from megalm.launch.watch import interval_seconds
+from megalm.mesh.transport import NCCL, transport_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+_FAILURE = "failure"
+"""Key under which the first rank that fails says so."""
+
+_CONNECTIONS = "connections"
 _LONGEST_PAUSE_SECONDS = 0.2
 
 
@@ -61,6 +70,17 @@ class Meeting:
         self.publish("")
         self.store.set("all-here", "1")
 
+    def allow(self, connections: int) -> None:
+        """Rank 0 says how many connections each rank may have to the store; before :meth:`publish`."""
+        self.store.set(_CONNECTIONS, str(connections))
+
+    def failures(self) -> Failures:
+        """What this rank's watch looks at, over a connection of its own where the store's host has room for that.
+
+        Without one it waits while this rank waits in the store.
+        """
+        return Failures(another_connection(self.store) if int(self.store.get(_CONNECTIONS)) > 1 else self.store)
+
     def publish(self, text: str) -> None:
         """Rank 0 tells the others what to do."""
         self.store.set("plan", text)
@@ -82,31 +102,25 @@ class Meeting:
         """
         from torch.distributed import DistError
 
-        mine = f"{self.rank.rank}:{exit_code}"
         try:
-            first = self.store.compare_set("failure", "", mine).decode()
+            return _failure(self.store.compare_set(_FAILURE, "", f"{self.rank.rank}:{exit_code}"))
         except (DistError, RuntimeError):
             return None
-        rank, _, code = first.partition(":")
-        return int(rank), int(code)
 
     def first_failure(self, within_seconds: float) -> tuple[int, int] | None:
         """Which rank failed first, and its exit code; None if none says so in time, or the store is gone."""
         from torch.distributed import DistError
 
-        deadline = time.monotonic() + within_seconds
         try:
-            while not self.store.check(["failure"]):
-                if time.monotonic() > deadline:
-                    return None
-                time.sleep(0.05)
-            rank, _, code = self.store.get("failure").decode().partition(":")
+            self.store.wait([_FAILURE], timedelta(seconds=within_seconds))
+            return _failure(self.store.get(_FAILURE))
         except (DistError, RuntimeError):
             return None
-        return int(rank), int(code)
 
-    def leave_together(self, timeout_seconds: float) -> None:
+    def leave_together(self, timeout_seconds: float, when_ended: Callable[[], None] = lambda: None) -> None:
         """Wait until all ranks have ended; rank 0, who hosts the store, leaves last.
+
+        ``when_ended`` is called once all have: the store may be gone at any moment from then on.
 
         mpirun and srun end the whole job when the first rank leaves with an exit code, and rank 0 may still be drawing.
         A signal that comes now ends the wait: what there was to save is saved.
@@ -116,6 +130,7 @@ class Meeting:
         # The host may have left: so has everybody else. What stopped the run before stops no wait now.
         with contextlib.suppress(DistError, RuntimeError, StoppedError):
             self._wait_for_count("ended", self.rank.world_size, timeout_seconds, self.patience.anew())
+            when_ended()
             self.store.add("left", 1)
             if self.rank.rank == 0:
                 self._wait_for_value("left", self.rank.world_size, 5.0)
@@ -155,20 +170,68 @@ class Meeting:
             time.sleep(0.01)
 
 
-def init_process_group(store: Store, rank: RankInfo, timeout_seconds: int) -> None:
-    """Make torch.distributed's default group; gloo for CPU tensors, NCCL besides where ranks compute on GPUs."""
+@dataclass(frozen=True)
+class Failures:
+    """Failures as a rank's watch sees them.
+
+    Attributes:
+        store: where they are recorded; best a connection of its own: a call waits while another thread's call waits.
+    """
+
+    store: Store
+
+    def known_failure(self) -> tuple[int, int] | None:
+        """The first one; the host's, rank 0, when the store is gone."""
+        from torch.distributed import DistError
+
+        try:
+            return _failure(self.store.get(_FAILURE)) if self.store.check([_FAILURE]) else None
+        except (DistError, RuntimeError):
+            return 0, int(ExitCode.PEER_FAILED)
+
+
+def _failure(value: bytes) -> tuple[int, int]:
+    rank, _, code = value.decode().partition(":")
+    return int(rank), int(code)
+
+
+def init_process_group(
+    store: Store, rank: RankInfo, timeout_seconds: int, environ: MutableMapping[str, str] = os.environ
+) -> None:
+    """Make torch.distributed's default group: of gloo on CPUs, of NCCL on GPUs, never of both.
+
+    gloo connects each process with every other one, over which 1,024 ranks take minutes and a thousand descriptors; on
+    GPUs all that ranks tell each other is in device tensors or goes through the store.
+
+    Raises:
+        ConfigError: torch's debug mode is on, which makes such a gloo group for each group of NCCL.
+    """
     import torch
     import torch.distributed as dist
 
-    device = torch.device(rank.device)
-    is_cuda = device.type == "cuda"
-    if is_cuda:
+    transport, device = transport_of(rank.device), torch.device(rank.device)
+    if transport == NCCL:
+        if environ.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL":
+            raise ConfigError(
+                "TORCH_DISTRIBUTED_DEBUG=DETAIL: torch would connect every rank with every other one over gloo for "
+                "each group; INFO, or unset it"
+            )
+        # torch looks into the store, too, from every rank once a second.
+        environ.setdefault("TORCH_NCCL_COORD_CHECK_MILSEC", f"{1000 * interval_seconds(rank.world_size):.0f}")
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+        transport,
         store=store,
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if is_cuda else None,
+        device_id=device if transport == NCCL else None,
     )
+
+
+def abort_communicators() -> None:
+    """End NCCL's collectives that are under way: what waits for them gets an error, and no group is left."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.distributed_c10d._abort_process_group()

@@ -30,6 +30,8 @@ class Reporter:
     def __init__(self, console: Console) -> None:
         self._console = console
         self.meeting: Meeting | None = None
+        self.failed_first = False
+        """Whether this rank's error is the one that ended the job."""
 
     def report(self, error: Exception) -> int:
         """Log an error, show it if this rank failed first, and return the exit code of the job."""
@@ -39,7 +41,7 @@ class Reporter:
         trace = "".join(traceback.format_exception(error))
         text = trace if known is None else f"{known}\n"
         if is_users and not isinstance(error, MegalmError):
-            self._log(trace)
+            self.log(trace)
         if not is_users and not isinstance(sys.stderr, Tee):  # there is no log yet
             text = self._console.held_back()[-_MAX_LIBRARY_CHARACTERS:] + text
         if self.meeting is None:
@@ -47,11 +49,16 @@ class Reporter:
             return code
         rank = self.meeting.rank.rank
         is_consequence = not is_users and any(sign in str(error) for sign in _LOST_PEER)
-        first = self.meeting.first_failure(_NOTICE_SECONDS) if is_consequence else self.meeting.claim_failure(code)
-        if first is not None and first[0] == rank:
+        if is_consequence:
+            # Who has lost a peer that could not say why tells those that have no connection to it.
+            first = self.meeting.first_failure(_NOTICE_SECONDS) or self.meeting.claim_failure(ExitCode.PEER_FAILED)
+        else:
+            first = self.meeting.claim_failure(code)
+        if first is not None and first[0] == rank and not is_consequence:
+            self.failed_first = True
             self._show(text if is_users else f"rank {rank} failed:\n{text}")
             return code
-        self._log(text)
+        self.log(text)
         time.sleep(_NOTICE_SECONDS)
         return first[1] if first is not None else ExitCode.PEER_FAILED
 
@@ -60,9 +67,9 @@ class Reporter:
         sys.stdout.flush()
         sys.stderr.flush()
         self._console.write(text)
-        self._log(text)
+        self.log(text)
 
-    def _log(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """In the log alone, once there is one."""
         if isinstance(sys.stderr, Tee):
             sys.stderr.write_log(text)

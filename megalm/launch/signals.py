@@ -7,6 +7,7 @@ handler would save a half-updated state.
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -24,6 +25,7 @@ class StopRequest:
         self._interrupts = 0
         self.received = 0
         """How many signals have come."""
+        self._last_wishes: list[Callable[[], object]] = []
 
     @classmethod
     def install(cls) -> StopRequest:
@@ -37,6 +39,15 @@ class StopRequest:
     def pending(self) -> str | None:
         """``INT``, ``TERM``, ``USR1`` or ``USR2``, whichever came first; None if nothing has come."""
         return self._first
+
+    def before_sudden_end(self, wish: Callable[[], object]) -> None:
+        """Have something done, in a limited time, should this process be ended while its main thread is stuck."""
+        self._last_wishes.append(wish)
+
+    def fulfil_last_wishes(self) -> None:
+        """Do what was asked for by :meth:`before_sudden_end`; in any thread."""
+        for wish in self._last_wishes:
+            wish()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
         self.received += 1

@@ -10,13 +10,17 @@ import contextlib
 import errno
 import os
 import socket
+import stat
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalm.errors import ConfigError
+from megalm.launch.descriptors import check_room, connections_per_rank, limit_of_parent, raise_limit
 from megalm.launch.discovery import LOCAL, TORCHRUN, RankInfo, variables_of
 from megalm.launch.waiting import Patience
 
@@ -36,6 +40,10 @@ _NAME_SECONDS = 10.0
 
 _LONGEST_PAUSE_SECONDS = 1.0
 
+_DEAD_SECONDS = 120.0
+"""How long a machine may answer nothing. A switch that restarts takes less; TCP alone would wait a quarter of an hour.
+"""
+
 
 def free_port_listener(address: str = LOOPBACK) -> socket.socket:
     """A socket that listens on a port nobody else can take between now and the store's start."""
@@ -54,8 +62,7 @@ def open_store(
         ConfigError: rank 0's port is taken, its host has no such name, or it cannot be reached.
         StoppedError: a signal came first.
     """
-    agent_hosts = rank.launcher == TORCHRUN and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = rank.rank == 0 and (listener is not None or not agent_hosts)
+    is_master = rank.rank == 0 and (listener is not None or not _agent_hosts(rank, environ))
     if is_master:
         if listener is None:
             _resolve(rank, patience, environ)
@@ -66,9 +73,29 @@ def open_store(
         _await_listener(rank, patience, environ)
     patience.call(_import_torch)  # takes seconds, in which a signal is heard
     store = _connect(rank, listener, patience, is_master=is_master)
+    _notice_a_dead_host(rank.master_port)
     from torch.distributed import PrefixStore
 
     return PrefixStore(f"megalm-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def room(rank: RankInfo, listener: socket.socket | None, environ: Mapping[str, str] = os.environ) -> int:
+    """How many connections each rank may have to the store; raises the limit of its host, which rank 0 asks about.
+
+    Raises:
+        ConfigError: the host cannot hold as many ranks.
+    """
+    if listener is None and _agent_hosts(rank, environ):
+        limit, host = limit_of_parent(), "torchrun, which hosts the store,"
+    else:
+        limit, host = raise_limit(), "rank 0, which hosts the store,"
+    check_room(rank.world_size, limit, host)
+    return connections_per_rank(rank.world_size, limit)
+
+
+def _agent_hosts(rank: RankInfo, environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent hosts the store, and not rank 0."""
+    return rank.launcher == TORCHRUN and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _import_torch() -> None:
@@ -101,6 +128,45 @@ def _connect(rank: RankInfo, listener: socket.socket | None, patience: Patience,
             f"MASTER_ADDR={rank.master_addr}, MASTER_PORT={rank.master_port}: rank {rank.rank} found no meeting place "
             f"there ({reason}); set both to the host of rank 0 and a free port"
         ) from None
+
+
+def another_connection(store: Store) -> Store:
+    """The same store, for another thread: of one connection, a call waits while another thread's waits."""
+    from torch.distributed import PrefixStore
+
+    clone = getattr(store, "clone", None)
+    if clone is None:  # torch before it had one
+        return store
+    copy: Store = clone()
+    if isinstance(copy, PrefixStore) and hasattr(copy.underlying_store, "port"):
+        _notice_a_dead_host(copy.underlying_store.port)
+    return copy
+
+
+def _notice_a_dead_host(port: int) -> None:
+    """Have the kernel end connections to the store whose host answers no more (Linux): its machine may have died.
+
+    A busy host still answers, since its kernel does.
+    """
+    if sys.platform != "linux":
+        return
+    seconds = int(_DEAD_SECONDS)
+    options = (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, seconds // 2),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, seconds // 8),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * seconds),
+    )
+    for path in Path("/proc/self/fd").iterdir():
+        descriptor = int(path.name)
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:  # options are the socket's, not the number's
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getpeername()[1] == port:
+                    for option in options:
+                        connection.setsockopt(*option)
 
 
 def _listen(rank: RankInfo, environ: Mapping[str, str]) -> socket.socket:

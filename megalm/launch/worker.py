@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,11 +31,13 @@ from megalm.launch.interfaces import check_interfaces
 from megalm.launch.job import Assignment, load_job
 from megalm.launch.logs import Console
 from megalm.launch.mpi import meet_over_mpi
-from megalm.launch.rendezvous import Meeting, init_process_group
+from megalm.launch.rendezvous import Meeting, abort_communicators, init_process_group
 from megalm.launch.reporter import Reporter
 from megalm.launch.signals import StopRequest
-from megalm.launch.store import LOOPBACK, free_port_listener, open_store
+from megalm.launch.store import LOOPBACK, free_port_listener, open_store, room
 from megalm.launch.waiting import Patience, StoppedError, how_to_be_alone
+from megalm.launch.watch import FailureWatch
+from megalm.mesh.transport import GLOO, NCCL, transport_of
 
 _PR_SET_PDEATHSIG = 1
 
@@ -95,8 +98,16 @@ def _assignment_of_launcher(held: ExitStack) -> Assignment:
     return assignment
 
 
+CarryOut = Callable[[Meeting, Assignment, StopRequest, Console], int]
+"""Does a job on one rank that has met the others, and gives its exit code."""
+
+
 def run_rank(
-    rank: RankInfo, stop: StopRequest, prepare: Callable[[ExitStack], Assignment], listener: socket.socket | None = None
+    rank: RankInfo,
+    stop: StopRequest,
+    prepare: Callable[[ExitStack], Assignment],
+    listener: socket.socket | None = None,
+    carry_out: CarryOut | None = None,
 ) -> NoReturn:
     """Run one rank to its end, and leave the process with the job's exit code.
 
@@ -106,11 +117,13 @@ def run_rank(
         prepare: makes the assignment, and may leave what is to be closed when the job has ended; called on rank 0
             alone, before torch is imported.
         listener: a socket for rank 0's store that listens already.
+        carry_out: None: choose a device, begin the log, make the process group, and run the assignment's job.
     """
     # Ranks above 0 will write to their log alone; what ends a run must be seen on the terminal too.
     console = Console()
     reporter = Reporter(console)
     held = ExitStack()
+    watch: FailureWatch | None = None
     try:
         assignment: Assignment | None = None
         failure: Exception | None = None
@@ -125,13 +138,24 @@ def run_rank(
             code = _dismiss(meeting, reporter, failure)
         else:
             meeting.gather()
-            code = _follow(meeting, assignment, stop, console)
+            assignment = _shared(meeting, assignment)
+            if assignment is None or assignment.nothing_to_do:
+                code = _without_work(meeting, assignment)
+            else:
+                watch = _watch(meeting, reporter, stop)
+                code = (carry_out or _carry_out)(meeting, assignment, stop, console)
+                meeting.leave_together(float(assignment.timeout_seconds), when_ended=watch.stop)
     except StoppedError as error:  # while others were waited for: they are not there to be told, or were stopped too
         if rank.rank == 0:
             console.write(f"{error}\n")
         code = int(error.exit_code)
     except Exception as error:
+        if watch is not None:
+            watch.stop()
         code = reporter.report(error)
+        if watch is not None and reporter.failed_first and _is_on_nccl():
+            # A closed connection may end the others with a code of torch's: they are to read of this rank's first.
+            time.sleep(watch.seconds_to_learn)
     held.close()
     _leave(code)
 
@@ -150,7 +174,11 @@ def _meet(rank: RankInfo, listener: socket.socket | None, stop: StopRequest, con
     console.hold_back_libraries(rank)
     # Ranks that megalm starts itself wait for seconds at most: a signal stops them after their first step, in order.
     patience = Patience(rank) if rank.launcher == LOCAL else Patience(rank, stop, say)
-    return Meeting(open_store(rank, listener, patience), rank, patience)
+    connections = room(rank, listener) if rank.rank == 0 else 0
+    meeting = Meeting(open_store(rank, listener, patience), rank, patience)
+    if connections:
+        meeting.allow(connections)
+    return meeting
 
 
 def _dismiss(meeting: Meeting, reporter: Reporter, failure: Exception) -> int:
@@ -161,25 +189,48 @@ def _dismiss(meeting: Meeting, reporter: Reporter, failure: Exception) -> int:
     return code
 
 
-def _follow(meeting: Meeting, assignment: Assignment | None, stop: StopRequest, console: Console) -> int:
-    """Share the assignment and carry it out; the exit code."""
+def _shared(meeting: Meeting, assignment: Assignment | None) -> Assignment | None:
+    """Rank 0's assignment, on every rank; None: rank 0 has none, and has said why."""
     if assignment is not None:
         meeting.publish(assignment.to_json())
-    else:
-        text = meeting.receive()
-        if not text:  # rank 0 has said why
-            first = meeting.claim_failure(ExitCode.BUG)
-            meeting.leave_together(_DISMISSAL_SECONDS)
-            return first[1] if first else ExitCode.BUG
-        assignment = Assignment.from_json(text)
-    if assignment.nothing_to_do:
-        if meeting.rank.rank == 0:
-            print(*assignment.nothing_to_do, sep="\n")
-        meeting.leave_together(_DISMISSAL_SECONDS)
-        return ExitCode.DONE
-    code = _carry_out(meeting, assignment, stop, console)
-    meeting.leave_together(float(assignment.timeout_seconds))
+        return assignment
+    text = meeting.receive()
+    return Assignment.from_json(text) if text else None
+
+
+def _without_work(meeting: Meeting, assignment: Assignment | None) -> int:
+    """Leave, as there is nothing to do or rank 0 could not say what; the exit code."""
+    code = int(ExitCode.DONE)
+    if assignment is None:
+        first = meeting.claim_failure(ExitCode.BUG)
+        code = first[1] if first else ExitCode.BUG
+    elif meeting.rank.rank == 0:
+        print(*assignment.nothing_to_do, sep="\n")
+    meeting.leave_together(_DISMISSAL_SECONDS)
     return code
+
+
+def _watch(meeting: Meeting, reporter: Reporter, stop: StopRequest) -> FailureWatch:
+    """From now on this rank ends if another one fails, whatever it does."""
+
+    def abort() -> bool:
+        if not _is_on_nccl():
+            return False
+        abort_communicators()
+        return True
+
+    watch = FailureWatch(
+        meeting.rank, meeting.failures(), abort=abort, last_wish=stop.fulfil_last_wishes, log=reporter.log
+    )
+    watch.start()
+    return watch
+
+
+def _is_on_nccl() -> bool:
+    """Whether this rank has communicators of NCCL."""
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_backend() == NCCL
 
 
 def _carry_out(meeting: Meeting, assignment: Assignment, stop: StopRequest, console: Console) -> ExitCode:
@@ -198,7 +249,8 @@ def _carry_out(meeting: Meeting, assignment: Assignment, stop: StopRequest, cons
             if note is not None:
                 print(note, flush=True)
     _tell_libraries(rank)
-    check_interfaces(os.environ)
+    if transport_of(device) == GLOO:
+        check_interfaces(os.environ)
     init_process_group(meeting.store, rank, assignment.timeout_seconds)
     return load_job(assignment.job).run(assignment.plan, rank, stop)
 

@@ -28,6 +28,7 @@ from megalm.mesh.splits import (
     splits_of,
 )
 from megalm.mesh.topology import REPLICAS, Coordinates, Topology
+from megalm.mesh.transport import GLOO, NCCL, transport_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ParallelContext:
     world_group: Group
     tied_group: Group
     inner_groups: Mapping[tuple[str, ...], Group] = field(default_factory=dict)
-    transport: str = "gloo"
+    transport: str = GLOO
     links: Mapping[tuple[int, int], Group] = field(default_factory=dict)
 
     @classmethod
@@ -134,8 +135,8 @@ class ParallelContext:
         rank, device = dist.get_rank(), torch.device(device)
         if dist.get_world_size() != topology.world_size:
             raise ValueError(f"{dist.get_world_size()} ranks started, the layout needs {topology.world_size}")
-        transport = transport or ("nccl" if device.type == "cuda" else "gloo")
-        if transport == "nccl":
+        transport = transport or transport_of(device.type)
+        if transport == NCCL:
             groups, links = _split_groups(topology, rank, maker or split_maker())
         else:
             groups, links = _local_groups(topology, rank), {}

@@ -53,6 +53,7 @@ def run_training(
 ) -> ExitCode:
     """What every rank runs, in an initialised process group: set up, train, and say how it ended."""
     trainer, callbacks = build_trainer(config, rank, stop, start, claim)
+    stop.before_sudden_end(trainer.linger)
     outcome = Outcome.FAILED
     try:
         outcome = trainer.fit()
