@@ -95,6 +95,27 @@ class Meeting:
         self._wait_for_count(f"{topic}-asked", self.rank.world_size)
         return self.store.add(f"{topic}-yes", 0) == self.rank.world_size
 
+    def tell(self, key: str, value: str) -> None:
+        """Leave something for other ranks to read, which :meth:`all_agree` makes sure of."""
+        self.store.set(key, value)
+
+    def told(self, keys: list[str]) -> list[str]:
+        """What ranks have left; one request. A rank that has left nothing is waited for."""
+        values = self.patience.call(lambda: self.store.multi_get(keys), self._others)
+        return [value.decode() for value in values]
+
+    def count(self, key: str) -> int:
+        """How many ranks have counted something, this one included."""
+        return self.store.add(key, 1)
+
+    def note(self, topic: str, text: str) -> None:
+        """Say something that is enough to be said by one rank: the first one's is kept."""
+        self.store.compare_set(topic, "", text)
+
+    def noted(self, topic: str) -> str:
+        """What the first rank to :meth:`note` has said; waits for it."""
+        return self.patience.call(lambda: self.store.get(topic), self._others).decode()
+
     def claim_failure(self, exit_code: int) -> tuple[int, int] | None:
         """Record that this rank failed, unless another has before; who failed first, and with which exit code.
 

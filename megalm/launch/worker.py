@@ -241,11 +241,11 @@ def _carry_out(meeting: Meeting, assignment: Assignment, stop: StopRequest, cons
     from megalm.launch.logs import start_log
 
     rank = meeting.rank
-    device, line = choose_device(assignment.device, meeting)
+    device = choose_device(assignment.device, meeting)
     rank = replace(rank, device=device)
     start_log(assignment.folder, rank, console)
     if rank.rank == 0:
-        for note in (*assignment.notes, line, slow_format(device, assignment.dtype)):
+        for note in (*assignment.notes, slow_format(device, assignment.dtype)):
             if note is not None:
                 print(note, flush=True)
     _tell_libraries(rank)
@@ -256,11 +256,12 @@ def _carry_out(meeting: Meeting, assignment: Assignment, stop: StopRequest, cons
 
 
 def _tell_libraries(rank: RankInfo) -> None:
-    """DeepSpeed and others look for torchrun's variables."""
+    """DeepSpeed and others look for torchrun's variables, and take ``LOCAL_RANK`` for the number of their GPU."""
+    _, _, gpu = rank.device.partition(":")
     os.environ.update(
         RANK=str(rank.rank),
         WORLD_SIZE=str(rank.world_size),
-        LOCAL_RANK=str(rank.local_rank),
+        LOCAL_RANK=gpu or str(rank.local_rank),
         LOCAL_WORLD_SIZE=str(rank.local_world_size),
         MASTER_ADDR=rank.master_addr,
         MASTER_PORT=str(rank.master_port),
