@@ -38,6 +38,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
     device = "cpu" if config.launch.device == "cpu" else "cuda"
     from megalm.dryrun.processes import reports
     from megalm.dryrun.text import lines
+    from megalm.plan.pipeline import pipeline_rows
 
     found = reports(config, ranks, world_size, device=device)
     if options.png is not None:
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str], prog: str) -> int:
         as_json = [report.as_json() for report in found]
         print(json.dumps(as_json[0] if len(as_json) == 1 else as_json, indent=2))
     else:
+        topology = topology_of(config, world_size)
+        job = pipeline_rows(config, topology) if topology.pp > 1 else {}
+        print(*(f"{name:15}{text}" for name, text in job.items()), sep="\n", end="\n\n" if job else "")
         print("\n\n".join("\n".join(lines(report)) for report in found))
     return ExitCode.DONE
 

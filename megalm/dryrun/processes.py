@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 from megalm.config.schema import Config
 from megalm.dryrun.report import RankReport
@@ -29,4 +30,19 @@ def _report(config: Config, rank: int, world_size: int, device: str) -> RankRepo
     torch.set_num_threads(1)
     from megalm.dryrun.run import dry_run
 
-    return dry_run(config, rank, world_size, device=device)
+    found = dry_run(config, rank, world_size, device=device)
+    if config.engine.recompute == "none" or found.memory_limit_gib is None:
+        return found
+    without = replace(config, engine=replace(config.engine, recompute="none"))
+    return replace(
+        found, notes=(*found.notes, _without_recomputation(found, dry_run(without, rank, world_size, device=device)))
+    )
+
+
+def _without_recomputation(found: RankReport, other: RankReport) -> str:
+    """Whether a device holds what is recomputed."""
+    saved = 1.0 - sum(other.flops.values()) / sum(found.flops.values())
+    return (
+        f"engine.recompute=none {'fits' if other.fits else 'does not fit'}: peak {other.peak_gib:.2f} GiB of "
+        f"{found.memory_limit_gib:g}, for {saved:.1%} fewer FLOPs"
+    )

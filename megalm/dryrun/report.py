@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 GIB = 2**30
 """Bytes of a gibibyte."""
@@ -90,7 +90,6 @@ class RankReport:
         traffic: messages of a step.
         host_syncs: reads of the device's values by the host in a step, by file and line.
         layers: a block's work by direction, the mean over blocks and micro-batches.
-        bubbles: idle fraction of the pipeline: ``ideal``, and replayed under NCCL's rules; empty without a pipeline.
         resume_bytes: that it reads from a checkpoint of the same layout to resume.
         notes: what is to be known of these figures.
     """
@@ -116,7 +115,6 @@ class RankReport:
     traffic: tuple[Traffic, ...]
     host_syncs: Mapping[str, int]
     layers: Mapping[str, LayerWork]
-    bubbles: Mapping[str, float] = field(default_factory=dict)
     resume_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -175,7 +173,6 @@ class RankReport:
                 }
                 for direction, work in self.layers.items()
             },
-            "bubbles": dict(self.bubbles),
             "resume_bytes": self.resume_bytes,
             "notes": list(self.notes),
         }

@@ -61,9 +61,23 @@ def dry_run(config: Config, rank: int, world_size: int, *, device: str, whole: b
         return _report(config, engine, names, step, start_peak, device, time.perf_counter() - began)
 
 
+def message_log(config: Config, context: ParallelContext) -> list[Message]:
+    """What one step of this rank sends and receives, in its order, on whatever process group there is.
+
+    On a real group it is what a real rank does; a dry run does the same, message by message.
+    """
+    tracer = Tracer(GroupNames(context))
+    with tracer, tracer.reads:
+        engine = _build(config, context, tracer)
+        rows = config.train.global_batch_size // context.topology.dp
+        with tracer.recording() as record:
+            _step(config, engine, rows=rows, tracer=tracer)
+    return record.messages
+
+
 def _build(config: Config, context: ParallelContext, tracer: Tracer) -> DeepSpeedEngine:
     """The engine of a rank, as ``megalm train`` builds it, without initial weights."""
-    assert tracer.ledger is not None and config.model.vocab_size is not None
+    assert config.model.vocab_size is not None
     model = build_transformer(
         config,
         config.model.vocab_size,
@@ -75,7 +89,8 @@ def _build(config: Config, context: ParallelContext, tracer: Tracer) -> DeepSpee
     layer_scopes(tracer, iter(model.blocks.items()))
     with tracer.allocating(GRADIENTS):
         engine = DeepSpeedEngine(model, context, config)
-    _name_state(engine, tracer.ledger)
+    if tracer.ledger is not None:
+        _name_state(engine, tracer.ledger)
     return engine
 
 
@@ -143,7 +158,7 @@ def _step(config: Config, engine: DeepSpeedEngine, *, rows: int, tracer: Tracer)
 
 
 def _packed(config: Config, rows: int, device: torch.device) -> PackedBatch:
-    """A batch on the device, by one copy, as the loader packs it on the host: with values, outside of the trace."""
+    """A batch on the device, by one copy, as the loader packs it on the host: with values, and not traced."""
     with _disable_current_modes():
         layout, buffer = pack(_batch(config, rows), device)
     return layout.views(to_device(buffer, device), rows)

@@ -14,12 +14,11 @@ def lines(report: RankReport) -> list[str]:
     stages = ", ".join(f"{stage} ({blocks} blocks)" for stage, blocks in report.stages.items())
     rows = {
         f"rank {report.rank}": f"{report.place}; stage{'s' if len(report.stages) > 1 else ''} {stages}",
-        "parameters": f"{report.parameters:,}",
+        "parameters": f"{report.parameters:,} here",
         "FLOPs": f"{_scaled(sum(report.flops.values()))} per step: {_parts(report.flops)}",
         "kernels": f"{sum(report.kernels.values()):,} per step: {_counts(report.kernels)}",
         "memory": _memory(report),
         "activations": _retained(report),
-        "bubble": ", ".join(f"{name} {fraction:.1%}" for name, fraction in report.bubbles.items()),
         "resume": "" if report.resume_bytes is None else f"reads {report.resume_bytes / GIB:,.2f} GiB of a checkpoint",
         "host syncs": _host_syncs(report),
         "traced": f"{report.ticks_traced:,} of {report.ticks:,} ticks, in {report.seconds:.1f} s and "

@@ -279,6 +279,9 @@ class _Pass(Generic[MicroBatch]):
         torch.autograd.backward(list(edges.values()), [gradients[name] for name in edges])
         if received is None:
             return None
-        return {
+        result = {
             name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in received.items()
         }
+        for tensor in received.values():
+            tensor.grad = None  # postponed weight gradients may keep the tensor: not what is sent back of it, too
+        return result

@@ -1,0 +1,56 @@
+"""A dry run sends and receives what a real run does, message by message."""
+
+from __future__ import annotations
+
+import pytest
+from harness import run_ranks
+from parity import Layout
+
+LAYOUTS = [
+    Layout(dp=4),
+    Layout(dp=4, zero_stage=0),
+    Layout(dp=4, zero_stage=2),
+    Layout(dp=4, zero_stage=3),
+    Layout(tp=2, pp=2),
+    Layout(tp=2, dp=2, sp=True),
+    Layout(pp=2, v=2, dp=2, schedule="interleaved_1f1b"),
+    Layout(pp=2, dp=2, schedule="zb_h1"),
+    Layout(cp=2, dp=2),
+    Layout(cp=4, cp_attention="ring"),
+]
+
+
+def log_real(layouts: list[Layout]) -> list[list]:
+    """Runs on every rank: the messages of a step, by layout."""
+    from megalm.dryrun.run import message_log
+    from megalm.mesh.groups import ParallelContext
+
+    return [message_log(layout.config(), ParallelContext.create(layout.topology)) for layout in layouts]
+
+
+def log_fake(layouts: list[Layout], rank: int) -> list[list]:
+    """The same of a rank that is not there; runs in a process without others."""
+    import torch.distributed as dist
+
+    from megalm.dryrun.fake_rank import fake_rank
+    from megalm.dryrun.run import message_log
+
+    dist.destroy_process_group()
+    logs = []
+    for layout in layouts:
+        with fake_rank(layout.config(), rank, layout.topology.world_size, device="cpu") as fake:
+            logs.append(message_log(layout.config(), fake.context))
+    return logs
+
+
+@pytest.fixture(scope="module")
+def real() -> list[list[list]]:
+    return run_ranks(4, log_real, LAYOUTS)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_dry_run_sends_what_a_real_run_sends(real: list[list[list]], rank: int) -> None:
+    (fake,) = run_ranks(1, log_fake, LAYOUTS, rank)
+    for layout, of_real, of_fake in zip(LAYOUTS, real[rank], fake, strict=True):
+        assert of_real, f"{layout}: nothing was sent"
+        assert of_real == of_fake, layout
