@@ -161,6 +161,7 @@ def exit_codes_page() -> str:
 ROOMS = {
     "cli": "one file per command",
     "api": "import megalm",
+    "dryrun": "a step without devices",
     "training": "loop, callbacks, saving",
     "verify": "proof of a layout",
     "evaluate": "perplexity, tasks",

@@ -23,7 +23,7 @@ def save_figure(reports: Sequence[RankReport], path: Path) -> None:
     figure = new_figure((9.0, 1.0 + 2.6 * len(reports)), 120)
     panels = figure.subplots(len(reports), 1, sharex=False, squeeze=False)[:, 0]
     for panel, report in zip(panels, reports, strict=True):
-        kinds = [kind for kind in report.memory if any(moment.peak.get(kind, 0) for moment in report.moments)]
+        kinds = list(report.memory)  # the same in every panel, which share one legend
         places = [moment.place for moment in report.moments]
         layers = [[moment.peak.get(kind, 0) / GIB for moment in report.moments] for kind in kinds]
         panel.stackplot(places, layers, labels=kinds, colors=[_COLOURS[kind] for kind in kinds], step="mid", lw=0)
@@ -41,6 +41,6 @@ def save_figure(reports: Sequence[RankReport], path: Path) -> None:
         panel.set_ylabel("GiB")
         panel.set_xlim(places[0], places[-1])
         panel.margins(y=0.08)
-        panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, reverse=True)
+    panels[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, reverse=True)
     panels[-1].set_xlabel("tick of the schedule; the last one is the reduction and the update")
     figure.savefig(path)
