@@ -3,12 +3,14 @@
     python -m second_job RANKS FOLDER OUTCOME [RANK]
 
 ``OUTCOME``: ``done``; ``refused``, while it is prepared; ``complete``, nothing to do; or ``bad-data``, ``diverged`` or
-``bug`` on one rank alone (``RANK``, 1 by default).
+``bug`` on one rank alone (``RANK``, 1 by default); ``stuck``: ``diverged``, while rank 0 waits for
+rank 2, which sleeps.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +22,12 @@ from megalm.launch.job import Assignment, Prepared
 from megalm.launch.run import run_job
 from megalm.launch.signals import StopRequest
 
+STUCK_SECONDS = 300.0
+
 ERRORS = {
     "bad-data": DataError("numbers: a rank has none; give it one"),
     "diverged": DivergedError("the sum is not finite"),
+    "stuck": DivergedError("the sum is not finite"),
     "bug": ZeroDivisionError("divides by zero"),
 }
 
@@ -63,6 +68,14 @@ class SumJob:
         import torch.distributed as dist
 
         folder, outcome, failing = plan.split()
+        stop.before_sudden_end((Path(folder) / f"wish-{rank.rank}").touch)
+        if outcome == "stuck":
+            pair = dist.new_group([0, 2])
+            dist.barrier()
+            if rank.rank == 2:
+                time.sleep(STUCK_SECONDS)
+            if rank.rank == 0:
+                dist.all_reduce(torch.zeros(1), group=pair)  # over a connection that nobody closes
         if rank.rank == int(failing) and outcome in ERRORS:
             raise ERRORS[outcome]
         total = torch.tensor(rank.rank + 1)

@@ -7,6 +7,7 @@ error's (torchrun turns it into 1); a note, and a job with nothing to do, are sa
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,36 @@ def test_a_job_with_nothing_to_do_says_so(launcher: str, tmp_path: Path) -> None
     code, output = run(launcher, tmp_path, "complete")
     assert (code, output.count("everything is added up already")) == (0, 1), output
     assert not list(tmp_path.glob("sum-*"))
+
+
+@pytest.mark.slow
+def test_ranks_that_a_failed_one_leaves_waiting_end_with_its_code(tmp_path: Path) -> None:
+    """No launcher ends them: rank 0 is in a collective with rank 2, which sleeps; neither has a connection that breaks.
+
+    As on GPUs, where a collective waits for a lost rank until its timeout.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "WORLD_SIZE": "3"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "3"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "second_job", "3", str(tmp_path), "stuck"],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        shown = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [4, 4, 4], shown
+    assert [text.splitlines() for text in shown[1:]] == [["the sum is not finite"], []]
+    for rank in (0, 2):
+        log = (tmp_path / "logs" / f"rank-{rank}.log").read_text()
+        assert "rank 1 failed (exit code 4), and this rank waits in vain: it ends, too" in log
+    assert sorted(path.name for path in tmp_path.glob("wish-*")) == ["wish-0", "wish-2"]

@@ -27,7 +27,7 @@ def run(ranks: int, outcome: str, folder: Path) -> tuple[list[int], str, float]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=True,
     )
     shown = [line for line in done.stderr.splitlines() if not line.startswith("waiting for ")]  # on a busy machine
@@ -38,6 +38,7 @@ def found(folder: Path, ranks: int) -> list[dict]:
     return [json.loads((folder / f"{rank}").read_text()) for rank in range(ranks)]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [HUNDREDS, 1024])
 def test_they_meet_agree_and_leave(ranks: int, tmp_path: Path) -> None:
     codes, shown, _ = run(ranks, "done", tmp_path)
