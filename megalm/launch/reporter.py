@@ -17,7 +17,15 @@ _NOTICE_SECONDS = 2.0
 _MAX_LIBRARY_CHARACTERS = 4000
 """Characters of libraries' own output that are shown if there is no log to read."""
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "remote process")
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "remote process",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
 
 
 class Reporter:
