@@ -76,11 +76,14 @@ def runs_of_rank(
 
 def _place_among_holders(record: ParameterRecord, topology: Topology, rank: int) -> tuple[int, int]:
     """(index, number) among the ranks that hold the same slice: the replicas, and those of the stage of a copy."""
-    if record.copies:
-        holders = next(ranks for ranks in topology.tied_groups() if rank in ranks)
-    else:
-        holders = topology.group_of(rank, *record.replicated_over)
-    return holders.index(rank), len(holders)
+    index, replicas = 0, 1
+    for axis in record.replicated_over:
+        degree = topology.degree(axis)
+        index, replicas = index * degree + topology.coordinate(rank, axis), replicas * degree
+    if not record.copies:
+        return index, replicas
+    stages = topology.first_and_last_pp_ranks
+    return stages.index(topology.coordinates(rank).pp) * replicas + index, len(stages) * replicas
 
 
 def _parts(

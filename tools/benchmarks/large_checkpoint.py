@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from megalm.checkpoint.collect import INDEX_ENDING
@@ -29,9 +30,15 @@ def topology_of(dp: int) -> Topology:
 
 def records_of_rank(topology: Topology, rank: int) -> list[ParameterRecord]:
     """The parameters that a rank of 175B holds."""
-    at, found = topology.coordinates(rank), []
+    at = topology.coordinates(rank)
+    return _records(topology, at.pp, at.tp)
+
+
+@cache
+def _records(topology: Topology, pp: int, tp: int) -> list[ParameterRecord]:
+    found = []
     tied = (0, topology.num_stages - 1)
-    words, padding = padded_range(VOCABULARY, at.tp, topology.tp)
+    words, padding = padded_range(VOCABULARY, tp, topology.tp)
 
     def add(name: str, shard: ShardSpec, *, copies: tuple[int, ...] = ()) -> None:
         split = ("tp",) if shard.cuts else ()
@@ -39,13 +46,13 @@ def records_of_rank(topology: Topology, rank: int) -> list[ParameterRecord]:
         found.append(ParameterRecord(name, shard, split_over=split, copies=copies, decays=decays))
 
     embedding = ShardSpec.along((VOCABULARY, HIDDEN), 0, (words,), padding)
-    for stage in topology.stages_of(at.pp):
+    for stage in topology.stages_of(pp):
         if stage == 0:
             add("embedding.weight", embedding, copies=tied)
             add("position.weight", ShardSpec.replicated(LENGTH, HIDDEN))
         share = LAYERS // topology.num_stages
         for layer in range(stage * share, (stage + 1) * share):
-            for name, shard in _block(topology.tp, at.tp):
+            for name, shard in _block(topology.tp, tp):
                 add(f"blocks.{layer}.{name}", shard)
         if stage == topology.num_stages - 1:
             for name in ("weight", "bias"):
