@@ -6,6 +6,7 @@ zero.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -22,13 +23,20 @@ from megalm.checkpoint.pieces import BYTES_PER_ELEMENT
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.reads import bytes_to_read
 from megalm.checkpoint.store import locate
+from megalm.config.compose import load_run_config
+from megalm.config.schema import Config
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
 from megalm.engine.resume import runs_of_rank
 from megalm.errors import CheckpointError
+from megalm.launch import RankInfo
+from megalm.launch.signals import StopRequest
 from megalm.mesh.groups import ParallelContext
+from megalm.models import transformer
 from megalm.models.transformer import build_transformer
+from megalm.runs.start import resolve_start, run_folder
 from megalm.training.proof import prove_loaded
 from megalm.training.restoring import shared_manifest
+from megalm.training.setup import build_trainer
 from megalm.verify.parity import DTYPES, Task, build_engine, train
 
 SAVED_AT = 3
@@ -337,3 +345,38 @@ def test_what_is_wrong_on_one_rank_is_named_on_all(proofs_folder: Path, name: st
     assert expected.partition(":")[0] in said
     wrong = {line.split(": ")[1] for line in said.splitlines()}
     assert len(wrong) == 1, "no other tensor is accused"
+
+
+def count_initialised(configs: list[Config]) -> list[list[str]]:
+    """On one rank: the tensors that are filled with random values as each run begins."""
+    found: list[list[str]] = []
+    initialise = transformer.initialise
+    transformer.initialise = lambda tensors, seed: found[-1].extend(t.name for t in tensors) or initialise(tensors, seed)
+    try:
+        for config in configs:
+            found.append([])
+            rank = RankInfo(
+                rank=0,
+                world_size=1,
+                local_rank=0,
+                local_world_size=1,
+                launcher="local",
+                master_addr="",
+                master_port=0,
+            )
+            _, callbacks = build_trainer(config, rank, StopRequest(), resolve_start(config, run_folder(config)))
+            callbacks.close()
+    finally:
+        transformer.initialise = initialise
+    return found
+
+
+@pytest.mark.slow
+def test_weights_that_are_loaded_are_not_made_first(short_runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(short_runs[0], tmp_path / "slow")
+    resumed = load_run_config(run, [f"run.dir={tmp_path}", "train.steps=9"])
+    named = replace(resumed, run=replace(resumed.run, name="other"))
+    begun = replace(named, checkpoint=replace(named.checkpoint, init_from=str(run)))
+    (fresh, of_resumed, of_begun), *_ = run_ranks(1, count_initialised, [named, resumed, begun])
+    assert "embedding.weight" in fresh
+    assert of_resumed == of_begun == []

@@ -1,4 +1,5 @@
-"""Makes this folder's checkpoint: three steps on tp2·dp2·ep2 of a model with experts, a buffer and a frozen block.
+"""Makes the checkpoint of this folder, and of those of later versions: three steps on tp2·dp2·ep2 of a model with
+experts, a buffer and a frozen block.
 
 python tests/golden/checkpoint_v4/make.py FOLDER
 """
@@ -15,13 +16,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "dist"), str(Path(__file__).resolve().parents[3])]
 
 from expert_layer import task_of
-from harness import run_ranks
 from parity import MODEL, Layout
 from test_parameter_records import save_state
 
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.store import locate
 from megalm.core.parameters import freeze
+from megalm.launch.function_ranks import call_on_ranks
 from megalm.mesh.groups import ParallelContext
 from megalm.mesh.slices import ShardSpec
 from megalm.models.transformer import Transformer
@@ -58,6 +59,6 @@ def digests(checkpoint: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]).resolve()
-    run_ranks(4, save, target)
+    call_on_ranks(4, save, target, timeout_seconds=180.0)
     found = digests(locate(target).path)
     (target / "expected.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -340,7 +340,7 @@ def test_the_best_is_read_from_manifests(tmp_path: Path) -> None:
     assert [info.step for info in complete_checkpoints(tmp_path)] == [2, 7]
 
 
-@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
 def test_formats_of_the_past_load_for_ever(version: int) -> None:
     """Written by the megalm of that version, on 8 or 4 ranks; see tests/golden/README.md."""
     folder = GOLDEN / f"checkpoint_v{version}"

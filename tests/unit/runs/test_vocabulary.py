@@ -11,6 +11,7 @@ import tokenizers
 import torch
 from foreign_models import BERT, GPT2, LLAMA, write_random_run
 
+from megalm.checkpoint import extension
 from megalm.checkpoint.extension import ExtendedReader
 from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.reader import CheckpointReader
@@ -193,6 +194,10 @@ def test_old_rows_are_kept_and_new_ones_are_those_of_a_fresh_model(model: Model,
             expected[:101] = old.values[p.name]
             local = reader.read_local(p.name, "weight", p.shard)
             assert torch.equal(local, p.shard.take(expected))
+            width = local[0].numel()
+            for start, stop in ((0, 1), (50 * width - 3, 52 * width), (local.numel() - 2 * width - 1, local.numel())):
+                run = reader.read_flat(p.name, "weight", p.shard, start, stop - start)
+                assert torch.equal(run, local.view(-1)[start:stop]), "a run is that of the whole"
             piece = reader.saved_part(StatePiece(ParameterRecord(p.name, p.shard), "weight", 0, local.view(-1)))
             share = fingerprint(p.name, p.shard, 0, piece.values)
             totals[p.name] = (totals.get(p.name, 0) + share) % (1 << 64)
@@ -209,3 +214,23 @@ def test_only_words_may_be_added(tmp_path: Path) -> None:
     reader = ExtendedReader(checkpoint, vocabulary, seed=5, dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"position\.weight: \[32, 24\] in the checkpoint, \[64, 24\]"):
         reader.check_parameters({p.name: p.shard.full_shape for p in longer})
+
+
+def test_of_new_rows_those_are_made_that_a_rank_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_random_run(tmp_path / "run", GPT2)
+    (words,) = [p for p in declared_of(replace(GPT2, vocab_size=205), tp=1, tp_rank=0) if p.shard.full_shape[0] == 205]
+    reader = ExtendedReader(CheckpointReader(locate(tmp_path / "run").path), [words], seed=5, dtype=torch.float32)
+    made: list[tuple[int, int]] = []
+    initial_values = extension.initial_values
+
+    def counted(name: str, shard: ShardSpec, *rest: object) -> torch.Tensor:
+        made.append(shard.cuts[0].ranges[0])
+        return initial_values(name, shard, *rest)
+
+    monkeypatch.setattr(extension, "initial_values", counted)
+    width = words.shard.full_shape[1]
+    reader.read_flat(words.name, "weight", words.shard, 0, 101 * width)
+    assert made == []
+    reader.read_flat(words.name, "weight", words.shard, 100 * width, 3 * width + 1)
+    reader.read_flat(words.name, "weight", words.shard, 150 * width, 55 * width)
+    assert made == [(101, 104), (150, 205)]
