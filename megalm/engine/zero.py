@@ -293,6 +293,11 @@ class PartitionedAdamW(FlatZeroOptimizer):
         """For every piece."""
         self._make_state(optimizer_steps)
 
+    def weight_fragment(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """See :meth:`ZeroOptimizer.weight_fragment`."""
+        self.settle_weights()
+        return super().weight_fragment(parameter)
+
     def full_weight(self, parameter: nn.Parameter) -> Tensor:
         """See :meth:`ZeroOptimizer.full_weight`."""
         self.settle_weights()

@@ -189,9 +189,7 @@ def follow_gathers(layout: Layout) -> dict[str, list]:
         "evaluate": lambda: engine.evaluate(micro_batches),
         "state_pieces": engine.state_pieces,
         "full_weight": lambda: engine.full_weight(engine.tensors[0]),
-        "put_weight": lambda: engine._optimizer.put_weight(
-            engine.tensors[0].parameter, engine.tensors[0].parameter.detach().clone()
-        ),
+        "model_pieces": engine.model_pieces,
         "settle_weights": engine.settle_weights,
         "view": ask_view,
     }.items():
@@ -251,5 +249,5 @@ def test_gathers_are_hidden_behind_forward_and_awaited_by_whoever_reads_weights(
         assert 0 < left[0] < buckets and left == sorted(left, reverse=True), "one after the other, as forward comes"
         assert sum(number > 0 for number in left) >= MODEL.num_layers // 2
         assert left[-1] == 0
-        for name in ("evaluate", "state_pieces", "full_weight", "put_weight", "settle_weights", "view"):
+        for name in ("evaluate", "state_pieces", "full_weight", "model_pieces", "settle_weights", "view"):
             assert found[name] == [buckets, 0], name
