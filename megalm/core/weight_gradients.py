@@ -47,6 +47,7 @@ class GradientSink(Protocol):
         """Add ``Gᵀ X`` to the gradient [O, I] of a weight: G [n, O], X [n, I]."""
 
 
+@torch.no_grad()
 def add_product(total: Tensor, gradients: Tensor, inputs: Tensor, *, replace: bool) -> None:
     """``total`` [O, I] fp32 ``+= Gᵀ X``: output gradients G [n, O] and inputs X [n, I], both of one floating dtype.
 
