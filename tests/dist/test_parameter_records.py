@@ -184,6 +184,8 @@ FROZEN = [
     Layout(dp=4, zero_stage=3),
     Layout(pp=2, dp=2, dtype="bf16"),
     Layout(cp=2, dp=2, cp_attention="ring", recompute="full"),
+    Layout(tp=2, sp=True, pp=2, schedule="zb_h1", fusion=True),
+    Layout(dp=4, zero_stage=2, fusion=True),
 ]
 
 

@@ -195,6 +195,7 @@ def _layout(rng: random.Random, base: Fields, most_ranks: int) -> Fields:
         "engine.loss_chunk_tokens": rng.choice((0, 12, 2048)),
         "train.micro_batch_size": rng.choice((1, 2, 3)),
         "data.prefetch_batches": rng.choice((1, 2)),
+        "engine.gradient_accumulation_fusion": rng.random() < 0.2,
     }
 
 

@@ -176,6 +176,26 @@ def test_defaults_are_in_bounds_and_among_the_choices() -> None:
             "engine.zero_stage=1 or 2",
         ),
         (
+            {"engine__zero_stage": 0, "engine__dtype": "fp32", "engine__reduce_dtype": "bf16"},
+            "engine.reduce_dtype=bf16: at engine.zero_stage=0 replicas own no pieces of the gradients; "
+            "engine.reduce_dtype=fp32, or engine.zero_stage=1 or 2",
+        ),
+        (
+            {"engine__zero_stage": 3, "parallel__pp": 1, "parallel__tp": 1, "engine__reduce_dtype": "bf16"},
+            "engine.reduce_dtype=bf16: at engine.zero_stage=3 DeepSpeed reduces in fp32; "
+            "engine.reduce_dtype=fp32, or engine.zero_stage=1 or 2",
+        ),
+        (
+            {
+                "engine__zero_stage": 3,
+                "parallel__pp": 1,
+                "parallel__tp": 1,
+                "engine__gradient_accumulation_fusion": True,
+            },
+            "engine.gradient_accumulation_fusion=true: not in this version with ZeRO-3; "
+            "engine.gradient_accumulation_fusion=false, or engine.zero_stage=1 or 2",
+        ),
+        (
             {"train__batch_ramp_start": 6, "train__batch_ramp_tokens": 100, "train__global_batch_size": 24},
             "train.batch_ramp_start=6: not a multiple of dp*micro_batch_size = 2*2 = 4 on 8 ranks; "
             "train.batch_ramp_start=4, 8, 12 or 24, or train.micro_batch_size=1 or 3",
