@@ -49,6 +49,7 @@ BOUNDS: dict[str, Bounds] = {
     "parallel.pp": _COUNT,
     "parallel.cp": _COUNT,
     "parallel.virtual_stages": _COUNT,
+    "parallel.tp_overlap_parts": _COUNT,
     "parallel.stage_layers": _COUNT,
     "model.num_layers": _COUNT,
     "model.hidden_size": _COUNT,

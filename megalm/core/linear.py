@@ -9,21 +9,24 @@ collectives of a pair, and the products that hide them:
     ==================== ======================================= ================================================
     layer, pass          collective                              hidden behind
     ==================== ======================================= ================================================
-    column, forward      SP: all-gather of the input             nothing: the product needs it
+    column, forward      SP: all-gather of the input             nothing: the product needs it; in parts: the
+                                                                 product of the part before
     column, backward     SP: all-gather of the input             the input gradient's product
-    column, backward     all-reduce (SP: reduce-scatter) of the  the weight gradient's product
-                         input gradient
-    row, forward         all-reduce (SP: reduce-scatter) of the  nothing: what follows needs it
-                         output
+    column, backward     all-reduce (SP: reduce-scatter) of the  the weight gradient's product; where that is
+                         input gradient                          postponed, as row, forward
+    row, forward         all-reduce (SP: reduce-scatter) of the  nothing: what follows needs it; in parts: the
+                         output                                  product of the next part
     row, backward        SP: all-gather of the output gradient   nothing: the first product needs it; the bias's sum
-                                                                 is computed meanwhile
+                                                                 is computed meanwhile; in parts: as column, forward
     either, postponed    SP: the same all-gather once more       the weight gradient's product of the layer before
     ==================== ======================================= ================================================
+
+"In parts" is with ``TensorParallel.parts`` above 1; what it costs is in ``overlap.py``.
 
 Under sequence parallelism a layer keeps its share of the input for backward, never the gathered tensor, and so does a
 product that a zero-bubble schedule postpones: it gathers again. All members of a group run the same schedule, so they
 enter these collectives in the same order. What zero bubble costs: with the weight gradient postponed, nothing hides the
-input gradient's reduction, nor the gather of a stage's first postponed product.
+input gradient's reduction (in parts: the last part's), nor the gather of a stage's first postponed product.
 
 With T=1 a layer is ``F.linear``, unless its weight gradients are handed over (zero bubble,
 ``engine.gradient_accumulation_fusion``). Otherwise it is a function with a backward of its own, which ``torch.compile``
@@ -42,15 +45,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megalm.core.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from megalm.core.collectives import Pending, start_all_gather
+from megalm.core.overlap import Gathering, Reduction
 from megalm.core.parameters import Init, ParallelModule
-from megalm.core.tensor_parallel import TensorParallel
+from megalm.core.tensor_parallel import SEQUENCE, TensorParallel
 from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.groups import Group
 from megalm.mesh.slices import ShardSpec, even_range
-
-SEQUENCE = 1
-"""The dim of an activation that sequence parallelism splits."""
 
 Linear = Callable[[Tensor, nn.Parameter, nn.Parameter | None], Tensor]
 """(input, weight, bias) ▶ output."""
@@ -208,8 +209,9 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.tensor_parallel, ctx.weight_gradients = tensor_parallel, weight_gradients
         ctx.parameter, ctx.bias = weight, bias
-        whole = start_all_gather(x, tensor_parallel.group, SEQUENCE).wait() if tensor_parallel.splits_sequence else x
-        return F.linear(whole, weight, bias)
+        if tensor_parallel.splits_sequence:
+            return Gathering(x, tensor_parallel).product(weight.t(), bias)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -220,11 +222,12 @@ class _ColumnLinear(torch.autograd.Function):
             _Whole(gradient), _Share(x, tensor_parallel.group) if tensor_parallel.splits_sequence else _Whole(x)
         )
         store = ctx.weight_gradients if ctx.weight_gradients and ctx.weight_gradients.postpones else None
-        if needs_weight and store is None:
+        is_hidden = needs_weight and store is None
+        if is_hidden:
             product.start()
-        reduction: Pending | None = None
+        reduction: Reduction | None = None
         if needs_input:
-            reduction = _start_reduction(gradient @ weight, tensor_parallel)
+            reduction = Reduction(gradient, weight, tensor_parallel, 1 if is_hidden else tensor_parallel.parts)
         weight_gradient = _weight_gradient(product, ctx.parameter, ctx.weight_gradients) if needs_weight else None
         bias_gradient = _bias_gradient(gradient, ctx.bias, ctx.weight_gradients) if needs_bias else None
         return None, None, None if reduction is None else reduction.wait(), weight_gradient, bias_gradient
@@ -243,7 +246,7 @@ class _RowLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.tensor_parallel, ctx.weight_gradients = tensor_parallel, weight_gradients
         ctx.parameter, ctx.bias = weight, bias
-        y = _start_reduction(F.linear(x, weight), tensor_parallel).wait()
+        y = Reduction(x, weight.t(), tensor_parallel, tensor_parallel.parts).wait()
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -252,13 +255,13 @@ class _RowLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         tensor_parallel, (_, _, needs_input, needs_weight, needs_bias) = ctx.tensor_parallel, ctx.needs_input_grad
         store = ctx.weight_gradients if ctx.weight_gradients and ctx.weight_gradients.postpones else None
-        share = _Share(gradient, tensor_parallel.group) if tensor_parallel.splits_sequence else _Whole(gradient)
-        share.start()
+        is_needed = needs_weight and store is None
+        gathering = Gathering(gradient, tensor_parallel) if tensor_parallel.splits_sequence else None
         bias_gradient = _bias_gradient(gradient, ctx.bias, ctx.weight_gradients) if needs_bias else None
-        whole = share.whole()
-        input_gradient = whole @ weight if needs_input else None
+        input_gradient, whole = _row_products(gradient, gathering, weight if needs_input else None, keep=is_needed)
         # A postponed product keeps the share and gathers it again, so that memory does not grow with what waits.
-        product = _WeightProduct(_Whole(whole) if store is None else share, _Whole(x))
+        waiting = _Whole(gradient) if gathering is None else _Share(gradient, tensor_parallel.group)
+        product = _WeightProduct(_Whole(whole) if is_needed else waiting, _Whole(x))
         weight_gradient = _weight_gradient(product, ctx.parameter, ctx.weight_gradients) if needs_weight else None
         return None, None, input_gradient, weight_gradient, bias_gradient
 
@@ -318,13 +321,15 @@ class _WeightProduct:
         return gradients.t() @ inputs
 
 
-def _start_reduction(part: Tensor, tensor_parallel: TensorParallel) -> Pending:
-    """Parts [B, S, H] ▶ their sum as activations are outside tensor-parallel regions."""
-    return (
-        start_reduce_scatter(part, tensor_parallel.group, SEQUENCE)
-        if tensor_parallel.splits_sequence
-        else start_all_reduce(part, tensor_parallel.group)
-    )
+def _row_products(
+    gradient: Tensor, gathering: Gathering | None, weight: Tensor | None, *, keep: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The input gradient ``G W``, None without W; and G of all tokens, or of the rank's if it need not be kept."""
+    if gathering is None:
+        return None if weight is None else gradient @ weight, gradient
+    if weight is None:
+        return None, gathering.whole()
+    return gathering.product_and_whole(weight) if keep else (gathering.product(weight), gradient)
 
 
 def _weight_gradient(product: _WeightProduct, weight: nn.Parameter, taker: WeightGradients | None) -> Tensor | None:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from megalm.mesh.groups import ALONE, Group
 
+SEQUENCE = 1
+"""The dim of an activation that sequence parallelism splits."""
+
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -17,10 +20,13 @@ class TensorParallel:
         group: the tensor-parallel group, of degree T.
         sequence_parallel: activations between column-parallel inputs and row-parallel outputs are split along the
             sequence, [B, S/T, H] (Korthikanti et al. 2022), instead of being whole on every rank.
+        parts: in how many parts a linear layer computes a product whose collective nothing else hides; see
+            ``overlap.py``.
     """
 
     group: Group = ALONE
     sequence_parallel: bool = False
+    parts: int = 1
 
     @property
     def splits_sequence(self) -> bool:

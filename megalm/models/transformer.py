@@ -328,7 +328,9 @@ def build_transformer(
         config.model,
         vocab_size,
         part=Part({stage: layers[stage] for stage in context.stages}, context.topology.num_stages),
-        tensor_parallel=TensorParallel(context.tp_group, config.parallel.sequence_parallel),
+        tensor_parallel=TensorParallel(
+            context.tp_group, config.parallel.sequence_parallel, config.parallel.tp_overlap_parts
+        ),
         context_parallel=ContextParallel(context.cp_group, config.parallel.cp_attention),
         engine=config.engine,
         objective=objective,

@@ -24,6 +24,7 @@ class Layout:
 
     tp: int = 1
     sp: bool = False
+    parts: int = 1
     pp: int = 1
     v: int = 1
     cp: int = 1
@@ -55,6 +56,7 @@ class Layout:
             for item in fields(self)
             if item.name
             in (
+                "parts",
                 "v",
                 "stage_layers",
                 "offload",
@@ -105,6 +107,7 @@ class Layout:
                 schedule=self.schedule,
                 stage_layers=self.stage_layers,
                 sequence_parallel=self.sp,
+                tp_overlap_parts=self.parts,
                 cp_attention=self.cp_attention,
             ),
             engine=Engine(

@@ -103,6 +103,15 @@ WORLDS: dict[int, list[Layout]] = {
         # So many parameters that the sums behind norm and loss show how they are computed.
         Layout(dp=4, zero_stage=0, model=MILLIONS, name="millions"),
         Layout(tp=2, sp=True, dp=2, zero_stage=2, model=MILLIONS, name="millions"),
+        # Tensor-parallel products in parts: sequences of a micro-batch (2), and tokens of a share where parts are more.
+        Layout(tp=4, parts=2),
+        Layout(tp=2, parts=3, pp=2, schedule="zb_h1"),
+        Layout(tp=2, sp=True, parts=2, dp=2, model=DROPOUT, name="dropout"),
+        Layout(tp=4, sp=True, parts=3, recompute="full"),
+        Layout(tp=2, sp=True, parts=3, pp=2, schedule="zb_h1", recompute="selective"),
+        Layout(tp=2, sp=True, parts=3, cp=2, cp_attention="ring", model=LLAMA, name="llama"),
+        Layout(tp=2, sp=True, parts=3, pp=2, schedule="zb_h1", model=BERT, name="bert"),
+        Layout(tp=2, sp=True, parts=4, pp=2, dtype="bf16"),
         # Recomputation, the loss's extra term, dropout.
         Layout(tp=2, sp=True, pp=2, recompute="selective"),
         Layout(pp=4, schedule="zb_h1", recompute="full"),

@@ -6,7 +6,7 @@ whether the weight gradients are computed in backward or postponed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -24,13 +24,17 @@ class Case:
     tp: int
     sequence_parallel: bool
     zero_bubble: bool
+    parts: int = 1
 
     def __str__(self) -> str:
         options = [n for n, on in (("sp", self.sequence_parallel), ("zb", self.zero_bubble)) if on]
-        return "·".join([f"tp{self.tp}", *options])
+        return "·".join([f"tp{self.tp}", *options, *([f"parts{self.parts}"] if self.parts > 1 else [])])
 
 
 CASES = [Case(tp, sp, zb) for tp in (1, 2, 4) for sp in (False, True) for zb in (False, True)]
+CASES += [Case(tp, sp, zb, parts) for tp in (2, 4) for sp in (False, True) for zb in (False, True) for parts in (2, 3)]
+"""Of two sequences: one each in 2 parts; in 3, uneven parts of a share's tokens, or fewer of two."""
+
 CASES = [case for case in CASES if case.tp > 1 or not case.sequence_parallel]
 
 
@@ -78,7 +82,7 @@ def _probe(case: Case) -> dict[str, dict[str, Tensor]]:
 
     group = ALONE if case.tp == 1 else ParallelContext.create(Topology(tp=case.tp, dp=4 // case.tp)).tp_group
     weight_gradients = WeightGradients()
-    tp = TensorParallel(group, case.sequence_parallel)
+    tp = TensorParallel(group, case.sequence_parallel, case.parts)
 
     def outside(x: Tensor) -> Tensor:
         """What a rank has of an activation outside tensor-parallel regions."""
@@ -228,6 +232,17 @@ def test_layer_matches_one_process(case: Case, name: str, results) -> None:
         torch.testing.assert_close(total, want[parameter], msg=lambda m, p=parameter: f"{p}: {m}")
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.parts > 1], ids=str)
+def test_parts_change_nothing_but_the_last_bits(case: Case, results) -> None:
+    """A ring adds the ranks' parts of an element in an order that depends on where it lies in the buffer."""
+    whole = results[replace(case, parts=1)]
+    for name in ("column", "row", "pair"):
+        for found, want in zip(results[case], whole, strict=True):
+            assert found[name].keys() == want[name].keys()
+            for key, value in want[name].items():
+                torch.testing.assert_close(found[name][key], value, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.2])
 @pytest.mark.parametrize("case", [case for case in CASES if not case.zero_bubble], ids=str)
 def test_output_loss_matches_one_process(case: Case, z_loss: float, results) -> None:
@@ -289,6 +304,7 @@ def trace() -> dict[str, list]:
     log: list[str] = []
     short = {
         "mm": "product",
+        "addmm": "product",
         "addmm_": "product",
         "allreduce_": "reduce",
         "_allgather_base_": "gather",
@@ -311,9 +327,9 @@ def trace() -> dict[str, list]:
     Pending.wait = logged_wait  # type: ignore[method-assign]
     found: dict[str, list] = {}
     for sequence_parallel in (False, True):
-        for zero_bubble in (False, True):
-            tp, store = TensorParallel(context.tp_group, sequence_parallel), WeightGradients()
-            name = ("sp" if sequence_parallel else "whole") + ("·zb" if zero_bubble else "")
+        for zero_bubble, parts in ((False, 1), (True, 1), (False, 2), (True, 2)):
+            tp, store = TensorParallel(context.tp_group, sequence_parallel, parts), WeightGradients()
+            name = ("sp" if sequence_parallel else "whole") + ("·zb" if zero_bubble else "") + "·parts" * (parts > 1)
             column = ColumnParallelLinear(H, (FFN,), tensor_parallel=tp, std=1.0, bias=True)
             row = RowParallelLinear(FFN, H, tensor_parallel=tp, std=1.0, bias=True)
             if zero_bubble:
@@ -378,6 +394,25 @@ def test_postponed_products_gather_ahead(traced) -> None:
     assert traced["whole·zb later"] == ["product", "product"]
     assert traced["sp·zb backward"] == ["gather", "wait", "product", "product", "scatter", "wait"]
     assert traced["sp·zb later"] == ["gather", "gather", "wait", "product", "wait", "product"]
+
+
+def test_in_parts_every_collective_but_one_part_hides_behind_a_product(traced) -> None:
+    apart = ["product", "reduce", "product", "reduce", "wait", "wait"]
+    assert traced["whole forward"] == ["product", "product", "reduce", "wait"]
+    assert traced["whole·parts forward"] == ["product", *apart]
+    assert traced["whole·parts backward"] == traced["whole backward"], "there the weight gradient's product hides it"
+    assert traced["whole·zb·parts backward"] == ["product", *apart]
+
+    gathered = ["gather", "gather", "wait", "product", "wait", "product"]
+    scattered = ["product", "scatter", "product", "scatter", "wait", "wait"]
+    assert traced["sp forward"] == ["gather", "wait", "product", "product", "scatter", "wait"]
+    assert traced["sp·parts forward"] == gathered + scattered
+    column = ["gather", "product", "scatter", "wait", "product", "wait"]
+    assert traced["sp·parts backward"] == [*gathered, "product", *column]
+    assert traced["sp·zb·parts backward"] == gathered + scattered
+    assert traced["sp·zb·parts later"] == traced["sp·zb later"]
+    for name in ("whole", "sp"):
+        assert traced[f"{name}·parts saved"] == traced[f"{name} saved"]
 
 
 def test_output_loss_hides_gathers_and_reductions_behind_the_next_chunk(traced) -> None:
