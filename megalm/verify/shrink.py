@@ -62,6 +62,8 @@ class Case:
         ] or ["one rank"]
         if parallel.sequence_parallel and parallel.tp > 1:
             parts.append("sp")
+        if parallel.tp_overlap_parts > 1 and parallel.tp > 1:
+            parts.append(f"{parallel.tp_overlap_parts} overlapping parts")
         if parallel.cp > 1:
             parts.append(parallel.cp_attention)
         if parallel.virtual_stages > 1:
@@ -126,9 +128,10 @@ def related_layouts(layout: Case) -> list[Case]:
     """
     parallel = layout.config.parallel
     alone = Parallel(schedule="1f1b" if parallel.virtual_stages > 1 else parallel.schedule)
+    over_tp = {name: getattr(parallel, name) for name in ("tp", "sequence_parallel", "tp_overlap_parts")}
     one_axis = [
-        (parallel.tp > 1, replace(alone, tp=parallel.tp, sequence_parallel=parallel.sequence_parallel), 1),
-        (parallel.pp > 1, replace(parallel, tp=1, cp=1, sequence_parallel=False), 1),
+        (parallel.tp > 1, replace(alone, **over_tp), 1),
+        (parallel.pp > 1, replace(parallel, tp=1, cp=1, sequence_parallel=False, tp_overlap_parts=1), 1),
         (parallel.cp > 1, replace(alone, cp=parallel.cp, cp_attention=parallel.cp_attention), 1),
         (True, alone, 2),
     ]

@@ -186,6 +186,7 @@ def _layout(rng: random.Random, base: Fields, most_ranks: int) -> Fields:
         "parallel.schedule": rng.choice(schedules),
         "parallel.stage_layers": _split(rng, base["model.num_layers"], pp * stages) if rng.random() < 0.3 else None,
         "parallel.sequence_parallel": tp > 1 and rng.random() < 0.5,
+        "parallel.tp_overlap_parts": rng.choice((1, 2, 3)) if tp > 1 else 1,
         "parallel.cp_attention": rng.choice(("ulysses", "ring")),
         "engine.zero_stage": rng.choice((0, 1, 2, 3) if pp == 1 else (0, 1)),
         "engine.offload_optimizer": rng.random() < 0.15,

@@ -6,7 +6,6 @@ next stage, the last one to the terms of the objective.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megalm.core.pipeline.clock import Clock, HostClock, PassTimer, make_clock
 from megalm.core.pipeline.order import Exchange, issues
 from megalm.core.pipeline.p2p import Mailbox, Tensors, TensorSpec, posts_receives_early
 from megalm.core.pipeline.schedule import SCHEDULES, Action, Kind, Shape, Tick, forward_only, plan
@@ -81,18 +81,20 @@ class PipelineResult:
 
     Attributes:
         terms: what the last stage returned, in micro-batch order, detached; empty on other ranks.
-        busy_seconds: time spent computing.
-        total_seconds: time from the first action to the last.
+        timer: timing of the pass.
     """
 
     terms: list[Tensors]
-    busy_seconds: float
-    total_seconds: float
+    timer: PassTimer
 
     @property
     def bubble_fraction(self) -> float:
-        """Fraction of the pass that this rank spent waiting."""
-        return max(0.0, 1.0 - self.busy_seconds / self.total_seconds) if self.total_seconds else 0.0
+        """Fraction of the pass that this rank spent waiting.
+
+        Cheap, and never waits: on CUDA it is that of a pass before where the device has not finished this one; see
+        ``clock.py``.
+        """
+        return self.timer.timing().bubble_fraction
 
 
 class TickObserver(Protocol):
@@ -114,6 +116,7 @@ class PipelineRunner(Generic[MicroBatch]):
         schedule: a key of ``SCHEDULES``.
         between_stages: what travels between stages, by name.
         weight_gradients: where the stages' layers leave products that the schedule postpones.
+        clock: times passes; None: that of the context's device.
     """
 
     def __init__(
@@ -124,12 +127,14 @@ class PipelineRunner(Generic[MicroBatch]):
         schedule: str,
         between_stages: Mapping[str, TensorSpec],
         weight_gradients: WeightGradients | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.stages = stages
         self._context = context
         self._early = posts_receives_early(context)
         self.between_stages = between_stages
         self._weight_gradients = weight_gradients or WeightGradients()
+        self._clock = clock or make_clock(context.device)
         topology, rank = context.topology, context.coordinates.pp
         self._last_stage = topology.num_stages - 1
 
@@ -156,13 +161,15 @@ class PipelineRunner(Generic[MicroBatch]):
             loss_scale: factor of the objective in backward; reported losses are without it.
             observer: is told of every tick.
         """
-        ticks = self.ticks(len(micro_batches))
-        return _Pass(self, micro_batches, gradients or PlainGradients(), loss_scale, observer).run(ticks)
+        ticks, gradients = self.ticks(len(micro_batches)), gradients or PlainGradients()
+        return _Pass(self, micro_batches, gradients, loss_scale, self._clock.start(), observer).run(ticks)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> PipelineResult:
         """Forward of every micro-batch, without gradients."""
-        return _Pass(self, micro_batches, PlainGradients(), 1.0).run(self._ticks(len(micro_batches), False))
+        # Nobody asks how long it waits; and a clock of events, asked too early, tells of the training step before.
+        unread = HostClock().start()
+        return _Pass(self, micro_batches, PlainGradients(), 1.0, unread).run(self._ticks(len(micro_batches), False))
 
     def with_parts(self, *, ticks: tuple[Tick, ...], stages: Stages[MicroBatch]) -> PipelineRunner[MicroBatch]:
         """The same runner with another plan for training, and other stages: to look at a part of its work."""
@@ -185,8 +192,10 @@ class _Pass(Generic[MicroBatch]):
         micro_batches: Sequence[MicroBatch],
         gradients: Gradients,
         loss_scale: Tensor | float,
+        timer: PassTimer,
         observer: TickObserver | None = None,
     ) -> None:
+        self._timer = timer
         self._observer = observer
         self._runner = runner
         self._micro_batches = micro_batches
@@ -198,11 +207,9 @@ class _Pass(Generic[MicroBatch]):
         self._live: dict[tuple[int, int], tuple[Tensors | None, dict[str, GradientEdge]]] = {}
         self._terms: dict[int, Tensors] = {}
         self._last_work: dict[int, Action] = {}
-        self._busy_seconds = 0.0
 
     def run(self, ticks: tuple[Tick, ...]) -> PipelineResult:
         self._last_work = {tick.action.stage: tick.action for tick in ticks if tick.action}
-        started = time.perf_counter()
         for tick in ticks:
             if self._observer is not None:
                 self._observer.before(tick)
@@ -210,8 +217,8 @@ class _Pass(Generic[MicroBatch]):
             if self._observer is not None:
                 self._observer.after(tick)
         self._mailbox.flush()
-        terms = [self._terms[m] for m in sorted(self._terms)]
-        return PipelineResult(terms, self._busy_seconds, time.perf_counter() - started)
+        self._timer.pass_ends()
+        return PipelineResult([self._terms[m] for m in sorted(self._terms)], self._timer)
 
     def _tick(self, tick: Tick) -> None:
         result: Tensors | None = None
@@ -223,9 +230,9 @@ class _Pass(Generic[MicroBatch]):
 
     def _work(self, action: Action) -> Tensors | None:
         received = self._receive(action)
-        before = time.perf_counter()
+        self._timer.work_begins()
         result = self._perform(action, received, last=self._last_work[action.stage] == action)
-        self._busy_seconds += time.perf_counter() - before
+        self._timer.work_ends()
         return result
 
     def _receive(self, action: Action) -> Tensors | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -120,6 +122,20 @@ def test_bubbles_of_16_stages_at_transfers_of_a_twentieth_of_a_forward(name, sha
     for found, want in ((False, grouped), (True, early)):
         bubble = bubble_fraction(SCHEDULES[name], shape, transfer=0.05, early=found)
         assert bubble == pytest.approx(want, abs=1e-4)
+
+
+def test_the_table_of_the_documentation_is_what_a_replay_gives() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    for name in SCHEDULES:
+        shape = V3 if name == "interleaved_1f1b" else PP16
+        (row,) = re.findall(rf"^\| `{name}` \| ([\d.| ]+) \|$", text, re.MULTILINE)
+        found = [bubble_fraction(SCHEDULES[name], shape)]
+        found += [
+            bubble_fraction(SCHEDULES[name], shape, transfer=t, early=e)
+            for e in (False, True)
+            for t in (0.0, 0.05, 0.1)
+        ]
+        assert row.split(" | ") == [f"{100 * bubble:.1f}" for bubble in found], name
 
 
 @pytest.mark.parametrize(("p", "m"), [(2, 3), (4, 16), (7, 5)])
