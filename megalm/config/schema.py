@@ -234,6 +234,9 @@ class Data:
     """Blocks whose sequences are shuffled together within a stream."""
     prefetch_batches: int = 2
     """Batches prefetched by a background thread."""
+    readers: str = "every_rank"
+    """Ranks that read shards: ``every_rank``, or ``one_per_replica``, which sends its batch to the other ranks that
+    compute with the same rows (tp × pp) in one message per step; those open no file of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)

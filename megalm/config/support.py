@@ -131,6 +131,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.on_failure": ("continue", "stop"),
     "parallel.schedule": ("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"),
     "parallel.cp_attention": ("ulysses", "ring"),
+    "data.readers": ("every_rank", "one_per_replica"),
     "model.position": ("learned", "rotary"),
     "model.rotary_scaling": ("none", "linear", "llama3", "yarn"),
     "model.residual": ("pre_norm", "post_norm", "parallel"),

@@ -17,7 +17,7 @@ from megalm.core.host import to_device
 from megalm.core.place import Place
 from megalm.data.stream.batch import Batch
 from megalm.engine.global_mean import count_units, unit_weight
-from megalm.engine.packed_batch import PackedBatch, pack
+from megalm.engine.packed_batch import PackedBatch, layout_of, pack
 from megalm.mesh.groups import ParallelContext
 from megalm.models.micro_batch import MicroBatch
 
@@ -46,16 +46,17 @@ def training_micro_batches(
     return _split(packed, micro_batch_size, cp, weight, dropout=True), units
 
 
-def evaluation_micro_batch(batch: Batch, device: torch.device, cp: ContextParallel) -> MicroBatch:
+def evaluation_micro_batch(batch: Batch | PackedBatch, device: torch.device, cp: ContextParallel) -> MicroBatch:
     """This rank's share of a whole batch, each loss weighed by the mask alone, without dropout."""
-    (whole,) = _split(on_device(batch, device), len(batch.tokens), cp, None, dropout=False)
+    packed = on_device(batch, device) if isinstance(batch, Batch) else batch
+    (whole,) = _split(packed, packed.rows, cp, None, dropout=False)
     return whole
 
 
 def on_device(batch: Batch, device: torch.device) -> PackedBatch:
     """A batch of the host on a device, by one copy that the host does not wait for."""
-    layout, buffer = pack(batch, device)
-    return layout.views(to_device(buffer, device), len(batch.tokens))
+    layout = layout_of(batch)
+    return layout.views(to_device(pack(batch, device, layout), device), len(batch.tokens))
 
 
 def _split(

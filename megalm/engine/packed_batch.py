@@ -93,6 +93,11 @@ class PackedBatch:
     units: Tensor
     arrays: Mapping[str, Tensor]
 
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.arrays["tokens"])
+
     def group(self, name: str) -> dict[str, Tensor]:
         """The arrays ``name.*``, by what stands for the asterisk."""
         prefix = f"{name}."
@@ -118,27 +123,21 @@ def layout_of(batch: Batch) -> Layout:
     return _layout(arrays_of(batch))
 
 
-def pack(batch: Batch, device: torch.device, expected: Layout | None = None) -> tuple[Layout, Tensor]:
-    """A batch in one buffer of host memory, from which it can be copied to ``device`` without a wait.
-
-    Args:
-        batch: of a replica.
-        device: where it goes.
-        expected: the layout that others take it to have; None: nobody does.
+def pack(batch: Batch, device: torch.device, layout: Layout) -> Tensor:
+    """A batch in one buffer of host memory, [nbytes] uint8, from which it can be copied to ``device`` without a wait.
 
     Raises:
         ValueError: it has another layout.
     """
     arrays = arrays_of(batch)
-    layout = _layout(arrays)
-    if expected is not None and layout != expected:
+    if (found := _layout(arrays)) != layout:
         raise ValueError(
-            f"the objective's make_batch gave {layout.arrays}, and of other rows {expected.arrays}: names, dtypes and "
+            f"the objective's make_batch gave {found.arrays}, and of other rows {layout.arrays}: names, dtypes and "
             "shapes must not depend on the rows"
         )
     buffer = staging(layout.nbytes(len(batch.tokens)), device)
     layout.fill(buffer.numpy(), arrays, batch.loss_mask.sum(dtype=np.float64))
-    return layout, buffer
+    return buffer
 
 
 def _layout(arrays: Mapping[str, NDArray[np.generic]]) -> Layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -14,10 +14,12 @@ from megalm.config.schema import Config
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.host import to_device
 from megalm.core.pipeline.runner import PipelineResult
-from megalm.data.stream.batch import MakeBatch
-from megalm.data.stream.loader import validation_batches
+from megalm.data.stream.batch import Batch, MakeBatch
+from megalm.data.stream.loader import example_batch, num_validation_batches, validation_batches
 from megalm.data.stream.sequences import Corpora
+from megalm.engine.feed import Feed
 from megalm.engine.micro_batches import evaluation_micro_batch
+from megalm.engine.packed_batch import PackedBatch
 from megalm.mesh.groups import ParallelContext
 from megalm.models.micro_batch import MicroBatch
 from megalm.objectives.base import Objective
@@ -34,7 +36,7 @@ class Validator:
     """What an objective reports over the validation split.
 
     Args:
-        config: micro-batch size, and whether attention is kept within documents.
+        config: micro-batch size, who reads, and whether attention is kept within documents.
         context: this rank's place and groups.
         corpora: the validation splits.
         objective: what is counted and measured, and what becomes of it.
@@ -61,27 +63,38 @@ class Validator:
             samples: how many sequences.
         """
         context, vocab_size = self._context, self._corpora.vocab_size
-        batches = validation_batches(
-            self._corpora,
-            samples,
-            self._config.train.micro_batch_size,
-            make_batch=self._make_batch,
-            dp_rank=context.coordinates.dp,
-            dp_size=context.topology.dp,
-            reset_at_documents=self._config.data.reset_at_documents,
-        )
-        # Of the ranks that see the same sequences, one counts.
+        batches = self._batches(samples)
+        # Of the ranks that see the same sequences, one counts; it is one that reads.
         counts_here = context.model_group.index == 0 and context.cp_group.index == 0
         measures = self._objective.measures
         sums = torch.zeros(len(measures), dtype=torch.float64, device=context.device)
         counts = np.zeros(self._objective.num_counts(vocab_size))
         while chunk := list(islice(batches, _MICRO_BATCHES_PER_STAGE * context.topology.pp)):
-            micro_batches = [evaluation_micro_batch(batch, context.device, context_parallel) for batch in chunk]
+            micro_batches = [evaluation_micro_batch(packed, context.device, context_parallel) for _, packed in chunk]
             found = evaluate(micro_batches)
             sums += torch.stack([found[name] for name in measures])
             if counts_here:
-                counts += sum(self._objective.counts(batch, vocab_size) for batch in chunk)
+                counts += sum(self._objective.counts(batch, vocab_size) for batch, _ in chunk if batch is not None)
         return self._objective.scores(*self._over_ranks(sums, counts))
+
+    def _batches(self, samples: int | None) -> Iterator[tuple[Batch | None, PackedBatch]]:
+        """This replica's batches, as they were read (None where another rank read them) and on the device."""
+        rows, reset = self._config.train.micro_batch_size, self._config.data.reset_at_documents
+        dp_rank, dp_size = self._context.coordinates.dp, self._context.topology.dp
+        example = example_batch(self._corpora, self._make_batch, reset_at_documents=reset)
+        return Feed(self._context, self._config.data.readers, example).deliver_all(
+            validation_batches(
+                self._corpora,
+                samples,
+                rows,
+                make_batch=self._make_batch,
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+                reset_at_documents=reset,
+            ),
+            num_validation_batches(self._corpora, samples, rows, dp_size),
+            rows,
+        )
 
     def _over_ranks(self, sums: Tensor, counts: NDArray[np.float64]) -> tuple[dict[str, float], NDArray[np.float64]]:
         own = torch.cat((sums, to_device(torch.from_numpy(counts), self._context.device)))

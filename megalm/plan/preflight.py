@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
@@ -20,7 +20,7 @@ from megalm.config.parse import config_from_dict, config_to_dict
 from megalm.config.schema import Config
 from megalm.config.unused import unused_settings
 from megalm.data.shards.dataset import DatasetInfo, inspect_dataset, inspect_datasets, open_datasets, tokenizer_of
-from megalm.data.shards.index import read_index
+from megalm.data.shards.index import Index, read_index
 from megalm.data.stream.order import BlendedOrder
 from megalm.data.stream.phases import DataState, too_many_epochs
 from megalm.errors import ConfigError, DataError
@@ -57,6 +57,8 @@ class Plan:
         complete: whether all steps have been taken already, so that there is nothing to start.
         start: what is loaded before the first step; chosen once, so that no rank sees it otherwise.
         claim: proof that the run's folder is this run's alone; None: nobody else is there to ask.
+        indexes: of each dataset, its splits' indexes without the hashes of shards. All files of them were there when
+            the plan was made: ranks take its word, and open none before they read it.
     """
 
     config: Config
@@ -65,6 +67,7 @@ class Plan:
     complete: bool = False
     start: StartPoint = field(default_factory=lambda: StartPoint(StartMode.FRESH))
     claim: Claim | None = None
+    indexes: tuple[Mapping[str, Index], ...] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -87,6 +90,9 @@ class Plan:
             complete=fields["complete"],
             start=StartPoint.from_dict(fields["start"]),
             claim=None if claim is None else Claim(**{**claim, "lock": Path(claim["lock"])}),
+            indexes=tuple(
+                {split: Index.from_dict(index) for split, index in splits.items()} for splits in fields["indexes"]
+            ),
         )
 
 
@@ -178,7 +184,8 @@ def make_plan(
         *length_notes(config, history),
     ]
     notes += unused_settings(Job(config, ranks), is_launched=world_size is not None)
-    return Plan(config, ranks, (*composed.notes, *start.notes, *notes), complete, start, claim)
+    indexes = tuple(dataset.indexes for dataset in datasets)
+    return Plan(config, ranks, (*composed.notes, *start.notes, *notes), complete, start, claim, indexes)
 
 
 def _what_is_new(config: Config, world_size: int, manifest: Manifest | None, history: History | None) -> list[str]:
@@ -303,7 +310,8 @@ def check_data(config: Config) -> str:
 def datasets_here(config: Config) -> tuple[DatasetInfo, ...]:
     """The datasets of a config where all are whole folders of this machine; nothing is fetched, nothing is raised."""
     try:
-        return tuple(inspect_dataset(Path(path)) for path in config.data.path)
+        # Whoever needs the files looks at them; thousands of shards are not looked at twice.
+        return tuple(inspect_dataset(Path(path), looks_at_files=False) for path in config.data.path)
     except (DataError, OSError, ValueError):
         return ()
 

@@ -21,6 +21,7 @@ _WITHOUT_EFFECT = frozenset(
         "data.cache_dir",
         "data.cache_gib",
         "data.prefetch_batches",
+        "data.readers",
         "train.late_metrics",
         "checkpoint.resume",
         "checkpoint.init_from",

@@ -52,7 +52,7 @@ class TrainJob:
         from megalm.training.setup import run_training
 
         made = Plan.from_json(plan)
-        return run_training(made.config, rank, stop, made.start, made.claim)
+        return run_training(made.config, rank, stop, made.start, made.claim, made.indexes)
 
 
 JOB = TrainJob()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +12,15 @@ from megalm.config.job import topology_of
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
 from megalm.data.shards.dataset import open_datasets, tokenizer_of, with_validation
+from megalm.data.shards.index import Index
+from megalm.data.shards.store import Store
 from megalm.data.stream.batch import MakeBatch
 from megalm.data.stream.batch_size import BatchSize
-from megalm.data.stream.loader import TrainLoader
+from megalm.data.stream.loader import TrainLoader, example_batch
 from megalm.data.stream.sequences import Corpora
 from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
+from megalm.engine.feed import Feed
 from megalm.engine.lr_schedule import LearningRate
 from megalm.engine.validation import Validator
 from megalm.errors import ConfigError, DivergedError, ExitCode
@@ -49,10 +53,15 @@ _OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUP
 
 
 def run_training(
-    config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint, claim: Claim | None = None
+    config: Config,
+    rank: RankInfo,
+    stop: StopRequest,
+    start: StartPoint,
+    claim: Claim | None = None,
+    indexes: Sequence[Mapping[str, Index]] = (),
 ) -> ExitCode:
     """What every rank runs, in an initialised process group: set up, train, and say how it ended."""
-    trainer, callbacks = build_trainer(config, rank, stop, start, claim)
+    trainer, callbacks = build_trainer(config, rank, stop, start, claim, indexes)
     stop.before_sudden_end(trainer.linger)
     outcome = Outcome.FAILED
     try:
@@ -88,15 +97,24 @@ class _Data:
     make_batch: MakeBatch
 
     @classmethod
-    def open(cls, config: Config, objective: Objective) -> _Data:
-        """Open the datasets that a config names."""
+    def open(cls, config: Config, objective: Objective, indexes: Sequence[Mapping[str, Index]]) -> _Data:
+        """Open the datasets that a config names; with their ``indexes``, nothing is opened before rows are read."""
         datasets = open_datasets(config.data)
-        length, each = config.model.sequence_length, objective.sequences_per_example
-        validating = [dataset.below("val") for dataset in with_validation(datasets)]
-        tokenizer = tokenizer_of(datasets)
+
+        def split(name: str, found: Sequence[Store], known: list[Index] | None) -> Corpora:
+            length, each = config.model.sequence_length, objective.sequences_per_example
+            return Corpora.open([dataset.below(name) for dataset in found], length, each, known)
+
+        if indexes:
+            validating = [dataset for dataset, known in zip(datasets, indexes, strict=True) if "val" in known]
+            train_known = [known["train"] for known in indexes]
+            val_known = [known["val"] for known in indexes if "val" in known]
+        else:
+            validating, train_known, val_known = list(with_validation(datasets)), None, None
+        tokenizer = tokenizer_of(datasets, None if train_known is None else train_known[0])
         return cls(
-            train=Corpora.open([dataset.below("train") for dataset in datasets], length, each),
-            val=Corpora.open(validating, length, each) if validating else None,
+            train=split("train", datasets, train_known),
+            val=split("val", validating, val_known) if validating else None,
             tokenizer=tokenizer,
             make_batch=objective.make_batch(tokenizer, config.run.seed),
         )
@@ -113,14 +131,25 @@ class _Data:
             seed=config.run.seed,
         )
 
+    def feed(self, config: Config, context: ParallelContext) -> Feed:
+        """What brings training batches to this rank."""
+        example = example_batch(self.train, self.make_batch, reset_at_documents=config.data.reset_at_documents)
+        return Feed(context, config.data.readers, example)
+
 
 def build_trainer(
-    config: Config, rank: RankInfo, stop: StopRequest, start: StartPoint, claim: Claim | None = None
+    config: Config,
+    rank: RankInfo,
+    stop: StopRequest,
+    start: StartPoint,
+    claim: Claim | None = None,
+    indexes: Sequence[Mapping[str, Index]] = (),
 ) -> tuple[Trainer, CallbackList]:
     """Everything that a rank trains with; collective over all ranks of an initialised process group.
 
     ``start`` was chosen on one rank: two that looked for themselves might see different checkpoints. ``claim`` says
-    that the run's folder is this run's alone, and is asked before something is written there.
+    that the run's folder is this run's alone, and is asked before something is written there. ``indexes`` are those of
+    the plan; without them this rank looks at the files of the data itself.
 
     Raises:
         DataError, CheckpointError: the data or the checkpoint do not fit the config.
@@ -130,7 +159,7 @@ def build_trainer(
     context = ParallelContext.create(topology_of(config, rank.world_size), rank.device)
     objective = make_objective(config.objective)
     _check_micro_batch(config, objective)
-    data = _Data.open(config, objective)
+    data = _Data.open(config, objective, indexes)
     vocab_size = config.model.vocab_size or data.train.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocab_size))
     parameters = parameter_count(config.model, vocab_size).total + objective.head_parameters(config.model)
@@ -161,6 +190,7 @@ def build_trainer(
         context=context,
         engine=engine,
         loader=loader,
+        feed=data.feed(config, context),
         validator=None if data.val is None else Validator(config, context, data.val, objective, data.make_batch),
         tasks=tasks,
         saver=Saver(config, context, run_dir, lineage=lineage, start=start, claim=claim),

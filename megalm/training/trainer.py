@@ -14,6 +14,7 @@ from megalm.config.schema import Config
 from megalm.core.parameters import StatePiece
 from megalm.data.stream.loader import TrainLoader
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
+from megalm.engine.feed import Feed
 from megalm.engine.lr_schedule import LearningRate
 from megalm.engine.micro_batches import training_micro_batches
 from megalm.engine.validation import Validator
@@ -85,6 +86,7 @@ class Trainer:
         context: this rank's place and groups.
         engine: takes the steps; its model knows the objective.
         loader: batches of this replica.
+        feed: brings them to this rank.
         validator: None: there are no validation data.
         tasks: that the model is asked; None: there are none.
         saver: writes checkpoints.
@@ -102,6 +104,7 @@ class Trainer:
         context: ParallelContext,
         engine: DeepSpeedEngine,
         loader: TrainLoader,
+        feed: Feed,
         validator: Validator | None,
         tasks: TrainingTasks | None,
         saver: Saver,
@@ -114,7 +117,7 @@ class Trainer:
         self._config = config
         self._context = context
         self._engine = engine
-        self._loader = loader
+        self._loader, self._feed = loader, feed
         self._validator = validator
         self._tasks = tasks
         self._saves = SavePolicy(config.checkpoint, saver, callbacks, self._snapshot)
@@ -171,8 +174,8 @@ class Trainer:
     def _start_step(self) -> _Step:
         """One optimizer step over the global batch; on a GPU it is computed after this returns."""
         with self._timer.waiting_for_data():
-            batch = self._loader.next()
-        sequences = len(batch.tokens) * self._context.topology.dp
+            batch = self._feed.next(self._loader)
+        sequences = batch.rows * self._context.topology.dp
         tokens = sequences * self._config.model.sequence_length
         rate = self._learning_rate.at(self.progress.tokens, tokens)
         micro_batches, units = training_micro_batches(

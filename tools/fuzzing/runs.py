@@ -103,7 +103,7 @@ def train(item: tuple[str, int | None, bool]) -> None:
     )
     stop = _StopAfter(stop_after, killed=killed)
     try:
-        run_training(plan.config, info, stop, plan.start)
+        run_training(plan.config, info, stop, plan.start, indexes=plan.indexes)
     except KilledError:
         dist.barrier()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalm.config.schema import Data
@@ -46,6 +46,7 @@ class DatasetInfo:
         marks: how documents begin and end, in words.
         train_fingerprint: of the training split's contents, wherever they are.
         masked: whether the training split has a loss mask.
+        indexes: of the splits that there are, without the hashes of their shards.
     """
 
     location: str
@@ -58,6 +59,7 @@ class DatasetInfo:
     marks: str
     train_fingerprint: str = ""
     masked: bool = False
+    indexes: Mapping[str, Index] = field(default_factory=dict)
 
     def sequences(self, sequence_length: int) -> int:
         """Sequences of the training split."""
@@ -87,8 +89,12 @@ def inspect_datasets(data: Data) -> tuple[DatasetInfo, ...]:
     return infos
 
 
-def inspect_dataset(store: Store | Path) -> DatasetInfo:
+def inspect_dataset(store: Store | Path, *, looks_at_files: bool = True) -> DatasetInfo:
     """Read both indexes and check that every file is there and has its size.
+
+    Args:
+        store: the dataset.
+        looks_at_files: whether to do so; False: what the indexes say is taken for granted.
 
     Raises:
         DataError: anything is missing, half-written, or does not belong together.
@@ -98,16 +104,13 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
     indexes = {}
     for split in splits_of(store):
         indexes[split] = read_index(store.below(split))
-        check_files(indexes[split], store.below(split))
+        if looks_at_files:
+            check_files(indexes[split], store.below(split))
     train, val = indexes["train"], indexes.get("val")
     same = ("tokenizer_sha256", "chunk_tokens", "packed_length", "eos_id", "vocab_size", "document_start")
     if val is not None and any(getattr(train, name) != getattr(val, name) for name in same):
         raise DataError(f"data.path={store.location}: train/ and val/ were prepared differently; prepare it again")
-    definition = _read_tokenizer(store)
-    if hashlib.sha256(definition).hexdigest() != train.tokenizer_sha256:
-        raise DataError(
-            f"{store.path_of(TOKENIZER_FILE)}: is not the tokenizer that made these tokens; copy the dataset again"
-        )
+    _check_tokenizer(store, _read_tokenizer(store), train)
     return DatasetInfo(
         location=store.location,
         vocab_size=train.vocab_size,
@@ -119,6 +122,7 @@ def inspect_dataset(store: Store | Path) -> DatasetInfo:
         marks=train.marks,
         train_fingerprint=train.fingerprint,
         masked=train.masked,
+        indexes={split: index.without_checks() for split, index in indexes.items()},
     )
 
 
@@ -141,19 +145,26 @@ def with_validation(stores: Sequence[Store]) -> tuple[Store, ...]:
     return tuple(store for store in stores if "val" in splits_of(store))
 
 
-def tokenizer_of(stores: Sequence[Store]) -> Tokenizer:
+def tokenizer_of(stores: Sequence[Store], known: Index | None = None) -> Tokenizer:
     """The tokenizer that made the datasets, with the start and the end of a document that they were made with.
+
+    Args:
+        stores: the datasets.
+        known: the index of the first one's training split; None: it is read.
 
     Raises:
         DataError: it is missing or damaged.
     """
     store = stores[0]
-    definition = _read_tokenizer(store).decode("utf-8", errors="replace")
+    definition = _read_tokenizer(store)
+    index = read_index(store.below("train")) if known is None else known
+    if known is not None:
+        _check_tokenizer(store, definition, known)
     return Tokenizer.parse(
-        definition,
+        definition.decode("utf-8", errors="replace"),
         store.path_of(TOKENIZER_FILE),
         read=files_beside(store),
-        marks=marks_of(read_index(store.below("train"))),
+        marks=marks_of(index),
     )
 
 
@@ -182,6 +193,13 @@ def _read_tokenizer(store: Store) -> bytes:
         raise DataError(
             f"{store.path_of(TOKENIZER_FILE)}: missing; copy it from where the dataset was prepared"
         ) from None
+
+
+def _check_tokenizer(store: Store, definition: bytes, index: Index) -> None:
+    if hashlib.sha256(definition).hexdigest() != index.tokenizer_sha256:
+        raise DataError(
+            f"{store.path_of(TOKENIZER_FILE)}: is not the tokenizer that made these tokens; copy the dataset again"
+        )
 
 
 def prepare_command(folder: Path) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,27 @@ class Index:
         chunks = min(self.chunks_per_shard, self.num_chunks - first)
         return Shard(number, first, chunks, chunks * self.stride + 2 * BLOCK_BYTES, self.checks[number])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the hashes of the shards are here, without which no token can be read."""
+        return len(self.checks) == self.num_shards
+
+    def without_checks(self) -> Index:
+        """All but the hashes of the shards: what grows with the data. The fingerprint stays, which they are part of."""
+        return replace(self, checks=())
+
+    @classmethod
+    def from_dict(cls, contents: Mapping[str, Any]) -> Index:
+        """What ``dataclasses.asdict`` made, after a journey as JSON."""
+        start = contents["document_start"]
+        return cls(
+            **{
+                **contents,
+                "checks": tuple(contents["checks"]),
+                "document_start": None if start is None else tuple(start),
+            }
+        )
+
     def num_sequences(self, sequence_length: int) -> int:
         """Sequences of ``sequence_length`` tokens that have at least one label."""
         return -(-self.labels // sequence_length)
@@ -177,6 +199,26 @@ def read_index(split: Store | Path) -> Index:
     except ValueError as error:
         raise DataError(f"{where}: cannot be read as JSON ({error}); prepare the dataset again") from None
     return _parse(contents, where)
+
+
+def read_same_index(split: Store, known: Index) -> Index:
+    """Read a split's index, of which another rank knows that all of its files are there.
+
+    Args:
+        split: its folder, as this rank sees it.
+        known: what the other rank read, without the hashes of the shards.
+
+    Raises:
+        DataError: as :func:`read_index`; or this rank sees another one.
+    """
+    found = read_index(split)
+    if found.fingerprint != known.fingerprint:
+        raise DataError(
+            f"{split.path_of(INDEX_FILE)}: {platform.node()} reads contents {found.fingerprint[:12]}…, rank 0 read "
+            f"{known.fingerprint[:12]}…; all ranks must see the same files: copy the dataset to every node again, and "
+            "prepare none that a run is reading"
+        )
+    return found
 
 
 def check_files(index: Index, store: Store) -> None:

@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalm.data.shards.index import INDEX_FILE, MEMBER_HEADER_BYTES, Index, Shard, check_files, read_index
+from megalm.data.shards.index import (
+    INDEX_FILE,
+    MEMBER_HEADER_BYTES,
+    Index,
+    Shard,
+    check_files,
+    read_index,
+    read_same_index,
+)
 from megalm.data.shards.store import OpenFile, Store, open_store
 from megalm.errors import DataError
 
@@ -64,7 +72,7 @@ class ChunkReader:
 
     Args:
         store: the split's folder.
-        index: its index.
+        index: its index; one without hashes is read again, and must be the same, when the first chunk is asked for.
     """
 
     def __init__(self, store: Store, index: Index) -> None:
@@ -78,6 +86,8 @@ class ChunkReader:
         Raises:
             DataError: the file is missing or cut short, or the bytes are not those that were written.
         """
+        if not self.index.is_whole:
+            self.index = read_same_index(self.store, self.index)
         index = self.index
         shard_number, within = divmod(number, index.chunks_per_shard)
         opened = self._opened(shard_number)
@@ -150,15 +160,20 @@ class TokenShards:
     Args:
         split: such as ``data/quickstart/train``: a folder, or the store of one.
         sequence_length: tokens per sequence.
+        known: what another process has read of the index, after it had checked that every file is there: then nothing
+            is opened before the first sequence is read. None: index and files are looked at here.
 
     Raises:
         DataError: the dataset is missing, half-written or incomplete, or the length does not divide its chunks.
     """
 
-    def __init__(self, split: str | Path | Store, sequence_length: int) -> None:
+    def __init__(self, split: str | Path | Store, sequence_length: int, known: Index | None = None) -> None:
         self.store = open_store(split) if isinstance(split, str | Path) else split
-        self.index = read_index(self.store)
-        check_files(self.index, self.store)
+        if known is None:
+            self.index = read_index(self.store)
+            check_files(self.index, self.store)
+        else:
+            self.index = known
         self.check_length(self.index, sequence_length, self.store.location)
         self.sequence_length = sequence_length
         self._per_chunk = self.index.chunk_tokens // sequence_length

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megalm.config.schema import Data
-from megalm.data.stream.batch import Batch, Ints, MakeBatch, document_starts
+from megalm.data.stream.batch import Batch, Ints, MakeBatch, Rows, document_starts
 from megalm.data.stream.batch_size import BatchSize
 from megalm.data.stream.phases import DataState, fingerprint_of, new_state, order_of
 from megalm.data.stream.prefetch import Prefetcher
@@ -86,9 +86,22 @@ class TrainLoader:
         if self._worker is None:
             self._worker = Prefetcher(self._batches_from(self._state.consumed_samples), self._prefetch)
         batch = self._worker.take()
-        taken = len(batch.tokens) * self._dp_size
-        self._state = replace(self._state, consumed_samples=self._state.consumed_samples + taken)
+        self._count(len(batch.tokens))
         return batch
+
+    def skip(self) -> int:
+        """Count the next batch of this replica as consumed without reading it, as another rank does that.
+
+        Returns:
+            Its rows.
+        """
+        rows = self._batch_size.at(self._state.consumed_samples) // self._dp_size
+        self._count(rows)
+        return rows
+
+    def _count(self, rows: int) -> None:
+        taken = self._state.consumed_samples + rows * self._dp_size
+        self._state = replace(self._state, consumed_samples=taken)
 
     def state_dict(self) -> dict[str, Any]:
         """:attr:`state` as a checkpoint stores it, and in plain numbers what was read of each corpus in each phase."""
@@ -163,7 +176,7 @@ def validation_batches(
     sequence with a mask of zeros.
     """
     each = corpora.sequences_per_example
-    corpus, examples = corpora.first(None if samples is None else -(-samples // each))
+    corpus, examples = corpora.first(_examples_of(samples, each))
     per_round = batch_size // each * dp_size
     for start in range(0, examples.size, per_round):
         numbers = np.arange(start + dp_rank, start + per_round, dp_size, dtype=np.int64)
@@ -171,6 +184,28 @@ def validation_batches(
         batch = _read(corpora, make_batch, corpus[real], examples[real], numbers, reset_at_documents=reset_at_documents)
         inside = np.repeat(numbers < examples.size, each)  # [B]
         yield replace(batch, loss_mask=batch.loss_mask * inside.reshape(-1, *[1] * (batch.loss_mask.ndim - 1)))
+
+
+def num_validation_batches(corpora: Corpora, samples: int | None, batch_size: int, dp_size: int) -> int:
+    """How many batches :func:`validation_batches` yields; nothing is read."""
+    each, total = corpora.sequences_per_example, sum(corpora.sizes)
+    wanted = _examples_of(samples, each)
+    return -(-(total if wanted is None else min(wanted, total)) // (batch_size // each * dp_size))
+
+
+def example_batch(corpora: Corpora, make_batch: MakeBatch, *, reset_at_documents: bool) -> Batch:
+    """What an objective makes of one example of made-up rows: the arrays of any batch, for as many rows as it has."""
+    rows, length = corpora.sequences_per_example, corpora.sequence_length
+    tokens = np.zeros((rows, length + 1), dtype=np.int64)
+    mask = np.ones_like(tokens, dtype=np.uint8) if corpora.masked else None
+    batch = make_batch(Rows(tokens, mask, np.full(rows, length, dtype=np.int64)), np.arange(rows, dtype=np.int64))
+    if not reset_at_documents:
+        return batch
+    return replace(batch, document_starts=document_starts(tokens[:, :-1], corpora.eos_id))
+
+
+def _examples_of(samples: int | None, each: int) -> int | None:
+    return None if samples is None else -(-samples // each)
 
 
 def _read(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalm.data.shards.index import check_marks
+from megalm.data.shards.index import Index, check_marks
 from megalm.data.shards.read import TokenShards
 from megalm.data.shards.store import Store
 from megalm.data.stream.batch import Rows
@@ -35,13 +35,27 @@ class Corpora:
     sequences_per_example: int = 1
 
     @classmethod
-    def open(cls, splits: Sequence[Store], sequence_length: int, sequences_per_example: int = 1) -> Corpora:
+    def open(
+        cls,
+        splits: Sequence[Store],
+        sequence_length: int,
+        sequences_per_example: int = 1,
+        known: Sequence[Index] | None = None,
+    ) -> Corpora:
         """Open a split of each dataset.
+
+        Args:
+            splits: one of each dataset.
+            sequence_length: S.
+            sequences_per_example: consecutive sequences of an example.
+            known: what another process has read of their indexes, for which nothing is opened before the first
+                sequence is read; None: they are opened and looked at here.
 
         Raises:
             DataError: one is missing or incomplete, or their tokenizers differ.
         """
-        shards = tuple(TokenShards(split, sequence_length) for split in splits)
+        indexes = [None] * len(splits) if known is None else known
+        shards = tuple(TokenShards(split, sequence_length, index) for split, index in zip(splits, indexes, strict=True))
         first = shards[0]
         for other in shards[1:]:
             if other.index.tokenizer_sha256 != first.index.tokenizer_sha256:

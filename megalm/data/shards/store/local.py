@@ -85,7 +85,8 @@ class LocalStore:
 def map_file(path: Path) -> MappedFile:
     """Map a file that is there; its descriptor is closed at once."""
     try:
-        # A plain array over the mapping: slices of np.memmap cost ten times as much.
-        return MappedFile(np.asarray(np.memmap(path, dtype=np.uint8, mode="r")).view(np.ndarray))
+        # A plain array over the mapping: slices of np.memmap cost ten times as much. By its name as text, since numpy
+        # resolves a Path, with a question to the file system for each folder above it.
+        return MappedFile(np.asarray(np.memmap(str(path), dtype=np.uint8, mode="r")).view(np.ndarray))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
