@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megalm.errors import ExitCode
-from megalm.evaluate.tasks.of_config import prepared_of_config
 from megalm.launch import RankInfo
 from megalm.launch.job import Assignment, Prepared
 from megalm.launch.signals import StopRequest
-from megalm.plan.preflight import Plan, completion_lines, owned_plan
+from megalm.plan.plan import Plan
 
 TRAIN = "megalm.training.job:JOB"
 """Where ranks find the job."""
@@ -29,6 +28,10 @@ class TrainJob:
         cancelled: Callable[[], bool],
     ) -> Iterator[Prepared]:
         """Check config, data, tasks and start point, and own the run's folder; see ``megalm.launch.job.Job``."""
+        # What checks a run and its tasks is imported by the one process that does so.
+        from megalm.evaluate.tasks.of_config import prepared_of_config
+        from megalm.plan.preflight import completion_lines, owned_plan
+
         planned = owned_plan(arguments, world_size, say=say, cancelled=cancelled, check=prepared_of_config)
         with planned as (plan, ownership):
             launch = plan.config.launch

@@ -39,14 +39,8 @@ from megalm.runs.history import history_of, schedule_for
 from megalm.runs.start import StartPoint, await_visible, run_folder
 from megalm.runs.vocabulary import TOKENIZER, tokenizer_record
 from megalm.training.callbacks.base import Attempt, Callback, CallbackList, Outcome, RunContext
-from megalm.training.callbacks.closing_report import ClosingReport
-from megalm.training.callbacks.console import ConsoleLog
-from megalm.training.callbacks.metrics_jsonl import MetricsJsonl
-from megalm.training.callbacks.tensorboard import TensorBoardLog
-from megalm.training.callbacks.wandb import WandbLog
 from megalm.training.restoring import Restored, restore
 from megalm.training.saving import Saver
-from megalm.training.tasks import TrainingTasks
 from megalm.training.trainer import Trainer, Utilisation
 
 _OUTCOMES = {Outcome.DONE: ExitCode.DONE, Outcome.INTERRUPTED: ExitCode.INTERRUPTED, Outcome.REQUEUE: ExitCode.REQUEUE}
@@ -174,6 +168,8 @@ def build_trainer(
     callbacks.on_start(_run_context(config, context, restored, schedule, attempt, parameters))
     tasks = None
     if config.evaluate.tasks:
+        from megalm.training.tasks import TrainingTasks
+
         tasks = TrainingTasks(
             config,
             context=context,
@@ -280,11 +276,22 @@ def _assert_nothing_lost(context: ParallelContext, model: Transformer, expected:
 
 
 def _make_callbacks(config: Config, claim: Claim | None) -> list[Callback]:
-    """In the order in which they hear of events; the record comes first."""
+    """In the order in which they hear of events; the record comes first.
+
+    Rank 0 alone imports what they need.
+    """
+    from megalm.training.callbacks.closing_report import ClosingReport
+    from megalm.training.callbacks.console import ConsoleLog
+    from megalm.training.callbacks.metrics_jsonl import MetricsJsonl
+
     callbacks: list[Callback] = [MetricsJsonl(claim)]
     if config.logging.tensorboard:
+        from megalm.training.callbacks.tensorboard import TensorBoardLog
+
         callbacks.append(TensorBoardLog())
     if config.logging.wandb != "disabled":
+        from megalm.training.callbacks.wandb import WandbLog
+
         callbacks.append(WandbLog(config.logging.wandb))
     return [*callbacks, ConsoleLog(config.logging.every), ClosingReport()]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megalm.config.schema import Config
 from megalm.core.parameters import StatePiece
@@ -27,7 +28,9 @@ from megalm.training.progress import Progress
 from megalm.training.save_policy import SavePolicy
 from megalm.training.saving import RunState, Saver
 from megalm.training.step_report import Agreed, OwnNumbers, StepReport
-from megalm.training.tasks import TrainingTasks
+
+if TYPE_CHECKING:
+    from megalm.training.tasks import TrainingTasks
 
 _STOPS = (None, Outcome.REQUEUE, Outcome.INTERRUPTED)
 """What a stop request means, in ascending precedence; ranks agree on the largest index."""

@@ -23,7 +23,8 @@ from megalm.engine import feed
 from megalm.launch.discovery import LOCAL, RankInfo
 from megalm.launch.signals import StopRequest
 from megalm.mesh.topology import Topology
-from megalm.plan.preflight import Plan, make_plan
+from megalm.plan.plan import Plan
+from megalm.plan.preflight import make_plan
 from megalm.runs.record import read_metrics
 from tests.file_counts import counted_files
 

@@ -15,7 +15,8 @@ from megalm.errors import MegalmError
 from megalm.launch.discovery import LOCAL, RankInfo
 from megalm.launch.function_ranks import RankFailure, run_on_ranks
 from megalm.launch.signals import StopRequest
-from megalm.plan.preflight import Plan, make_plan
+from megalm.plan.plan import Plan
+from megalm.plan.preflight import make_plan
 
 _SECONDS_TO_START, _SECONDS_PER_RUN = 240.0, 60.0
 _LONG_PROMPT_WORDS = 60

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalm.data.shards.store.base import Cache, MissingFile, OpenFile, RefusedFile, Store
-from megalm.data.shards.store.http import HttpStore
 from megalm.data.shards.store.local import LocalStore
 from megalm.data.shards.store.pipe import PIPE, PipeStore
 
@@ -24,6 +23,8 @@ def open_store(location: str | Path, cache: Cache | None = None) -> Store:
     """
     text = str(location)
     if text.startswith(("http://", "https://")):
+        from megalm.data.shards.store.http import HttpStore  # and with it an HTTP client that folders do not need
+
         return HttpStore(text)
     if text.startswith(PIPE):
         return PipeStore(text, cache or Cache())
