@@ -28,8 +28,8 @@ class Launch:
     ranks: int = 0
     """Processes to start on this machine; 0: as many as tp·pp·cp."""
     device: str = "auto"
-    """``cpu``, ``cuda`` (one GPU per rank), or ``auto``: ``cuda`` where machines have GPUs, and else ``cpu``. GPUs that do
-    not suit the ranks are refused, never left idle."""
+    """``cpu``, ``cuda`` (one GPU per rank), or ``auto``: ``cuda`` where machines have GPUs, and else ``cpu``. GPUs that
+    do not suit the ranks are refused, never left idle."""
     threads_per_rank: int = 1
     """OpenMP threads of each rank that megalm starts itself. Fixed, because sums depend on it in the last bit."""
     timeout_seconds: int = 600

@@ -11,12 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
-from megalm.core.host import to_device
 from megalm.core.pipeline.p2p import posts_receives_early
 from megalm.core.pipeline.schedule import Kind
 from megalm.data.stream.batch import Batch
@@ -27,8 +24,8 @@ from megalm.dryrun.replay import Replayed, Trace, TracedRunner, Turn, replay
 from megalm.dryrun.report import GIB, LayerWork, Moment, RankReport, Traffic
 from megalm.dryrun.tracer import Overlap, Record, Tracer, Work, layer_scopes
 from megalm.engine.deepspeed_engine import DeepSpeedEngine
+from megalm.engine.feed import Feed
 from megalm.engine.micro_batches import training_micro_batches
-from megalm.engine.packed_batch import PackedBatch, pack
 from megalm.mesh.groups import ParallelContext
 from megalm.models.transformer import build_transformer
 from megalm.objectives.registry import make_objective
@@ -143,9 +140,10 @@ def _trace(config: Config, engine: DeepSpeedEngine, tracer: Tracer, *, whole: bo
 
 def _step(config: Config, engine: DeepSpeedEngine, *, rows: int, tracer: Tracer) -> None:
     """What :class:`megalm.training.trainer.Trainer` does in a step, after the batch has been read."""
+    feed = Feed(engine.context, config.data.readers, _batch(config, 1))
     with tracer.allocating(BATCH):
         micro_batches, units = training_micro_batches(
-            _packed(config, rows, engine.context.device),
+            feed.deliver(_batch(config, rows) if feed.reads else None, rows),
             config.train.micro_batch_size,
             engine.context,
             engine.model.context_parallel,
@@ -155,13 +153,6 @@ def _step(config: Config, engine: DeepSpeedEngine, *, rows: int, tracer: Tracer)
         step_seconds=0.0, data_seconds=0.0, memory_gib=0.0, stop=0, save_failed=False, minutes_are_up=False
     )
     StepReport(result, units, own, engine.context).read()
-
-
-def _packed(config: Config, rows: int, device: torch.device) -> PackedBatch:
-    """A batch on the device, by one copy, as the loader packs it on the host: with values, and not traced."""
-    with _disable_current_modes():
-        layout, buffer = pack(_batch(config, rows), device)
-    return layout.views(to_device(buffer, device), rows)
 
 
 def _batch(config: Config, rows: int) -> Batch:

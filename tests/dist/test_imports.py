@@ -45,7 +45,7 @@ TORCHS = ("torch", "torchgen", "sympy", "mpmath", "numpy", "dill", "tqdm", "func
 
 @pytest.fixture(scope="module")
 def rank_one(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> dict[str, Any]:
-    """What rank 1 of two has opened and imported in a whole run; the second such run, when Python has cached bytecode."""
+    """What rank 1 of two has opened and imported in a whole run; the second one, when Python has cached bytecode."""
     folder = tmp_path_factory.mktemp("imports")
     for name in ("first", "second"):
         overrides = ["parallel.tp=1", "parallel.pp=2", "train.steps=2", f"data.path={tiny_dataset}"]

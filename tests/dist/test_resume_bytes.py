@@ -312,7 +312,7 @@ WRONGS: dict[str, tuple[Layout, str]] = {
 
 def _go_wrong(name: str, engine: DeepSpeedEngine) -> None:
     if name == "nothing":
-        return
+        return None
     if name in ("a replica's weight", "weights that were not made of masters"):
         pieces = [piece for piece in engine.model_pieces() if piece.name.endswith("mlp.down.weight")]
         return pieces[-1].values.zero_() if name.startswith("weights") else _spoil_one_element(pieces[-1].values)
@@ -351,7 +351,9 @@ def count_initialised(configs: list[Config]) -> list[list[str]]:
     """On one rank: the tensors that are filled with random values as each run begins."""
     found: list[list[str]] = []
     initialise = transformer.initialise
-    transformer.initialise = lambda tensors, seed: found[-1].extend(t.name for t in tensors) or initialise(tensors, seed)
+    transformer.initialise = lambda tensors, seed: (
+        found[-1].extend(t.name for t in tensors) or initialise(tensors, seed)
+    )
     try:
         for config in configs:
             found.append([])

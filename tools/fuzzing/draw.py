@@ -196,12 +196,9 @@ def _layout(rng: random.Random, base: Fields, most_ranks: int) -> Fields:
         "engine.loss_chunk_tokens": rng.choice((0, 12, 2048)),
         "train.micro_batch_size": rng.choice((1, 2, 3)),
         "data.prefetch_batches": rng.choice((1, 2)),
-<<<<<<< HEAD
         "engine.gradient_accumulation_fusion": rng.random() < 0.2,
-=======
         "data.readers": rng.choice(("every_rank", "one_per_replica")),
         "train.late_metrics": rng.choice((False, True)),
->>>>>>> 55a8b17 (Rank 0 alone looks at the files of the data; the others take its word by fingerprint, and one rank per replica may read for the others)
     }
 
 

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
-from benchmarks.large_checkpoint import HIDDEN, LENGTH, LAYERS, records_of_rank, topology_of, write_indexes
+from benchmarks.large_checkpoint import HIDDEN, LAYERS, LENGTH, records_of_rank, topology_of, write_indexes
 from layouts import header
 
 from megalm.checkpoint import collect

@@ -197,7 +197,7 @@ def test_moments_have_fingerprints_that_no_layout_changes(tmp_path: Path) -> Non
 
 
 def test_a_rank_may_hold_several_runs_of_a_tensor(tmp_path: Path) -> None:
-    """As where ZeRO gives each replica a part of every bucket; runs of moments may lie otherwise than those of weights."""
+    """As where ZeRO gives replicas a part of every bucket; runs of moments may lie otherwise than those of weights."""
     values = {kind: torch.randn(24) for kind in KINDS}
     record = ParameterRecord("norm.weight", ShardSpec.replicated(24))
     stretches = {0: [(12, 16), (0, 8)], 1: [(8, 12), (16, 24)]}

@@ -83,7 +83,7 @@ def test_parameters_and_flops_are_the_closed_forms() -> None:
     tokens = 4 * SEQUENCE
     assert sum(sum(r.flops.values()) for r in ranks) == flops_per_token(config.model) * tokens
     whole = parameter_count(config.model)
-    # Norms, the biases of row-parallel layers and positions are on both tensor-parallel ranks; tied words on two stages.
+    # Norms, biases of row-parallel layers and positions are on both tensor-parallel ranks, tied words on two stages.
     replicated = whole.norm + 8 * 2 * HIDDEN + whole.position_embedding
     assert sum(r.parameters for r in ranks) == whole.total + replicated + whole.word_embedding
 
@@ -121,15 +121,13 @@ def test_collectives_of_a_step_do_not_grow_with_the_replicas(replicas: int) -> N
     config = toy(micro_batches=2, dp=replicas)
     found = dry_run(config, replicas - 1, replicas, device="cuda")
     counts = {(t.group, t.kind): t.count for t in found.traffic}
-    reference = {
-        (t.group, t.kind): t.count for t in dry_run(toy(micro_batches=2, dp=8), 7, 8, device="cuda").traffic
-    }
+    reference = {(t.group, t.kind): t.count for t in dry_run(toy(micro_batches=2, dp=8), 7, 8, device="cuda").traffic}
     assert counts == reference
 
 
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
 def test_activations_are_those_of_korthikanti(tp: int, sequence_parallel: bool) -> None:
-    """Korthikanti et al. 2022, equations 2 to 4, without dropout's masks and with fused attention: 32·s·b·h per block."""
+    """Korthikanti et al. 2022, equations 2 to 4, without dropout's masks, with fused attention: 32·s·b·h per block."""
     overrides = [f"parallel.tp={tp}", "parallel.pp=4", f"parallel.sequence_parallel={str(sequence_parallel).lower()}"]
     config = toy(*overrides, dp=1)
     found = dry_run(config, tp, 4 * tp, device="cuda")  # the second stage: no embedding, no head

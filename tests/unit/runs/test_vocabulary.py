@@ -29,6 +29,7 @@ from megalm.data.tokenization.tokenizer import Tokenizer
 from megalm.data.tokenization.training import train_byte_level_bpe
 from megalm.errors import CheckpointError
 from megalm.mesh.parameter import ParameterRecord
+from megalm.mesh.slices import ShardSpec
 from megalm.models.transformer import build_full_model
 from megalm.runs.start import StartMode, StartPoint
 from megalm.runs.vocabulary import match_vocabulary
