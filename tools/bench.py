@@ -6,6 +6,7 @@
                                        against lm-eval's hf (pip install 'megalm[harness]'), memory of a rank at tp2
     tools/bench.py pipeline            bubbles of every schedule, and DeepSpeed's PipelineEngine on the same stages
     tools/bench.py memory              activations that a layer keeps, against Korthikanti et al. 2022
+    tools/bench.py dryrun              the peak memory that megalm dryrun says, beside that of real steps on the CPU
     tools/bench.py norm                the gradient norm of up to a billion elements (4 GB): error and cost
     tools/bench.py data                preparing, reading and starting on data, with other readers beside it
     tools/bench.py checkpoint          saving and loading beside a plain write, the stall, memory of converting 1 B
@@ -101,6 +102,12 @@ def _memory(_: argparse.Namespace) -> Report:
     return memory.run()
 
 
+def _dryrun(_: argparse.Namespace) -> Report:
+    from benchmarks import dryrun
+
+    return dryrun.run()
+
+
 def _norm(options: argparse.Namespace) -> Report:
     from benchmarks import norm
 
@@ -130,6 +137,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "generate": _generate,
     "pipeline": _pipeline,
     "memory": _memory,
+    "dryrun": _dryrun,
     "norm": _norm,
     "data": _data,
     "checkpoint": _checkpoint,

@@ -58,6 +58,14 @@ def dry_run(config: Config, rank: int, world_size: int, *, device: str, whole: b
         return _report(config, engine, names, step, start_peak, device, time.perf_counter() - began)
 
 
+def take_steps(config: Config, context: ParallelContext, steps: int) -> None:
+    """Steps of a real rank, on whatever process group there is, with the batch of a dry run; nothing is traced."""
+    tracer = Tracer(GroupNames(context))
+    engine = _build(config, context, tracer)
+    for _ in range(steps):
+        _step(config, engine, rows=config.train.global_batch_size // context.topology.dp, tracer=tracer)
+
+
 def message_log(config: Config, context: ParallelContext) -> list[Message]:
     """What one step of this rank sends and receives, in its order, on whatever process group there is.
 
@@ -108,7 +116,6 @@ class _Step:
         record: what the step did besides: batch, reduction, update, report.
         memory: at the step's peak.
         moments: over the step.
-        seconds: it took.
     """
 
     trace: Trace
