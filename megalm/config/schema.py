@@ -226,12 +226,14 @@ class Data:
     """Cache folder for shards that ``pipe:`` fetches; None: the system's temporary folder."""
     cache_gib: float = 50.0
     """Maximum size of the cache; the least recently used shards are deleted first."""
-    block_sequences: int = 1
-    """Sequences per block, read contiguously; blocks are shuffled. 1 shuffles single sequences."""
-    lanes: int = 1
-    """Number of streams of blocks; sample g is read from stream ``g mod lanes``."""
-    window_blocks: int = 1
-    """Blocks whose sequences are shuffled together within a stream."""
+    block_sequences: int | None = None
+    """Sequences per block, read contiguously; blocks are shuffled. 1 shuffles single sequences. None: as a resumed run
+    began; in a run that begins on more than 64 ranks, if ``lanes`` and ``window_blocks`` are None too, as ``data=blocks``
+    (64, 4 and 32); else 1."""
+    lanes: int | None = None
+    """Number of streams of blocks; sample g is read from stream ``g mod lanes``. None: see ``block_sequences``."""
+    window_blocks: int | None = None
+    """Blocks whose sequences are shuffled together within a stream. None: see ``block_sequences``."""
     prefetch_batches: int = 2
     """Batches prefetched by a background thread."""
     readers: str = "every_rank"

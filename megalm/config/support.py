@@ -126,12 +126,15 @@ BOUNDS: dict[str, Bounds] = {
 }
 """Legal values of every number in the schema; null, where the type allows it, is legal too."""
 
+EVERY_RANK, ONE_PER_REPLICA = "every_rank", "one_per_replica"
+"""Who reads the rows that several ranks compute with: ``data.readers``."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "launch.device": ("auto", "cpu", "cuda"),
     "checkpoint.on_failure": ("continue", "stop"),
     "parallel.schedule": ("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"),
     "parallel.cp_attention": ("ulysses", "ring"),
-    "data.readers": ("every_rank", "one_per_replica"),
+    "data.readers": (EVERY_RANK, ONE_PER_REPLICA),
     "model.position": ("learned", "rotary"),
     "model.rotary_scaling": ("none", "linear", "llama3", "yarn"),
     "model.residual": ("pre_norm", "post_norm", "parallel"),

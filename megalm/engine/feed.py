@@ -13,15 +13,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from megalm.config.support import ONE_PER_REPLICA
 from megalm.core.host import to_device
 from megalm.data.stream.batch import Batch
 from megalm.data.stream.loader import TrainLoader
 from megalm.engine.packed_batch import Layout, PackedBatch, layout_of, pack
 from megalm.mesh.groups import ParallelContext
-
-EVERY_RANK, ONE_PER_REPLICA = "every_rank", "one_per_replica"
-"""Values of ``data.readers``."""
 
 
 class Feed:
@@ -29,8 +28,7 @@ class Feed:
 
     Args:
         context: this rank's place and groups.
-        readers: :data:`EVERY_RANK`; or :data:`ONE_PER_REPLICA`, where every call is collective over the context's
-            ``model_group``.
+        readers: ``data.readers``; with one per replica, every call is collective over the context's ``model_group``.
         example: what the objective makes of some rows; batches of other rows have the same arrays.
     """
 
@@ -62,15 +60,20 @@ class Feed:
             batch: as it was read; None on ranks that do not read.
             rows: how many it has.
         """
-        device, group = self._context.device, self._context.model_group
+        device = self._context.device
         if batch is None:
             assert not self.reads, "a rank that reads has a batch"
             buffer = torch.empty(self._layout.nbytes(rows), dtype=torch.uint8, device=device)
         else:
             buffer = to_device(pack(batch, device, self._layout), device)
+        return self._layout.views(self.share(buffer), rows)
+
+    def share(self, buffer: Tensor) -> Tensor:
+        """A packed batch on the device, from the rank that has read it to those that have not; filled in place."""
+        group = self._context.model_group
         if self._is_shared:
             dist.broadcast(buffer, src=group.ranks[0], group=group.handle)
-        return self._layout.views(buffer, rows)
+        return buffer
 
     def deliver_all(
         self, batches: Iterator[Batch], count: int, rows: int

@@ -12,6 +12,9 @@ import sys
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120 - pathlib could be the user's
 _SAFE = "PYTHONSAFEPATH"
+_NO_PLUGINS = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
+"""torch and pydantic (of DeepSpeed) each look for plugins in every installed distribution: two files of each, on every
+rank. megalm uses none: torch's are for devices other than CPUs and CUDA."""
 
 
 def shield() -> None:
@@ -25,6 +28,12 @@ def shield() -> None:
         del sys.path[0]
     if _is_checkout():
         sys.path[:] = [*(entry for entry in sys.path if entry != _ROOT), _ROOT]
+
+
+def look_for_no_plugins() -> None:
+    """Have libraries open no file of distributions that have nothing to do with them, unless the user wants it."""
+    for name, value in _NO_PLUGINS.items():
+        os.environ.setdefault(name, value)
 
 
 def child_environment(environment: dict[str, str]) -> dict[str, str]:

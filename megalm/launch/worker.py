@@ -8,9 +8,10 @@ Also the module that megalm starts for each rank on this machine:
 # ruff: noqa: E402 - the folder that Python puts first must not be looked into for what follows
 from __future__ import annotations
 
-from megalm.launch.isolation import shield
+from megalm.launch.isolation import look_for_no_plugins, shield
 
 shield()
+look_for_no_plugins()
 
 import ctypes
 import os

@@ -15,9 +15,11 @@ from megalm.config.check import violations
 from megalm.config.compose import composition
 from megalm.config.job import Job, world_size_of
 from megalm.config.schema import Config
+from megalm.config.support import ONE_PER_REPLICA
 from megalm.config.unused import unused_settings
 from megalm.data.shards.dataset import DatasetInfo, inspect_dataset, inspect_datasets, open_datasets, tokenizer_of
 from megalm.data.shards.index import read_index
+from megalm.data.stream.blocks import LONG_READS, MOST_RANKS_OF_SINGLES, SINGLES, Blocks, is_open
 from megalm.data.stream.order import BlendedOrder
 from megalm.data.stream.phases import DataState, too_many_epochs
 from megalm.errors import ConfigError, DataError
@@ -121,6 +123,7 @@ def make_plan(
         return Plan(config, ranks, start.notes, complete, start, claim)
     manifest = read_manifest(start.path) if start.path is not None and start.mode is StartMode.RESUME else None
     history = None if manifest is None else history_of(manifest)
+    config, order_notes = _with_order(config, ranks, manifest)
     problems = [] if history is None else schedule_violations(config, history)
     problems += _epoch_violations(config, datasets, manifest, history)
     if problems:
@@ -128,12 +131,43 @@ def make_plan(
     notes = [
         *_validation_notes(datasets),
         *_turn_notes(config),
+        *order_notes,
+        *_reader_notes(config, ranks),
         *_what_is_new(config, ranks, manifest, history),
         *length_notes(config, history),
     ]
     notes += unused_settings(Job(config, ranks), is_launched=world_size is not None)
     indexes = tuple(dataset.indexes for dataset in datasets)
     return Plan(config, ranks, (*composed.notes, *start.notes, *notes), complete, start, claim, indexes)
+
+
+def _with_order(config: Config, ranks: int, manifest: Manifest | None) -> tuple[Config, tuple[str, ...]]:
+    """The config with the sizes of blocks that it leaves open, and what to say of them.
+
+    A run that goes on keeps its order, however many ranks it has now.
+    """
+    notes: tuple[str, ...] = ()
+    blocks = SINGLES
+    if manifest is not None:
+        blocks = Blocks.of_fingerprint(DataState.from_dict(manifest.data).current.fingerprint)
+    elif ranks > MOST_RANKS_OF_SINGLES and is_open(config.data):
+        blocks = LONG_READS
+        notes = (
+            f"{LONG_READS}: the run begins on more than {MOST_RANKS_OF_SINGLES} ranks, so it reads whole blocks, which "
+            f"a shared file system bears; {SINGLES} is the order of a run that begins on fewer",
+        )
+    return replace(config, data=blocks.into(config.data)), notes
+
+
+def _reader_notes(config: Config, ranks: int) -> tuple[str, ...]:
+    """That many ranks read the same rows."""
+    same = config.parallel.tp * config.parallel.pp
+    if ranks <= MOST_RANKS_OF_SINGLES or same == 1 or config.data.readers == ONE_PER_REPLICA:
+        return ()
+    return (
+        f"data.readers={config.data.readers}: {ranks:,} ranks read shards, {same} each the same rows; "
+        f"data.readers={ONE_PER_REPLICA} has {ranks // same:,} of them read, and send the rows to the others",
+    )
 
 
 def _what_is_new(config: Config, world_size: int, manifest: Manifest | None, history: History | None) -> list[str]:
@@ -159,7 +193,7 @@ def _epoch_violations(
     each = OBJECTIVES[config.objective.name].sequences_per_example
     sizes = [dataset.sequences(config.model.sequence_length) // each for dataset in datasets]
     try:
-        order = BlendedOrder.of(sizes, config.data.weights, seed=config.run.seed, lanes=config.data.lanes)
+        order = BlendedOrder.of(sizes, config.data.weights, seed=config.run.seed, lanes=Blocks.of(config.data).lanes)
     except ValueError as error:
         return [f"data.weights={list(config.data.weights)}: {error}"]
     phase_start, earlier = 0, [Fraction()] * len(datasets)

@@ -38,8 +38,9 @@ FOR_OTHER_COMMANDS = (
     "urllib3",
     "webdataset",
 )
-BUDGETS = {"before torch": 350, "megalm": 215, "torch and what it imports": 1750, "deepspeed and what it imports": 680}
-"""Files, at most; measured with torch 2.13 and DeepSpeed 0.19.8 on Python 3.11: 0, 0, 0 and 0."""
+BUDGETS = {"before torch": 290, "megalm": 220, "torch and what it imports": 1950, "deepspeed and what it imports": 640}
+"""Files, at most. With torch 2.13 and DeepSpeed 0.19.8 on Python 3.11 they are 247, 189, 1,832 and 584. Of torch's, 800
+are of its compiler and of sympy, which torch.optim imports when an optimizer is made."""
 TORCHS = ("torch", "torchgen", "sympy", "mpmath", "numpy", "dill", "tqdm", "functorch")
 
 
@@ -92,5 +93,4 @@ def test_a_rank_opens_no_more_files_than_its_budget(rank_one: dict[str, Any]) ->
         "torch and what it imports": torchs,
         "deepspeed and what it imports": sum(opened.values()) - torchs - opened["megalm"],
     }
-    print(found, sum(opened.values()), opened)
     assert all(found[what] <= most for what, most in BUDGETS.items()), found

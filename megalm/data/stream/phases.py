@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from megalm.config.schema import Data
+from megalm.data.stream.blocks import Blocks
 from megalm.data.stream.order import BlendedOrder, derive_key, samples_of_each
 from megalm.data.stream.sequences import Corpora
 from megalm.errors import DataError
@@ -151,9 +152,7 @@ def order_of(corpora: Corpora, settings: Data, seed: int) -> BlendedOrder:
             corpora.sizes,
             settings.weights,
             seed=phase_seed,
-            block_sequences=settings.block_sequences,
-            lanes=settings.lanes,
-            window_blocks=settings.window_blocks,
+            **asdict(Blocks.of(settings)),
         )
     except ValueError as error:
         raise DataError(f"data.weights: {error}") from None
@@ -166,9 +165,7 @@ def fingerprint_of(corpora: Corpora, order: BlendedOrder, settings: Data, seed: 
         "data.weights": list(order.quotas),
         "model.sequence_length": corpora.sequence_length,
         "run.seed": seed,
-        "data.block_sequences": settings.block_sequences,
-        "data.lanes": settings.lanes,
-        "data.window_blocks": settings.window_blocks,
+        **{f"data.{name}": value for name, value in asdict(Blocks.of(settings)).items()},
         # Left out where it is 1, as in checkpoints that were written before it could be anything else.
         **({_EACH: corpora.sequences_per_example} if corpora.sequences_per_example > 1 else {}),
     }
