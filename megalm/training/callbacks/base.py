@@ -90,7 +90,7 @@ class StepMetrics:
         tokens_per_second: tokens of the global batch over ``step_seconds``.
         mfu: model FLOPs utilisation, 0 to 1 (Chowdhery et al. 2022); None where the peak is unknown.
         data_seconds: time the step waited for data.
-        bubble_fraction: idle share of the pipeline schedule, 0 to 1.
+        bubble_fraction: idle share of the pipeline schedule, 0 to 1; on GPUs that of the step before, 0 at first.
         memory_gib: peak memory per rank so far, the largest over ranks.
         unit: what the loss is a mean over, such as ``token``.
         terms: terms of the objective besides ``loss``, by name.
