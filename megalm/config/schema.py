@@ -228,8 +228,8 @@ class Data:
     """Maximum size of the cache; the least recently used shards are deleted first."""
     block_sequences: int | None = None
     """Sequences per block, read contiguously; blocks are shuffled. 1 shuffles single sequences. None: as a resumed run
-    began; in a run that begins on more than 64 ranks, if ``lanes`` and ``window_blocks`` are None too, as ``data=blocks``
-    (64, 4 and 32); else 1."""
+    began; in a run that begins on more than 64 ranks, if ``lanes`` and ``window_blocks`` are None too, as
+    ``data=blocks`` (64, 4 and 32); else 1."""
     lanes: int | None = None
     """Number of streams of blocks; sample g is read from stream ``g mod lanes``. None: see ``block_sequences``."""
     window_blocks: int | None = None
