@@ -207,7 +207,7 @@ class HostReads(TorchFunctionMode):
             value = _neutral(args[0].dtype)
             return value if name == "item" else self._SCALARS[name](value)
         if name == "numpy":  # of a tensor of the host, which costs no wait
-            return np.zeros(tuple(args[0].shape), dtype=torch.empty(0, dtype=args[0].dtype, device="cpu").numpy().dtype)
+            return np.zeros(tuple(args[0].shape), dtype=str(args[0].dtype).removeprefix("torch."))
         result = func(*args, **(kwargs or {}))
         if name == "cpu":
             self._note(args[0])
