@@ -10,7 +10,7 @@ from typing import Any
 
 from megalm.errors import ConfigError
 from megalm.launch.discovery import RankInfo, variables_of
-from megalm.launch.store import LOOPBACK, free_port_listener, own_address
+from megalm.launch.store import LOOPBACK, START_TIMEOUT, free_port_listener, own_address
 from megalm.launch.waiting import Patience
 
 _MOST_BYTES = 1024
@@ -25,7 +25,8 @@ def meet_over_mpi(
     MPI is finalised again: it is not needed any more, and mpirun calls an exit without that an abort.
 
     Raises:
-        ConfigError: MPI cannot be loaded, or does not know of the ranks that the environment tells of.
+        ConfigError: MPI cannot be loaded, does not know of the ranks that the environment tells of, or rank 0 is
+            silent.
         StoppedError: a signal came first.
     """
     try:
@@ -59,8 +60,11 @@ def _broadcast(world: Any, text: bytes, patience: Patience) -> str:
     buffer = bytearray(text.ljust(_MOST_BYTES, b"\0"))
     request = world.Ibcast(buffer, root=0)
     remind = patience.reminder(lambda: f"1 of {world.size} ranks of mpirun: rank 0")
+    deadline = time.monotonic() + START_TIMEOUT.total_seconds()
     while not request.Test():
         patience.check()
+        if time.monotonic() > deadline:  # mpirun itself may have been killed, and its ranks left
+            raise ConfigError(f"mpirun: rank 0 has said nothing within {START_TIMEOUT}; start all ranks anew")
         remind()
         time.sleep(_POLL_SECONDS)
     return bytes(buffer).rstrip(b"\0").decode()

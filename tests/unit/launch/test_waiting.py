@@ -19,7 +19,7 @@ import pytest
 from torch.distributed import HashStore
 
 from megalm.errors import ConfigError, ExitCode
-from megalm.launch import RankInfo, discover, waiting
+from megalm.launch import RankInfo, discover, mpi, waiting
 from megalm.launch import store as store_module
 from megalm.launch.discovery import variables_of
 from megalm.launch.rendezvous import Meeting
@@ -253,3 +253,20 @@ def test_torchrun_is_told_of_its_own_options() -> None:
     told = how_to_be_alone({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"})
     assert "torchrun" in told and "--nproc-per-node" in told and "env -u" not in told
     assert "env -u" in how_to_be_alone({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+
+
+def test_a_rank_of_mpirun_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mpirun was killed before rank 0 has said where it listens, and this rank is left alone."""
+
+    class Silent:
+        size = 4
+
+        def Ibcast(self, buffer: bytearray, root: int) -> Silent:  # noqa: N802 - MPI's name
+            return self
+
+        def Test(self) -> bool:  # noqa: N802 - MPI's name
+            return False
+
+    monkeypatch.setattr(mpi, "START_TIMEOUT", timedelta(seconds=0.1))
+    with pytest.raises(ConfigError, match=r"^mpirun: rank 0 has said nothing within 0:00:00\.1"):
+        mpi._broadcast(Silent(), b"", Patience(rank_of(1, 4, launcher="mpirun")))
