@@ -57,7 +57,7 @@ def hashes(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted((folder / "checkpoints").glob("step*")):
         manifest = read_manifest(path)
-        pieces = {name: record.pieces for name, record in manifest.tensors.items()}
+        pieces = {name: tuple(record.pieces) for name, record in manifest.tensors.items()}
         found[path.name] = (pieces, manifest.data, manifest.training)
     return found
 

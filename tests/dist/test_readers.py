@@ -138,7 +138,7 @@ def numbers_of(folder: Path) -> list[Any]:
 def saved_of(folder: Path) -> Any:
     (path,) = sorted((folder / "checkpoints").glob("step*"))
     manifest = read_manifest(path)
-    return {name: record.pieces for name, record in manifest.tensors.items()}, manifest.data, manifest.training
+    return {name: tuple(record.pieces) for name, record in manifest.tensors.items()}, manifest.data, manifest.training
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
