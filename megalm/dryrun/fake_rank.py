@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megalm.config.job import topology_of
 from megalm.config.schema import Config
+from megalm.engine.deepspeed_engine import without_comparisons
 from megalm.mesh.groups import ParallelContext
 
 
@@ -50,6 +51,8 @@ def fake_rank(config: Config, rank: int, world_size: int, *, device: str) -> Ite
     try:
         with ExitStack() as stack:
             stack.enter_context(_data_swapped_in_apply())
+            if config.engine.zero_stage == 3:
+                stack.enter_context(without_comparisons())
             stack.enter_context(mode)
             transport = "nccl" if device == "cuda" else "gloo"
             context = ParallelContext.create(topology_of(config, world_size), "cpu", transport=transport)

@@ -131,7 +131,9 @@ def _trace(config: Config, engine: DeepSpeedEngine, tracer: Tracer, *, whole: bo
     assert ledger is not None
     runner = engine.runner
     with tracer.allocating(ACTIVATIONS):
-        _step(config, engine, rows=config.train.micro_batch_size, tracer=tracer)
+        # ZeRO-3 learns the order of modules from its first micro-batches, and fetches ahead from then on.
+        micro_batches = 3 if config.engine.zero_stage == 3 else 1  # noqa: PLR2004 - as the config has it
+        _step(config, engine, rows=micro_batches * config.train.micro_batch_size, tracer=tracer)
     _name_state(engine, ledger)
     traced = TracedRunner(runner, tracer, whole=whole)
     engine.runner = traced  # type: ignore[assignment]

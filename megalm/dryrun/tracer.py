@@ -294,7 +294,9 @@ class _Scopes:
         self._tracer.scope = self._name, BACKWARD
 
     def _backward_ends(self, _: Tensor) -> None:
-        self._tracer.scope = "", OUTSIDE
+        # The block before may have taken over: what it gave is what this one was given.
+        if self._tracer.scope == (self._name, BACKWARD):
+            self._tracer.scope = "", OUTSIDE
 
 
 def _in_backward() -> bool:
