@@ -89,7 +89,8 @@ class TensorRecord:
         slices = self.of_kind(kind)
         for shard, pieces in slices.items():
             end = 0
-            for start, stop in [*((p.flat_start, p.flat_start + p.length) for p in pieces), (shard.local_numel,) * 2]:
+            saved = shard.saved.local_numel
+            for start, stop in [*((p.flat_start, p.flat_start + p.length) for p in pieces), (saved, saved)]:
                 if start > end:
                     return f"elements {end} to {start} of the slice {shard}"
                 end = max(end, stop)

@@ -143,8 +143,9 @@ class CheckpointReader:
     def _whole(self, record: TensorRecord, kind: str) -> Tensor | None:
         """A full tensor as it lies in a file, where one piece is all of it; not to be written to."""
         for source, pieces in record.of_kind(kind).items():
-            if source.is_whole and len(pieces) == 1:
-                return self._read(pieces[0]).view(record.shape)
+            if source.saved.is_whole and len(pieces) == 1:
+                # Older checkpoints keep padding, which is the end.
+                return self._read(pieces[0])[: source.saved.local_numel].view(record.shape)
         return None
 
     def saved_part(self, piece: StatePiece) -> StatePiece:

@@ -56,8 +56,8 @@ def plan_reads(
         in_part: whether a piece may be read in part; if not, each one that is needed is read whole.
     """
     slices = record.of_kind(kind)
-    if shard in slices:
-        slices = {shard: slices[shard]}
+    same = {source: pieces for source, pieces in slices.items() if source.saved == shard.saved}
+    slices = same or slices
     wanted = list(shard.runs(flat_start, length))
     plan = []
     for source, pieces in slices.items():
@@ -99,7 +99,7 @@ def _copies(
     piece: Piece, source: ShardSpec, shard: ShardSpec, flat_start: int, length: int, wanted: list[Rows]
 ) -> Iterator[Rows]:
     """Elements of the run that is wanted which lie in a piece."""
-    if source == shard:  # padding, too
+    if source.saved == shard.saved:  # padding is at the end of both, as far as they have any
         first = max(piece.flat_start, flat_start)
         stop = min(piece.flat_start + piece.length, flat_start + length)
         if first < stop:

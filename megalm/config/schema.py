@@ -143,6 +143,10 @@ class Model:
     head: str = "linear"
     """Output head: ``linear``, or ``masked_lm``, with a dense layer, GELU and norm
     before it and a bias per word (Devlin et al. 2019)."""
+    vocab_pad_multiple: int = 128
+    """Each tensor-parallel rank holds so many rows of the vocabulary that this divides their number: products with an
+    odd number of rows miss a GPU's fast path. The rows added are zero, never trained, never saved, and change no number
+    on the CPU, which leaves them out of its products."""
     init_std: float = 0.02
     """Standard deviation of initial weights; residual projections use it divided by sqrt(2·num_layers) (GPT-2)."""
 

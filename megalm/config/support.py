@@ -58,6 +58,7 @@ BOUNDS: dict[str, Bounds] = {
     "model.num_kv_heads": _COUNT,
     "model.ffn_hidden_size": _COUNT,
     "model.vocab_size": Bounds(2, LARGEST_INT),
+    "model.vocab_pad_multiple": Bounds(1, 8192),
     "model.sequence_length": _COUNT,
     "model.position_offset": _COUNT_OR_ZERO,
     "model.rotary_base": _POSITIVE,

@@ -53,7 +53,7 @@ from megalm.core.weight_gradients import WeightGradients
 from megalm.mesh.groups import Group
 from megalm.mesh.slices import ShardSpec, even_range
 
-Linear = Callable[[Tensor, nn.Parameter, nn.Parameter | None], Tensor]
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(input, weight, bias) ▶ output."""
 
 

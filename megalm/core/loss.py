@@ -1,6 +1,7 @@
 """Cross entropy over logits whose vocabulary is split over a tensor-parallel group (Shoeybi et al. 2019, section 3).
 
-Shapes: B batch, S sequence, H hidden, V vocabulary, T tensor-parallel degree, C tokens of a chunk, K terms of the loss.
+Shapes: B batch, S sequence, H hidden, V vocabulary, T tensor-parallel degree, P rows of a rank (padding included), R
+those that are multiplied (its words; on GPUs all P), C tokens of a chunk, K terms of the loss.
 Only two numbers per token cross ranks, never the logits: the log of a rank's sum of exponentials (its largest logit and
 its sum of exponentials in one) and the label's logit.
 
@@ -57,7 +58,7 @@ def output_loss(
         loss_weight: factor of each token's loss, [B, S] fp32: the mask times the run's normalisation.
         chunk_tokens: C; 0: all of the micro-batch at once.
         z_loss: weight of the second term; 0: there is none.
-        bias: added to the logits of this rank's words, padding included, [V/T]; None: there is none.
+        bias: added to the logits, [P]; None: there is none.
 
     Returns:
         [K] in fp32, the same on every rank of the group: the weighted sum of token losses in nats and, with ``z_loss``,
@@ -88,7 +89,7 @@ def output_metrics(
         have the largest logit; fp32 stops counting at 2²⁴.
     """
     chunks = OutputChunks.of(embedding, chunk_tokens)
-    weight = embedding.weight
+    weight, bias = _multiplied(embedding.weight, bias, chunks)
     totals = torch.zeros(2, dtype=torch.float64, device=x.device)
     for chunk, chunk_labels, chunk_weight in chunks.iterate(x.flatten(0, 1), labels, loss_weight):
         logits = F.linear(chunk, weight, bias)
@@ -114,9 +115,10 @@ def token_scores(
         likeliest, else 0.
     """
     chunks = OutputChunks.of(embedding, chunk_tokens)
+    weight, bias = _multiplied(embedding.weight, bias, chunks)
     found = []
     for chunk, chunk_labels in chunks.iterate(x.flatten(0, 1), labels):
-        logits = F.linear(chunk, embedding.weight, bias)
+        logits = F.linear(chunk, weight, bias)
         losses = token_losses(logits, chunk_labels, chunks)
         found.append(torch.stack((-losses.double(), (most_likely(logits, chunks) == chunk_labels).double()), dim=1))
     return torch.cat(found)
@@ -142,7 +144,7 @@ def sequence_log_probabilities(
         labels: token ids, [B, S].
         mask: factor of each token, [B, S].
         chunk_tokens: C; 0: all of the micro-batch at once.
-        bias: added to the logits of this rank's words, padding included, [V/T]; None: there is none.
+        bias: added to the logits, [P]; None: there is none.
 
     Returns:
         [B] in fp32 (fp64 for fp64 models), the same on every rank of the group; of this rank's share of the sequences
@@ -204,6 +206,7 @@ class _SequenceLogProbabilities(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, labels, mask)
         ctx.chunks, ctx.sink, ctx.parameters = chunks, sink, (weight, bias)
+        weight, bias = _multiplied(weight, bias, chunks)
         row = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)  # [B, S]
         sums = torch.zeros(len(labels), dtype=torch.float64, device=x.device)
         for chunk, chunk_labels, chunk_mask, chunk_row in chunks.iterate(x.flatten(0, 1), labels, mask, row):
@@ -239,8 +242,8 @@ class _Gradients(NamedTuple):
 
     Attributes:
         x: as the input.
-        weight: [V/T, H].
-        bias: [V/T].
+        weight: [P, H].
+        bias: [P].
         scale: what they were multiplied by, against underflow; None: nothing.
     """
 
@@ -271,6 +274,11 @@ class _Gradients(NamedTuple):
         return factor if self.scale is None else factor / self.scale
 
 
+def _multiplied(weight: Tensor, bias: Tensor | None, chunks: OutputChunks) -> tuple[Tensor, Tensor | None]:
+    """The rows of weight [P, H] and bias [P] that products take, [R, H] and [R]."""
+    return weight[: chunks.rows], None if bias is None else bias[: chunks.rows]
+
+
 def _terms_and_gradients(
     x: Tensor,
     weight: Tensor,
@@ -291,8 +299,10 @@ def _terms_and_gradients(
     terms = torch.zeros(2 if chunks.z_loss else 1, dtype=torch.float64, device=x.device)
     input_gradients: list[Tensor] = []
     reduction: Pending | None = None
-    weight_gradient = _ExactWeightGradient(weight) if in_fp32 else _WeightGradient(weight)
+    rows = chunks.rows
+    weight_gradient = _ExactWeightGradient(weight, rows) if in_fp32 else _WeightGradient(weight, rows)
     bias_gradient = torch.zeros(weight.shape[0], dtype=exact, device=x.device) if needs.bias else None
+    weight, bias = _multiplied(weight, bias, chunks)
     logits = weight.new_empty(0)
     for chunk, chunk_labels, chunk_weight in chunks.iterate(x.flatten(0, 1), labels, loss_weight):
         if logits.shape[0] != chunk.shape[0]:  # the first chunk, and a last one that is shorter
@@ -311,7 +321,7 @@ def _terms_and_gradients(
         if needs.weight:
             weight_gradient.add(logits, chunk)
         if bias_gradient is not None:
-            bias_gradient += logits.sum(dim=0, dtype=exact)
+            bias_gradient[: chunks.rows] += logits.sum(dim=0, dtype=exact)
     if reduction is not None:
         input_gradients.append(reduction.wait())
     return terms, _Gradients(
@@ -333,28 +343,36 @@ def _fp16_scale(loss_weight: Tensor) -> Tensor:
 
 
 class _WeightGradient:
-    """``Σ Gᵀ X`` over chunks, added in fp32 if the model is in half precision and there is something to add."""
+    """``Σ Gᵀ X`` over chunks, added in fp32 if the model is in half precision and there is something to add.
 
-    def __init__(self, weight: Tensor) -> None:
+    Args:
+        weight: [P, H].
+        rows: R; the gradient of the rows after them is zero.
+    """
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self._weight, self._rows = weight, rows
         self._exact = torch.promote_types(weight.dtype, torch.float32)
         self._dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         self._first: Tensor | None = None
         self._sum: Tensor | None = None
 
     def add(self, gradients: Tensor, inputs: Tensor) -> None:
-        """Add a chunk's product: [C, V/T], [C, H]."""
+        """Add a chunk's product: [C, R], [C, H]."""
         if self._first is None:
-            self._first = gradients.t() @ inputs
+            self._first = torch.empty_like(self._weight)
+            self._first[self._rows :] = 0.0
+            torch.mm(gradients.t(), inputs, out=self._first[: self._rows])
             return
         if self._sum is None:
             self._sum = self._first.to(self._exact)
         if self._sum.dtype == inputs.dtype:
-            self._sum.addmm_(gradients.t(), inputs)
+            self._sum[: self._rows].addmm_(gradients.t(), inputs)
         else:
-            self._sum.add_(gradients.t() @ inputs)
+            self._sum[: self._rows].add_(gradients.t() @ inputs)
 
     def total(self) -> Tensor:
-        """[V/T, H]; fp16: in fp32, since the loss scale is yet to come."""
+        """[P, H]; fp16: in fp32, since the loss scale is yet to come."""
         assert self._first is not None
         return (self._first if self._sum is None else self._sum).to(self._dtype)
 
@@ -362,19 +380,20 @@ class _WeightGradient:
 class _ExactWeightGradient:
     """The same, in fp32 from the first product on, without a product in half precision."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._shape = weight.shape
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self._shape, self._rows = weight.shape, rows
         self._sum: Tensor | None = None
 
     def add(self, gradients: Tensor, inputs: Tensor) -> None:
-        """Add a chunk's product: [C, V/T], [C, H]."""
+        """Add a chunk's product: [C, R], [C, H]."""
         is_first = self._sum is None
         if self._sum is None:
             self._sum = torch.empty(self._shape, dtype=torch.float32, device=inputs.device)
-        add_product(self._sum, gradients, inputs, replace=is_first)
+            self._sum[self._rows :] = 0.0
+        add_product(self._sum[: self._rows], gradients, inputs, replace=is_first)
 
     def total(self) -> Tensor:
-        """[V/T, H] in fp32."""
+        """[P, H] in fp32."""
         assert self._sum is not None
         return self._sum
 

@@ -37,8 +37,9 @@ class MaskedLMHead(HandsOverWeightGradients):
         self.dense_bias = self.declare("dense_bias", ShardSpec.replicated(hidden), Init.constant(0.0), partial=partial)
         self.approximate = "none" if model.activation == "gelu_erf" else "tanh"
         self.norm = make_norm(model, tensor_parallel)
-        (start, stop), padding = padded_range(vocab_size, tensor_parallel.group.index, tensor_parallel.group.size)
-        shard = ShardSpec.along((vocab_size,), 0, ((start, stop),), padding)
+        group = tensor_parallel.group
+        words, padding = padded_range(vocab_size, group.index, group.size, model.vocab_pad_multiple)
+        shard = ShardSpec.along((vocab_size,), 0, (words,), padding)
         self.bias = self.declare("bias", shard, Init.constant(0.0), per_word=True)
         self._linear = column_linear(TensorParallel())
 

@@ -1,6 +1,7 @@
 """The logits of an output projection whose vocabulary is split over a tensor-parallel group, chunk by chunk.
 
-Shapes: B batch, S sequence, H hidden, V vocabulary, T tensor-parallel degree, C tokens of a chunk, K terms of the loss.
+Shapes: B batch, S sequence, H hidden, V vocabulary, T tensor-parallel degree, R rows of a rank that are multiplied (its
+words; on GPUs padding, too), C tokens of a chunk, K terms of the loss.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class OutputChunks:
         tensor_parallel: the group over which the vocabulary is split.
         first_token: first word of this rank.
         local_vocab_size: words of this rank, padding left out.
+        rows: R.
         chunk_tokens: C; 0: all of the micro-batch at once.
         z_loss: weight of the squared log-partition; 0: there is no such term.
     """
@@ -46,13 +48,14 @@ class OutputChunks:
     tensor_parallel: TensorParallel
     first_token: int
     local_vocab_size: int
+    rows: int
     chunk_tokens: int
     z_loss: float = 0.0
 
     @classmethod
     def of(cls, embedding: VocabParallelEmbedding, chunk_tokens: int, z_loss: float = 0.0) -> OutputChunks:
         """Over the rows of an embedding."""
-        vocabulary = embedding.first_token, embedding.local_vocab_size
+        vocabulary = embedding.first_token, embedding.local_vocab_size, embedding.rows_to_multiply
         return cls(embedding.tensor_parallel, *vocabulary, chunk_tokens, z_loss)
 
     def in_gathered_order(self, per_token: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ class OutputChunks:
 
 
 def most_likely(logits: Tensor, chunks: OutputChunks) -> Tensor:
-    """[C, V/T] ▶ [C], the word of the largest logit over all ranks; of equals the first."""
+    """[C, R] ▶ [C], the word of the largest logit over all ranks; of equals the first."""
     largest, column = logits.max(dim=-1)
     word = column + chunks.first_token
     if chunks.tensor_parallel.group.size == 1:
@@ -110,7 +113,7 @@ def logits_to_gradient(
     *,
     wants_gradient: bool,
 ) -> Tensor:
-    """The terms [K] of a chunk's tokens, summed in fp64; ``logits`` [C, V/T] become the terms' gradient, in place.
+    """The terms [K] of a chunk's tokens, summed in fp64; ``logits`` [C, R] become the terms' gradient, in place.
 
     With lse the log-partition, p the probabilities, y the label's indicator and w a token's factor:
     ``∂/∂logits of w·(lse - logit[label]) + w·z·lse² = w·((1 + 2·z·lse)·p - y)``.
@@ -132,17 +135,17 @@ def logits_to_gradient(
 
 
 def token_losses(logits: Tensor, labels: Tensor, chunks: OutputChunks) -> Tensor:
-    """[C, V/T], [C] ▶ cross-entropy of each token, [C] in fp32 (fp64), the same on every rank; padding is masked."""
+    """[C, R], [C] ▶ cross-entropy of each token, [C] in fp32 (fp64), the same on every rank; padding is masked."""
     blocks = [block.lse - block.label_logit for block in _blocks(logits, labels, chunks)]
     return torch.cat(blocks).squeeze(1)
 
 
 class _Block(NamedTuple):
-    """Some tokens of a chunk, [c, V/T] of its logits.
+    """Some tokens of a chunk, [c, R] of its logits.
 
     Attributes:
         rows: which tokens of the chunk.
-        p: [c, V/T], probabilities among this rank's words alone.
+        p: [c, R], probabilities among this rank's words alone.
         own_lse: [c, 1], log-partition over this rank's words.
         lse: [c, 1], log-partition over all words.
         label_logit: [c, 1], on every rank.

@@ -189,3 +189,12 @@ class StatePiece(Recorded):
     kind: str
     flat_start: int
     values: Tensor = field(repr=False)
+
+    @property
+    def without_padding(self) -> StatePiece:
+        """What a checkpoint keeps of the piece: all but padding at the end of the local tensor; perhaps nothing."""
+        saved = self.shard.saved
+        if saved is self.shard:
+            return self
+        values = self.values[: max(saved.local_numel - self.flat_start, 0)]
+        return replace(self, record=replace(self.record, shard=saved), values=values)

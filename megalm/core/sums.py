@@ -25,16 +25,31 @@ _PART = 2**24
 values, which are converted."""
 
 
-def sum_of_squares(values: Tensor) -> Tensor:
-    """``Σ x²`` of a tensor of any shape and floating dtype: a scalar in fp64, on the tensor's device.
+def sum_of_squares(*pieces: Tensor) -> Tensor:
+    """``Σ x²`` of tensors of any shape and floating dtype: a scalar in fp64, on their device.
 
-    Values that are not finite make it so.
+    Pieces are summed as one tensor that is cut: a block goes on in the next piece, so that what lies between them in
+    memory does not change how values are rounded. Values that are not finite make the sum so.
     """
-    total = torch.zeros((), dtype=torch.float64, device=values.device)
-    for part in values.detach().reshape(-1).split(_PART):
-        exact = part.to(torch.promote_types(part.dtype, torch.float32))
-        whole = exact.numel() // BLOCK * BLOCK
-        for blocks in (exact[:whole].view(-1, BLOCK), exact[whole:].view(1, -1)):
-            if blocks.numel():
-                total += torch.linalg.vector_norm(blocks, dim=1).double().square().sum()
+    total = torch.zeros((), dtype=torch.float64, device=pieces[0].device)
+    begun = pieces[0].new_empty(0)
+    for piece in pieces:
+        flat = piece.detach().reshape(-1)
+        if begun.numel():
+            missing = BLOCK - begun.numel()
+            begun, flat = torch.cat((begun, flat[:missing])), flat[missing:]
+            if begun.numel() < BLOCK:
+                continue
+            total += _of_blocks(begun.view(1, -1))
+        whole = flat.numel() // BLOCK * BLOCK
+        for part in flat[:whole].split(_PART):
+            total += _of_blocks(part.view(-1, BLOCK))
+        begun = flat[whole:]
+    return total + _of_blocks(begun.view(1, -1)) if begun.numel() else total
+
+
+def _of_blocks(blocks: Tensor) -> Tensor:
+    """[n, BLOCK], or one shorter block ▶ the sum of their squares, fp64."""
+    exact = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+    total: Tensor = torch.linalg.vector_norm(exact, dim=1).double().square().sum()
     return total

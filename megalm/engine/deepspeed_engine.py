@@ -152,7 +152,8 @@ class DeepSpeedEngine:
     def state_pieces(self) -> list[StatePiece]:
         """What this rank alone is to save; together, all ranks' pieces cover everything once."""
         self.settle_weights()
-        return [piece for piece in self.held_pieces() if self._stands_for(piece)]
+        pieces = [piece.without_padding for piece in self.held_pieces() if self._stands_for(piece)]
+        return [piece for piece in pieces if piece.values.numel()]
 
     def held_pieces(self) -> list[StatePiece]:
         """All that this rank holds of masters, moments, parameters that are not trained, and buffers; live values."""

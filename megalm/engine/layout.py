@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from megalm.core.parameters import DeclaredTensor
 from megalm.engine.optimizer import ParameterGroup
@@ -55,7 +55,8 @@ def cut_into_buckets(groups: Sequence[ParameterGroup], bucket_mib: float) -> lis
 def _cut(group: ParameterGroup, elements: int) -> Iterator[ParameterGroup]:
     members: list[DeclaredTensor] = []
     for p in group.parameters:
-        is_full = sum(member.parameter.numel() for member in members) >= elements
+        # Without the padding of vocabularies, so that it moves no parameter to another bucket.
+        is_full = sum(member.shard.saved.local_numel for member in members) >= elements
         if members and (is_full or members[-1].record.stage != p.record.stage):
             yield replace(group, parameters=tuple(members))
             members = []
@@ -94,6 +95,17 @@ class FlatLayout:
             return 0, self.numel
         replica = self.group.replicas.index
         return replica * self.partition, (replica + 1) * self.partition
+
+    def of_words(self, owned: Tensor) -> list[Tensor]:
+        """What this replica owns of the buffer without the padding of vocabularies, as few pieces as there are."""
+        low, high = self.owned_here
+        pieces, begin = [], low
+        for p, (_, start) in zip(self.group.parameters, self.places(), strict=True):
+            padding = start + p.shard.saved.local_numel, start + p.shard.local_numel
+            if padding[0] < padding[1] and begin < padding[1] and padding[0] < high:
+                pieces.append(owned[begin - low : max(padding[0], begin) - low])
+                begin = min(padding[1], high)
+        return [*pieces, owned[begin - low :]]
 
     def places(self) -> Iterator[tuple[nn.Parameter, int]]:
         """(parameter, where it begins) of each member."""

@@ -150,7 +150,7 @@ class FlatZeroOptimizer(ZeroOptimizer):
         for layout, owned in zip(self._layouts, self.buckets.owned(), strict=True):
             group = layout.group
             if group.is_owned and (self.splits_state or group.replicas.index == 0):
-                squares += sum_of_squares(owned)
+                squares += sum_of_squares(*layout.of_words(owned))
         return self._context.world_group.all_reduce(squares)
 
     def _fused_step(self, learning_rate: float, divisor: Tensor, overflow: Tensor) -> None:

@@ -1,13 +1,13 @@
 """Which slice of a full tensor a rank holds, over any of its dims. Integers only: no torch is imported.
 
-A full tensor is described without padding: a vocabulary of 50,257 words on tp=4 has 50,257 rows here, and the last
-rank's local tensor has ``padding`` rows more, which are zero, never trained and never saved.
+A full tensor is described without padding: a vocabulary of 50,257 words has 50,257 rows here, and a rank's local tensor
+may have ``padding`` rows more, which are zero, never trained and never saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -131,6 +131,13 @@ class ShardSpec:
         """Shape of the tensor that the rank allocates (padding included)."""
         sizes = {cut.dim: cut.size + cut.padding for cut in self.cuts}
         return tuple(sizes.get(dim, size) for dim, size in enumerate(self.full_shape))
+
+    @cached_property
+    def saved(self) -> ShardSpec:
+        """What a checkpoint keeps of the slice: all but padding along dim 0, the end of the flattened local tensor."""
+        if not self.cuts or self.cuts[0].dim or not self.cuts[0].padding:
+            return self
+        return ShardSpec(self.full_shape, (replace(self.cuts[0], padding=0), *self.cuts[1:]))
 
     @property
     def local_numel(self) -> int:
@@ -265,8 +272,11 @@ def even_range(size: int, rank: int, degree: int) -> tuple[int, int]:
     return rank * share, (rank + 1) * share
 
 
-def padded_range(size: int, rank: int, degree: int) -> tuple[tuple[int, int], int]:
-    """This rank's share of ``size`` items rounded up to a multiple of ``degree``: its true range, and its padding."""
+def padded_range(size: int, rank: int, degree: int, multiple: int = 1) -> tuple[tuple[int, int], int]:
+    """This rank's share of ``size`` items: its true range, and its padding up to what all ranks hold alike.
+
+    All hold ``ceil(size / degree)`` items rounded up to a multiple. The true ranges do not depend on the multiple.
+    """
     share = -(-size // degree)
     start, stop = min(rank * share, size), min((rank + 1) * share, size)
-    return (start, stop), share - (stop - start)
+    return (start, stop), -(-share // multiple) * multiple - (stop - start)

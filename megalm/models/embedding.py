@@ -33,7 +33,9 @@ class InputEmbedding(nn.Module):
         super().__init__()
         self.tensor_parallel = tensor_parallel
         hidden, std, partial = model.hidden_size, model.init_std, tensor_parallel.splits_sequence
-        self.embedding = VocabParallelEmbedding(vocab_size, hidden, tensor_parallel=tensor_parallel, std=std)
+        self.embedding = VocabParallelEmbedding(
+            vocab_size, hidden, tensor_parallel=tensor_parallel, std=std, pad_multiple=model.vocab_pad_multiple
+        )
         self.position = self.token_type = self.embedding_norm = None
         if model.position == "learned":
             self.position = LearnedPosition(

@@ -47,7 +47,11 @@ class OutputHead(nn.Module):
         self.embedding = self.head = None
         if holds_words:
             words = VocabParallelEmbedding(
-                vocab_size, model.hidden_size, tensor_parallel=tensor_parallel, std=model.init_std
+                vocab_size,
+                model.hidden_size,
+                tensor_parallel=tensor_parallel,
+                std=model.init_std,
+                pad_multiple=model.vocab_pad_multiple,
             )
             self.embedding, self.head = (words, None) if model.tie_embeddings else (None, words)
         self.heads = nn.ModuleDict(heads)
@@ -64,5 +68,5 @@ class OutputHead(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """Added to the logits, [V/T]; None: there is none."""
+        """Added to the logits, a number per row of the output projection; None: there is none."""
         return None if self.masked_lm is None else self.masked_lm.bias

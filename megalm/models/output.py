@@ -26,7 +26,7 @@ class Output:
             [B, S, H], or [B, S/T, H] under sequence parallelism.
         positions: the place of each token of ``hidden`` in the whole sequence, [S] or [S/T].
         embedding: the rows that logits are computed with, and how they are split over tensor-parallel ranks.
-        bias: added to the logits, [V/T]; None: there is none.
+        bias: added to the logits, a number per row of ``embedding``; None: there is none.
         chunk_tokens: tokens whose logits exist at a time; 0: all.
         context_parallel: which part of each sequence this rank holds.
         heads: the objective's own layers, by name.

@@ -397,10 +397,11 @@ def build_full_model(
 ) -> Transformer:
     """The whole model in one process: ``model(tokens)`` gives logits [B, S, V].
 
-    With an objective, ``model.run(0, None, micro_batch)`` gives its terms, or its measures, too.
+    The vocabulary has no padding, so that each tensor is the full one. With an objective, ``model.run(0, None,
+    micro_batch)`` gives its terms, or its measures, too.
     """
     whole = Transformer(
-        model,
+        replace(model, vocab_pad_multiple=1),
         vocab_size,
         part=Part({0: range(model.num_layers)}, 1),
         tensor_parallel=TensorParallel(),

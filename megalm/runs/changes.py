@@ -16,6 +16,7 @@ _WITHOUT_EFFECT = frozenset(
     {
         "run.name",
         "run.dir",
+        "model.vocab_pad_multiple",
         "launch.ranks",
         "launch.timeout_seconds",
         "data.cache_dir",

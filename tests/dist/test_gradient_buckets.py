@@ -197,10 +197,12 @@ def resume_in_memory() -> tuple:
 
     class Source:
         def read_local(self, name, kind, shard):
-            return pieces[name, kind].view(shard.local_shape)
+            return self.read_flat(name, kind, shard, 0, shard.local_numel).view(shard.local_shape)
 
         def read_flat(self, name, kind, shard, flat_start, length):
-            return pieces[name, kind][flat_start : flat_start + length]
+            saved = pieces[name, kind]
+            padded = torch.cat((saved, saved.new_zeros(shard.local_numel - saved.numel())))
+            return padded[flat_start : flat_start + length]
 
     second = engine()
     second.load_state(Source(), scalars=scalars)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -43,7 +44,7 @@ from megalm.checkpoint.store import (
 from megalm.core.parameters import StatePiece
 from megalm.errors import CheckpointError
 from megalm.mesh.parameter import ParameterRecord
-from megalm.mesh.slices import ShardSpec
+from megalm.mesh.slices import ShardSpec, padded_range
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
@@ -72,6 +73,37 @@ def test_any_layout_reads_what_any_layout_wrote(written: Layout, read: Layout, t
                     if (piece.name, piece.kind) == (name, kind):
                         got = reader.read_flat(name, kind, shard, piece.flat_start, piece.values.numel())
                         assert torch.equal(got, piece.values)
+    assert list(reader.find_corruption()) == []
+
+
+def unpadded_pieces_of(layout: Layout, tp_rank: int, dp_rank: int) -> list[StatePiece]:
+    """As the engine hands them over; ``pieces_of`` has padding, as checkpoints did before."""
+    pieces = [piece.without_padding for piece in pieces_of(layout, tp_rank, dp_rank)]
+    return [piece for piece in pieces if piece.values.numel()]
+
+
+@settings(max_examples=40, deadline=None)
+@given(written=layouts, read=layouts, multiple=st.sampled_from([1, 4, 32]), padded=st.booleans())
+def test_padding_of_any_size_is_read_as_zeros(written, read, multiple, padded, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    results = save(folder, written, pieces=pieces_of if padded else unpadded_pieces_of)
+    assert all(isinstance(path, Path) for path in results), results
+    reader = CheckpointReader(results[0])
+    shape = SHAPES["embedding.weight"]
+    for kind in ("weight", "exp_avg"):
+        full = full_tensors()["embedding.weight", kind]
+        for rank in range(read.tp):
+            words, padding = padded_range(shape[0], rank, read.tp, multiple)
+            shard = ShardSpec.along(shape, 0, (words,), padding)
+            want = shard.take(full)
+            assert torch.equal(reader.read_local("embedding.weight", kind, shard), want)
+            local = torch.full(shard.local_shape, float("nan"))
+            reader.read_into(local, "embedding.weight", kind, shard)
+            assert torch.equal(local, want)
+            cuts = [0, *sorted(round(cut * want.numel()) for cut in read.cuts), want.numel()]
+            for start, stop in itertools.pairwise(cuts):
+                got = reader.read_flat("embedding.weight", kind, shard, start, stop - start)
+                assert torch.equal(got, want.view(-1)[start:stop])
     assert list(reader.find_corruption()) == []
 
 
@@ -377,7 +409,7 @@ import re, sys
 from pathlib import Path
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.core.parameters import StatePiece
-from megalm.mesh.slices import ShardSpec
+from megalm.mesh.slices import ShardSpec, padded_range
 reader = CheckpointReader(Path(sys.argv[1]))
 def peak():  # not ru_maxrss, which begins with the size of the process that this one was forked from
     return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text()).group(1))

@@ -60,6 +60,32 @@ def test_terms_and_gradients_of_any_chunk_size(chunk_tokens: int, z_loss: float)
     assert bool((x.grad[weight == 0] == 0).all()), "masked tokens teach nothing"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk_tokens", [0, 7])
+def test_padding_rows_take_no_part(chunk_tokens: int, dtype: torch.dtype, monkeypatch) -> None:
+    """On the CPU they are not multiplied; where they are, they are masked: no probability, no gradient."""
+    found = []
+    for rows, kind in ((V, "cpu"), (64, "cpu"), (64, "cuda")):
+        monkeypatch.setattr("megalm.core.embedding.device_kind", lambda _, kind=kind: kind)
+        embedding = VocabParallelEmbedding(V, H, tensor_parallel=TensorParallel(), std=1.0, pad_multiple=rows)
+        with torch.no_grad():
+            embedding.weight[:V].copy_(head(torch.float32).weight)
+        embedding.to(dtype)
+        x, labels, weight = batch(dtype)
+        bias = torch.zeros(rows, dtype=dtype).requires_grad_()
+        terms = output_loss(x, embedding, labels, weight, chunk_tokens=chunk_tokens, z_loss=0.3, bias=bias)
+        (2.5 * terms.sum()).backward()
+        assert embedding.weight.shape == (rows, H)
+        assert not embedding.weight.grad[V:].any()
+        assert not bias.grad[V:].any()
+        found.append((terms.detach(), x.grad, embedding.weight.grad[:V], bias.grad[:V]))
+    plain, left_out, masked = found
+    for one, other in zip(plain, left_out, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(plain, masked, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_one_gradient_for_all_terms_or_an_error() -> None:
     embedding, (x, labels, weight) = head(torch.float64), batch(torch.float64)
     terms = output_loss(x, embedding, labels, weight, chunk_tokens=7, z_loss=0.1)

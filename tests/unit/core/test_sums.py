@@ -60,3 +60,13 @@ def test_what_is_not_finite_shows() -> None:
     assert math.isinf(float(sum_of_squares(values)))
     values[3] = math.nan
     assert math.isnan(float(sum_of_squares(values)))
+
+
+def test_pieces_are_summed_as_one_tensor() -> None:
+    values = torch.randn(5_000, generator=torch.Generator().manual_seed(4))
+    whole = float(sum_of_squares(values))
+    for edges in ((100,), (0, 3, 5), (256, 512), (1, 255, 257, 511, 513, 4_999, 5_000), tuple(range(0, 5_000, 7))):
+        pieces = values.tensor_split(edges)
+        assert float(sum_of_squares(*pieces)) == pytest.approx(whole, rel=1e-15)
+    apart = torch.cat((values[:100], torch.zeros(50), values[100:]))
+    assert float(sum_of_squares(apart)) != pytest.approx(whole, rel=1e-12), "zeros between move the blocks"

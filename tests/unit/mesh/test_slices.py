@@ -120,6 +120,25 @@ def test_padded_ranges_are_equally_long_and_cover_all(size: int, degree: int) ->
     assert [i for (start, stop), _ in ranges for i in range(start, stop)] == list(range(size))
 
 
+@given(st.integers(1, 300), st.integers(1, 9), st.sampled_from([1, 8, 128]))
+def test_padding_to_a_multiple_moves_no_item(size: int, degree: int, multiple: int) -> None:
+    for rank in range(degree):
+        plain, few = padded_range(size, rank, degree)
+        padded, more = padded_range(size, rank, degree, multiple)
+        held = padded[1] - padded[0] + more
+        assert padded == plain
+        assert held % multiple == 0
+        assert 0 <= held - (plain[1] - plain[0] + few) < multiple
+
+
+def test_padding_at_the_end_of_a_slice_is_not_saved() -> None:
+    words, rows = Cut(0, ((3, 7),), 4), Cut(1, ((0, 2),), 1)
+    assert ShardSpec((9, 5), (words,)).saved == ShardSpec((9, 5), (Cut(0, ((3, 7),)),))
+    assert ShardSpec((9, 5), (words, rows)).saved == ShardSpec((9, 5), (Cut(0, ((3, 7),)), rows))
+    for same in (ShardSpec((9, 5)), ShardSpec((9, 5), (rows,))):
+        assert same.saved is same
+
+
 @given(slices())
 def test_a_whole_slice_is_the_full_tensor(shard: ShardSpec) -> None:
     full = numbered(shard.full_shape)
