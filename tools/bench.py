@@ -10,7 +10,8 @@
     tools/bench.py norm                the gradient norm of up to a billion elements (4 GB): error and cost
     tools/bench.py data                preparing, reading and starting on data, with other readers beside it
     tools/bench.py checkpoint          saving and loading beside a plain write, the stall, memory of converting 1 B
-    tools/bench.py gpu                 utilisation of one CUDA device by GPT-3 1.3B and 125M, and what bounds the step
+    tools/bench.py gpu                 utilisation of one CUDA device by GPT-3 1.3B and 125M, by megalm train, eager and
+                                       compiled, and what the time of a step goes to
     tools/bench.py all --json out.json
 
 checkpoint writes up to 17 GB to the system's folder for temporary files (TMPDIR chooses another), and removes them.
@@ -50,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--rounds", type=int, help="repetitions that a median is taken of")
     parser.add_argument("--compiled", action="store_true", help="cpu: measure engine.compile=true as well")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="gpu: cpu shows on a small model that the part works"
+    )
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a target is missed")
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 1:
@@ -129,7 +133,7 @@ def _checkpoint(options: argparse.Namespace) -> Report:
 def _gpu(options: argparse.Namespace) -> Report:
     from benchmarks import gpu
 
-    return gpu.run(gpu.Options(steps=options.rounds or gpu.Options.steps))
+    return gpu.run(gpu.Options(steps=options.rounds or gpu.Options.steps, device=options.device))
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Report]] = {

@@ -309,10 +309,19 @@ class Engine:
     2016, Korthikanti et al. 2022)."""
     recompute_every: int = 1
     """Recompute every k-th block of a stage; 1: all."""
-    compile: bool = False
-    """``torch.compile`` each block."""
+    compile: bool | None = None
+    """``torch.compile`` each block, and the loss. None: off; to be on for GPUs once ``tests/gpu`` has passed on one."""
+    attention: str = "auto"
+    """Kernels of attention with windows on GPUs, and of ``parallel.cp_attention=ring``: ``auto`` (with masks and scores
+    in memory; to be ``fused`` on GPUs once ``tests/gpu`` has passed on one with it) or ``fused`` (flex attention's
+    block masks, Dong et al. 2024; the flash kernel and its log-sum-exp in the ring, Dao et al. 2022)."""
     loss_chunk_tokens: int = 2048
     """Tokens per chunk of the cross-entropy, whose fp32 logits exist at one time; 0: the whole micro-batch."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled: the one place that says what null means, which no GPU has proven yet."""
+        return bool(self.compile)
 
 
 @dataclass(frozen=True, kw_only=True)

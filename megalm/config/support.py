@@ -148,6 +148,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.dtype": ("bf16", "fp16", "fp32"),
     "engine.reduce_dtype": ("fp32", "bf16"),
     "engine.recompute": ("none", "selective", "full"),
+    "engine.attention": ("auto", "fused"),
     "logging.wandb": ("auto", "online", "offline", "disabled"),
 }
 """Legal values of every field that names an alternative."""

@@ -36,6 +36,7 @@ class TransformerBlock(nn.Module):
         rotary: rotary positions, shared by all blocks; None where positions are learned.
         seed: of dropout masks.
         recompute_core: whether backward computes the attention core again.
+        fused_attention: see :class:`megalm.core.attention.attend.AttentionCore`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TransformerBlock(nn.Module):
         rotary: RotaryPosition | None,
         seed: int,
         recompute_core: bool = False,
+        fused_attention: bool = False,
     ) -> None:
         super().__init__()
         self.tensor_parallel = tensor_parallel
@@ -62,6 +64,7 @@ class TransformerBlock(nn.Module):
             projection_std=projection_std,
             seed=seed,
             recompute_core=recompute_core,
+            fused=fused_attention,
         )
         self.attention_dropout = Dropout(model.dropout, seed=seed, layer=layer, site="attention")
         self.mlp_norm = make_norm(model, tensor_parallel)
@@ -82,15 +85,18 @@ class TransformerBlock(nn.Module):
 
     def attend(self, x: Tensor, place: Place) -> Tensor:
         """The attention sublayer's output: [B, S, H] ▶ [B, S, H]."""
-        added: Tensor = self.attention_dropout(
-            self.attention(x, place), place, self.tensor_parallel.own_tokens(place.positions)
-        )
-        return added
+        return self._dropped(self.attention(x, place), self.attention_dropout, place)
 
     def transform(self, x: Tensor, place: Place) -> Tensor:
         """The MLP sublayer's output: [B, S, H] ▶ [B, S, H]."""
-        added: Tensor = self.mlp_dropout(self.mlp(x), place, self.tensor_parallel.own_tokens(place.positions))
-        return added
+        return self._dropped(self.mlp(x), self.mlp_dropout, place)
+
+    def _dropped(self, x: Tensor, dropout: Dropout, place: Place) -> Tensor:
+        """After dropout; without any, nothing is computed, so that a compiled block has no graph for it."""
+        if not dropout.drops(place):
+            return x
+        y: Tensor = dropout(x, place, self.tensor_parallel.own_tokens(place.positions))
+        return y
 
 
 class PreNormBlock(TransformerBlock):

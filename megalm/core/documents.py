@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megalm.core.device_kind import device_kind
+from megalm.core.attention.block_masks import block_mask, flex
 
 
 @dataclass(frozen=True)
@@ -65,25 +64,14 @@ class Documents:
         """One call of flex attention for all documents; shapes as :meth:`attend_each`."""
         mask = self._block_masks.get((causal, window))
         if mask is None:  # layers of the same window share it
-            mask = self._block_masks[causal, window] = self._block_mask(causal, window)
-        mixed: Tensor = _flex_attention(device_kind(query))(
-            query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return mixed
-
-    def _block_mask(self, causal: bool, window: int) -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        numbers = self.numbers
-
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - flex's signature
-            seen = numbers[batch, query] == numbers[batch, key]
-            if causal:
-                seen = seen & (query >= key)
-            return seen & ((query - key).abs() < window) if window else seen
-
-        batch, length = numbers.shape
-        return create_block_mask(sees, batch, None, length, length, device=str(numbers.device))
+            mask = self._block_masks[causal, window] = block_mask(
+                self.numbers.shape[1],
+                causal=causal,
+                window=window,
+                device=self.numbers.device,
+                documents=self.numbers,
+            )
+        return flex(query, key, value, mask)
 
 
 def document_places(starts: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -96,12 +84,3 @@ def document_places(starts: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArr
 def document_lengths(numbers: NDArray[np.int32]) -> tuple[tuple[int, ...], ...]:
     """:attr:`Documents.lengths` of :attr:`Documents.numbers`."""
     return tuple(tuple(np.bincount(row).tolist()) for row in numbers)
-
-
-@lru_cache(maxsize=2)
-def _flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """Compiled on accelerators; on the CPU uncompiled and forward only, for tests."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    attention: Callable[..., Any] = flex_attention
-    return attention if device_type == "cpu" else torch.compile(attention, dynamic=False)

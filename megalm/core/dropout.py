@@ -45,12 +45,17 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor, place: Place, positions: Tensor) -> Tensor:
         """[B, S, H] ▶ [B, S, H]; ``positions`` [S] are those of x's rows, which may be a part of the place's."""
-        if self.probability == 0.0 or not self.training or place.samples is None:
+        if not self.drops(place):
             return x
+        assert place.samples is not None
         rows = _mix(_samples(self.key, place.samples)[:, None] ^ _int32(positions)[None, :])  # [B, S]
         features = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
         keep = _keeps(_mix(rows[..., None] ^ _spread(features)), self.probability)
         return x * keep * (1.0 / (1.0 - self.probability))
+
+    def drops(self, place: Place) -> bool:
+        """Whether anything is dropped."""
+        return self.probability > 0.0 and self.training and place.samples is not None
 
     def extra_repr(self) -> str:
         """The probability."""

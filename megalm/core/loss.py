@@ -38,6 +38,7 @@ def output_loss(
     chunk_tokens: int,
     z_loss: float = 0.0,
     bias: Tensor | None = None,
+    compiles: bool = False,
 ) -> Tensor:
     """Cross-entropy (and z-loss) of a micro-batch from the last hidden vectors, without materialising all logits.
 
@@ -59,13 +60,14 @@ def output_loss(
         chunk_tokens: C; 0: all of the micro-batch at once.
         z_loss: weight of the second term; 0: there is none.
         bias: added to the logits, [P]; None: there is none.
+        compiles: whether what turns logits into losses and gradients is compiled.
 
     Returns:
         [K] in fp32, the same on every rank of the group: the weighted sum of token losses in nats and, with ``z_loss``,
         its product with the weighted sum of squared log-partitions (Chowdhery et al. 2022, section 5). Backward
         takes the same gradient for both: what is minimised is their sum.
     """
-    chunks = OutputChunks.of(embedding, chunk_tokens, z_loss)
+    chunks = OutputChunks.of(embedding, chunk_tokens, z_loss, compiles=compiles)
     terms: Tensor = _OutputLoss.apply(  # type: ignore[no-untyped-call]
         x, embedding.weight, bias, labels, loss_weight, chunks, torch.is_grad_enabled(), _sink(embedding)
     )

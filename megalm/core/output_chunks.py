@@ -6,9 +6,10 @@ words; on GPUs padding, too), C tokens of a chunk, K terms of the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class OutputChunks:
         rows: R.
         chunk_tokens: C; 0: all of the micro-batch at once.
         z_loss: weight of the squared log-partition; 0: there is no such term.
+        compiles: whether what turns logits into losses and gradients is compiled: two kernels, each of which reads the
+            logits once, and no fp32 tensor of their size.
     """
 
     tensor_parallel: TensorParallel
@@ -51,12 +54,15 @@ class OutputChunks:
     rows: int
     chunk_tokens: int
     z_loss: float = 0.0
+    compiles: bool = False
 
     @classmethod
-    def of(cls, embedding: VocabParallelEmbedding, chunk_tokens: int, z_loss: float = 0.0) -> OutputChunks:
+    def of(
+        cls, embedding: VocabParallelEmbedding, chunk_tokens: int, z_loss: float = 0.0, *, compiles: bool = False
+    ) -> OutputChunks:
         """Over the rows of an embedding."""
         vocabulary = embedding.first_token, embedding.local_vocab_size, embedding.rows_to_multiply
-        return cls(embedding.tensor_parallel, *vocabulary, chunk_tokens, z_loss)
+        return cls(embedding.tensor_parallel, *vocabulary, chunk_tokens, z_loss, compiles)
 
     def in_gathered_order(self, per_token: Tensor) -> Tensor:
         """[B, S] of all tokens ▶ [T, B·S/T], the order in which ranks' shares are gathered; else [1, B·S]."""
@@ -120,18 +126,72 @@ def logits_to_gradient(
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
     loss_weight = loss_weight.to(exact).unsqueeze(1)
+    if chunks.compiles:
+        return _compiled_terms(logits, labels, loss_weight, chunks, scale, wants_gradient=wants_gradient)
     terms = torch.zeros(2 if chunks.z_loss else 1, dtype=torch.float64, device=logits.device)
     for block in _blocks(logits, labels, chunks):
         w = loss_weight[block.rows]
-        terms[0] += (w * (block.lse - block.label_logit)).sum(dtype=torch.float64)
-        if chunks.z_loss:
-            terms[1] += chunks.z_loss * (w * block.lse.square()).sum(dtype=torch.float64)
+        terms += _terms(w, block.lse, block.label_logit, chunks.z_loss)
         if wants_gradient:
             w = w if scale is None else w * scale
             p = block.p.mul_((block.own_lse - block.lse).exp_().mul_(w * (1.0 + 2.0 * chunks.z_loss * block.lse)))
             p.scatter_add_(1, block.columns, w.mul(block.here).neg_())
             logits[block.rows] = p
     return terms
+
+
+def _terms(w: Tensor, lse: Tensor, label_logit: Tensor, z_loss: float) -> Tensor:
+    """[c, 1] each ▶ the terms [K] of these tokens, in fp64."""
+    losses = (w * (lse - label_logit)).sum(dtype=torch.float64)
+    if not z_loss:
+        return losses.unsqueeze(0)
+    return torch.stack((losses, z_loss * (w * lse.square()).sum(dtype=torch.float64)))
+
+
+def _compiled_terms(
+    logits: Tensor,
+    labels: Tensor,
+    w: Tensor,
+    chunks: OutputChunks,
+    scale: Tensor | None,
+    *,
+    wants_gradient: bool,
+) -> Tensor:
+    """As :func:`logits_to_gradient`, by two compiled functions with the collective of ranks between them."""
+    columns, here = _label_columns(logits, labels, chunks)
+    own_lse, own_logit = compiled(_statistics)(logits, columns, here)
+    lse, label_logit = _over_ranks(own_lse, own_logit, chunks.tensor_parallel.group)
+    if wants_gradient:
+        factor = w if scale is None else w * scale
+        compiled(_to_gradient)(logits, columns, here, lse, factor, chunks.z_loss)
+    return _terms(w, lse, label_logit, chunks.z_loss)
+
+
+def _statistics(logits: Tensor, columns: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+    """[C, R] ▶ log-partition over this rank's words, and the label's logit where it is one of them, [C, 1] each."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest = exact.amax(dim=-1, keepdim=True)
+    lse = largest + (exact - largest).exp().sum(dim=-1, keepdim=True).log()
+    label_logit = torch.where(_is_label(logits, columns, here), exact, 0.0).sum(dim=-1, keepdim=True)
+    return lse, label_logit
+
+
+def _to_gradient(logits: Tensor, columns: Tensor, here: Tensor, lse: Tensor, w: Tensor, z_loss: float) -> None:
+    """[C, R] become the gradient of the terms, in place."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    p = (exact - lse).exp() * (1.0 + 2.0 * z_loss * lse)
+    logits.copy_(w * (p - _is_label(logits, columns, here).to(p.dtype)))
+
+
+def _is_label(logits: Tensor, columns: Tensor, here: Tensor) -> Tensor:
+    """[C, R] bool, by comparison: a scatter would be a kernel of its own."""
+    return (torch.arange(logits.shape[1], device=logits.device) == columns) & here
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch compiles once per shape."""
+    return torch.compile(function, dynamic=False)
 
 
 def token_losses(logits: Tensor, labels: Tensor, chunks: OutputChunks) -> Tensor:
@@ -165,13 +225,8 @@ class _Block(NamedTuple):
 def _blocks(logits: Tensor, labels: Tensor, chunks: OutputChunks) -> Iterator[_Block]:
     """As few tokens at a time as stay in cache; the padding of ``logits`` is masked in place."""
     group = chunks.tensor_parallel.group
-    if logits.shape[1] > chunks.local_vocab_size:
-        # Finite, so that a rank without a single word gets no NaN; its exponential is zero beside any other logit.
-        logits[:, chunks.local_vocab_size :] = torch.finfo(logits.dtype).min
     exact = torch.promote_types(logits.dtype, torch.float32)
-    columns = (labels - chunks.first_token).unsqueeze(1)
-    here = (columns >= 0) & (columns < chunks.local_vocab_size)
-    columns = columns.clamp(0, max(chunks.local_vocab_size - 1, 0))
+    columns, here = _label_columns(logits, labels, chunks)
     start = 0
     for block in logits.split(_block_rows(logits, group)):
         rows = slice(start, start + block.shape[0])
@@ -182,6 +237,16 @@ def _blocks(logits: Tensor, labels: Tensor, chunks: OutputChunks) -> Iterator[_B
         label_logit = block.gather(1, columns[rows]).to(exact).masked_fill_(~here[rows], 0.0)
         lse, label_logit = _over_ranks(own_lse, label_logit, group)
         yield _Block(rows, p, own_lse, lse, label_logit, columns[rows], here[rows])
+
+
+def _label_columns(logits: Tensor, labels: Tensor, chunks: OutputChunks) -> tuple[Tensor, Tensor]:
+    """The label's column, and whether it is this rank's, [C, 1] each; the padding of ``logits`` is masked in place."""
+    if logits.shape[1] > chunks.local_vocab_size:
+        # Finite, so that a rank without a single word gets no NaN; its exponential is zero beside any other logit.
+        logits[:, chunks.local_vocab_size :] = torch.finfo(logits.dtype).min
+    columns = (labels - chunks.first_token).unsqueeze(1)
+    here = (columns >= 0) & (columns < chunks.local_vocab_size)
+    return columns.clamp(0, max(chunks.local_vocab_size - 1, 0)), here
 
 
 def _over_ranks(own_lse: Tensor, label_logit: Tensor, group: Group) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -42,12 +43,14 @@ class Place:
         samples: [B] int64, global number of each sample, the key of its dropout masks; None: no dropout (evaluation).
         documents: where documents begin, which attention does not look past; None: each row is one document.
         memory: what earlier passes of a generation have stored; None: a pass has whole sequences.
+        window_masks: flex attention's block mask by attention window; of a window that is not there, a dense mask.
     """
 
     positions: Tensor
     samples: Tensor | None = None
     documents: Documents | None = None
     memory: Memory | None = None
+    window_masks: Mapping[int, Any] = field(default_factory=dict)
 
     @property
     def within_documents(self) -> Tensor:

@@ -30,6 +30,7 @@ class Output:
         chunk_tokens: tokens whose logits exist at a time; 0: all.
         context_parallel: which part of each sequence this rank holds.
         heads: the objective's own layers, by name.
+        compiles: whether the loss is compiled, as blocks are.
         carried: sums of the scalars that the objective took from the blocks, by name.
     """
 
@@ -41,6 +42,7 @@ class Output:
     context_parallel: ContextParallel
     heads: Mapping[str, nn.Module]
     carried: Mapping[str, Tensor]
+    compiles: bool = False
 
     def cross_entropy(self, labels: Tensor, weight: Tensor, *, z_loss: float = 0.0) -> Tensor:
         """Weighted sum of token losses, and with ``z_loss`` a second element; see :func:`output_loss`.
@@ -58,6 +60,7 @@ class Output:
             chunk_tokens=self.chunk_tokens,
             z_loss=z_loss,
             bias=self.bias,
+            compiles=self.compiles,
         )
 
     def cross_entropy_and_accuracy(self, labels: Tensor, weight: Tensor) -> Tensor:

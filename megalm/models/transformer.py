@@ -18,9 +18,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from megalm.config.rules.model import attention_dropout_violation
 from megalm.config.schema import Config, Engine, Model
+from megalm.core.attention.block_masks import WindowMasks
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.block import BLOCKS
+from megalm.core.device_kind import device_kind
 from megalm.core.embedding import VocabParallelEmbedding
 from megalm.core.linear import hand_over_weight_gradients, postpone_weight_gradients
 from megalm.core.loss import token_scores
@@ -33,6 +36,7 @@ from megalm.core.random import initialise
 from megalm.core.recompute import Recompute
 from megalm.core.tensor_parallel import TensorParallel
 from megalm.core.weight_gradients import WeightGradients
+from megalm.errors import ConfigError
 from megalm.mesh.groups import ParallelContext
 from megalm.models.balance import split_layers
 from megalm.models.embedding import InputEmbedding
@@ -104,6 +108,10 @@ class Transformer(nn.Module):
         self.tied, self.hidden_size = model.tie_embeddings, model.hidden_size
         self.recompute = Recompute(engine.recompute, engine.recompute_every)
         self.loss_chunk_tokens, self.objective = engine.loss_chunk_tokens, objective
+        self.compiles_loss = engine.compiles
+        self.fused_attention, self._window_masks = engine.attention == "fused", WindowMasks()
+        self._windows = {window for window in model.attention_windows if window}
+        self._causal = model.causal
         self.weight_gradients: WeightGradients | None = None
         self.before_use: Callable[[nn.Module], None] = _is_there
         rotary = RotaryPosition(model, device=device) if model.position == "rotary" else None
@@ -121,6 +129,7 @@ class Transformer(nn.Module):
                         rotary=rotary,
                         seed=seed,
                         recompute_core=self.recompute.core(index),
+                        fused_attention=self.fused_attention,
                     )
                     for layers in part.stages.values()
                     for index, layer in enumerate(layers)
@@ -264,6 +273,7 @@ class Transformer(nn.Module):
             assert self.input is not None
             hidden = self._ready(self.input)(micro_batch, place)
         x = hidden
+        place = self._with_window_masks(place, x)
         for index, layer in enumerate(self.part.stages[stage]):
             x = self.recompute.run(index, self._ready(self.blocks[str(layer)]), x, place)
             if self.objective is not None and self._carried:
@@ -282,11 +292,29 @@ class Transformer(nn.Module):
             embedding=self.output_embedding,
             bias=self.output.bias,
             chunk_tokens=self.loss_chunk_tokens,
+            compiles=self.compiles_loss,
             context_parallel=self.context_parallel,
             heads=dict(self.output.heads),
             carried={} if carried is None else dict(zip(self._carried, carried.unbind(), strict=True)),
         )
         return (self.objective.loss if self.training else self.objective.measure)(output, micro_batch)
+
+    def _with_window_masks(self, place: Place, x: Tensor) -> Place:
+        """With what attention of windows needs on GPUs, made outside of blocks, which may be compiled.
+
+        Documents have masks of their own. A ring computes windows tile by tile.
+        """
+        is_ring = self.context_parallel.method == "ring" and self.context_parallel.group.size > 1
+        if not self.fused_attention or not self._windows or place.memory or place.documents or is_ring:
+            return place
+        if device_kind(x) == "cpu":  # flex attention has no backward there
+            return place
+        length = place.positions.shape[-1] * self.context_parallel.group.size
+        masks = {
+            window: self._window_masks.of(length, causal=self._causal, window=window, device=x.device)
+            for window in self._windows
+        }
+        return replace(place, window_masks=masks)
 
     @property
     def _carried(self) -> tuple[str, ...]:
@@ -322,7 +350,12 @@ def build_transformer(
     """This rank's part of the model with its initial weights, in ``dtype`` on the context's device.
 
     ``with_values=False`` leaves the weights zero, for a checkpoint that fills all of them.
+
+    Raises:
+        ConfigError: attention dropout needs more memory than GPUs have, which these ranks compute on.
     """
+    if context.transport == "nccl" and (violation := attention_dropout_violation(config)) is not None:
+        raise ConfigError([str(violation)])
     layers = split_layers(config, vocab_size)
     model = Transformer(
         config.model,
@@ -344,7 +377,7 @@ def build_transformer(
         model.weight_gradients = WeightGradients()
         hand_over = hand_over_weight_gradients if fuses else postpone_weight_gradients
         hand_over(model if fuses else model.blocks, model.weight_gradients)
-    if config.engine.compile:
+    if config.engine.compiles:
         # Blocks that differ in their weights alone share one compiled graph.
         for block in model.blocks.values():
             block.compile(dynamic=False)

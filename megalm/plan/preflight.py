@@ -248,7 +248,7 @@ def _turn_notes(config: Config) -> tuple[str, ...]:
 def _compiler_violations(config: Config) -> list[str]:
     """``torch.compile`` writes C++ (and for a GPU C), which this machine must be able to compile."""
     compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
-    if not config.engine.compile or any(shutil.which(name) for name in compilers):
+    if not config.engine.compiles or any(shutil.which(name) for name in compilers):
         return []
     return [
         "engine.compile=true: this machine has no C++ compiler (g++, c++ or clang++); "

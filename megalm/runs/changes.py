@@ -62,8 +62,11 @@ def changes_since(manifest: Manifest, config: Config, world_size: int) -> list[C
         for name, after in fields.items():
             path = f"{section}.{name}"
             before = _section(saved, section).get(name, defaults[section][name])
-            is_derived = path == "model.vocab_size" and after is None  # the data's own, which other checks compare
-            if path not in _WITHOUT_EFFECT and not is_derived and before != after:
+            # The data's own, which other checks compare; and null, which was false before there was null.
+            is_same = (path == "model.vocab_size" and after is None) or (
+                path == "engine.compile" and not before and not after
+            )
+            if path not in _WITHOUT_EFFECT and not is_same and before != after:
                 found.append(Change(path, before, after))
     replicas, dp = manifest.topology.get("dp"), topology_of(config, world_size).dp
     if replicas is not None and replicas != dp:

@@ -260,5 +260,5 @@ def _notes(config: Config, topology: Topology, layout: Case) -> Iterator[str]:
         cut.append(f"virtual stages {topology.virtual_stages} to {small.virtual_stages}")
     if cut:
         yield f"degrees are cut: {', '.join(cut)}"
-    if config.engine.compile:
+    if config.engine.compiles:
         yield "torch.compile is left out: it needs a C++ compiler on a CPU, and changes no sum over ranks"

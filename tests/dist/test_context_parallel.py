@@ -14,6 +14,7 @@ def check_on_ranks(degree: int) -> list[str]:
     """Runs on every rank; returns what differs."""
     import torch.distributed as dist
 
+    from megalm.core.attention import flash
     from megalm.core.attention.attend import AttentionCore
     from megalm.core.attention.context_parallel import ContextParallel
     from megalm.core.place import Place
@@ -23,11 +24,19 @@ def check_on_ranks(degree: int) -> list[str]:
     members = tuple(range(rank // degree * degree, (rank // degree + 1) * degree))
     handle = dist.new_group(list(members), use_local_synchronization=True)
     wrong = []
-    for method, kv_heads, window, dropout, causal in itertools.product(
-        ("ulysses", "ring"), (1, 2, 4), (0, 5), (0.0, 0.3), (True, False)
+    kernel, calls = {name: getattr(flash, name) for name in ("forward", "backward")}, []
+
+    def counted(name, function):
+        return lambda *a, **k: (calls.append(name), function(*a, **k))[1]
+
+    for name, function in kernel.items():
+        setattr(flash, name, counted(name, function))
+    for (method, fused), kv_heads, window, dropout, causal in itertools.product(
+        (("ulysses", False), ("ring", False), ("ring", True)), (1, 2, 4), (0, 5), (0.0, 0.3), (True, False)
     ):
         cp = ContextParallel(Group(members, members.index(rank), handle), method)
-        core = AttentionCore(causal=causal, window=window, dropout=dropout, seed=1, layer=0)
+        core = AttentionCore(causal=causal, window=window, dropout=dropout, seed=1, layer=0, fused=fused)
+        calls.clear()
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(B, 4, S, D, generator=generator, dtype=torch.float64)
         key, value = torch.randn(2, B, kv_heads, S, D, generator=generator, dtype=torch.float64).unbind()
@@ -42,6 +51,11 @@ def check_on_ranks(degree: int) -> list[str]:
         parts = [t[:, :, mine].clone().requires_grad_() for t in (query, key, value)]
         got = cp.attend(core, *parts, heads, Place(mine, samples))
         got.backward(upstream[:, :, mine])
+        by_kernel = fused and not window and not dropout
+        # Of the 2C chunks of keys each of a rank's two chunks sees those before it and its own; or all.
+        tiles = (2 * degree + 1 if causal else 4 * degree) if by_kernel else 0
+        if (calls.count("forward"), calls.count("backward")) != (tiles, tiles):
+            wrong.append(f"{method} fused={fused} window={window} dropout={dropout}: {len(calls)} calls of the kernel")
         # Dropout's probabilities are fp32, and so is what the ring assembles of half-precision inputs.
         tolerance = 1e-5
         for name, ours, theirs in [
@@ -50,7 +64,11 @@ def check_on_ranks(degree: int) -> list[str]:
         ]:
             worst = float((ours - theirs).abs().max())
             if not worst < tolerance:
-                wrong.append(f"{method} K={kv_heads} window={window} dropout={dropout} causal={causal}: {name} {worst}")
+                wrong.append(
+                    f"{method} fused={fused} K={kv_heads} window={window} dropout={dropout} causal={causal}: {name} {worst}"
+                )
+    for name, function in kernel.items():
+        setattr(flash, name, function)
     held = torch.zeros(S)
     held[ContextParallel(Group(members, members.index(rank), handle), "ring").positions(S)] = 1.0
     dist.all_reduce(held, group=handle)

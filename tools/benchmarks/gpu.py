@@ -1,205 +1,289 @@
-"""Training on one CUDA device: model FLOPs utilisation, and what bounds the step.
+"""Training on one device by the command line's own path: model FLOPs utilisation, and what the time of a step goes to.
 
-Utilisation is model FLOPs (``models.counts.flops_per_token``: recomputation is no progress) over the dense bf16 peak of
-``megalm/plan/hardware.yaml``. The time between steps is the device's, from CUDA events.
+Each choice is a process that runs ``megalm train`` on a prepared dataset: loader, copies, reductions, record and all.
+Seconds per step are those of the run's ``metrics.jsonl``; one more step is profiled. The process ends there, so that
+nothing is saved. Utilisation is model FLOPs (``models.counts.flops_per_token``: neither recomputation nor padding is
+progress) over the dense peak of ``megalm/plan/hardware.yaml``.
 """
 
 from __future__ import annotations
 
-import gc
+import json
+import os
 import statistics
-import time
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from benchmarks.cpu import bench_config
+from benchmarks.gpu_data import prepare_own_source
 from benchmarks.table import Report, Row
-from megalm.config.compose import compose
-from megalm.config.schema import Model
-from megalm.models.counts import flops_per_token
-from megalm.plan.hardware import devices, match_device
 
-TARGETS = {"gpt3_1_3b": 0.50, "gpt3_125m": 0.40}
-"""Experiment ▶ least utilisation."""
+PARTS = ("matmul", "attention", "memory-bound", "optimizer", "copies", "communication", "idle")
+"""What the time of a step goes to; together all of it."""
 
-MICRO_BATCHES = {"gpt3_1_3b": (16, 8, 4, 2), "gpt3_125m": (32, 16, 8)}
-"""Micro-batch sizes to try, in sequences; those that do not fit are passed over."""
+OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError")
 
-GLOBAL_BATCH = 32
-"""Sequences per step."""
+
+@dataclass(frozen=True)
+class Workload:
+    """A model to train.
+
+    Attributes:
+        name: in words.
+        overrides: of the command line.
+        micro_batches: sequences per micro-batch to try; what does not fit is passed over.
+        target: least utilisation; None: for information.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    micro_batches: tuple[int, ...]
+    target: float | None = None
+
+
+_GPT3 = ("train.global_batch_size=32", "parallel=single", "cluster=local", "engine=bf16_zero1")
+WORKLOADS: dict[str, tuple[Workload, ...]] = {
+    "cuda": (
+        Workload("gpt3_1_3b", ("experiment=gpt3_1_3b", *_GPT3), (16, 8, 4, 2), 0.50),
+        Workload("gpt3_125m", ("experiment=gpt3_125m", *_GPT3), (32, 16, 8), 0.40),
+    ),
+    "cpu": (
+        Workload(
+            "toy",
+            (
+                "experiment=quickstart",
+                "parallel=single",
+                "model.num_layers=2",
+                "model.hidden_size=64",
+                "model.num_heads=2",
+                "model.sequence_length=64",
+                "train.global_batch_size=4",
+            ),
+            (4, 2),
+        ),
+    ),
+}
+"""By kind of device; the CPU's shows that the bench works."""
+
+_COMMON = (
+    "run.name=bench",
+    "train.steps=100000",  # the process ends long before
+    "train.validate_every=0",
+    "checkpoint.every=0",
+    "logging=plain",
+    "report.plot=false",
+    "report.prompt=null",
+)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How long to measure.
+    """What to measure.
 
     Attributes:
         steps: timed steps of each choice, of which the median counts.
         warm_up: steps before, in which ``torch.compile`` does its work.
+        device: ``cuda`` or ``cpu``.
+        seconds: longest that one choice may take.
     """
 
     steps: int = 8
     warm_up: int = 4
-
-
-def run(options: Options) -> Report:
-    """Time every choice of both models, and profile a step of the fastest."""
-    if not torch.cuda.is_available():
-        return Report("gpu", skipped="no CUDA device")
-    name = match_device(torch.cuda.get_device_name())
-    peak = devices()[name].peak_flops("bf16") if name else None
-    if peak is None:
-        return Report("gpu", skipped=f"{torch.cuda.get_device_name()} has no bf16 peak in megalm/plan/hardware.yaml")
-    rows: list[Row] = []
-    if not dist.is_initialized():
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    torch.cuda.set_device(0)
-    for experiment, target in TARGETS.items():
-        rows += _experiment(experiment, target, peak, options)
-    return Report("gpu", rows)
-
-
-def _experiment(experiment: str, target: float, peak: float, options: Options) -> list[Row]:
-    model = compose([f"experiment={experiment}"]).model
-    flops = flops_per_token(model) * GLOBAL_BATCH * model.sequence_length
-    rows, timed = [], {}
-    for compiled in (False, True):
-        for micro_batch_size in MICRO_BATCHES[experiment]:
-            choice = micro_batch_size, compiled
-            try:
-                timed[choice] = _seconds(model, *choice, options)
-            except torch.cuda.OutOfMemoryError:
-                continue
-            finally:
-                _free()
-            label = f"{experiment}, micro-batch {micro_batch_size}, {'compiled' if compiled else 'eager'}"
-            rows.append(Row(label, 100 * flops / timed[choice] / peak, "% MFU", note=f"{timed[choice]:.3f} s a step"))
-    if not timed:
-        return [Row(f"{experiment}: no micro-batch fits", 0.0, "% MFU", 100 * target)]
-    best = min(timed, key=timed.__getitem__)
-    rows.append(Row(f"{experiment}, best", 100 * flops / timed[best] / peak, "% MFU", 100 * target))
-    step = _make_step(model, *best)
-    for _ in range(options.warm_up):
-        step()
-    shares = _profile(step)
-    del step
-    _free()
-    return rows + [Row(f"  {what}", 100 * share, "% of step") for what, share in shares.items()]
-
-
-def _seconds(model: Model, micro_batch_size: int, compiled: bool, options: Options) -> float:
-    step = _make_step(model, micro_batch_size, compiled)
-    for _ in range(options.warm_up):
-        step()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(options.steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(1e-3 * a.elapsed_time(b) for a, b in pairwise(events))
-
-
-def _make_step(model: Model, micro_batch_size: int, compiled: bool) -> Callable[[], Any]:
-    """One optimizer step on random tokens, through the engine that users train with."""
-    from megalm.core.place import Place
-    from megalm.engine.deepspeed_engine import DeepSpeedEngine
-    from megalm.mesh.groups import ParallelContext
-    from megalm.mesh.topology import Topology
-    from megalm.models.counts import resolve_vocab_size
-    from megalm.models.micro_batch import MicroBatch
-    from megalm.models.transformer import build_transformer
-    from megalm.objectives.registry import make_objective
-
-    config = bench_config(model, micro_batch_size=micro_batch_size, global_batch_size=GLOBAL_BATCH, compiled=compiled)
-    context = ParallelContext.create(Topology(), "cuda:0")
-    vocab = resolve_vocab_size(model)
-    stage = build_transformer(
-        config, vocab, context=context, dtype=torch.bfloat16, objective=make_objective(config.objective)
-    )
-    engine = DeepSpeedEngine(stage, context, config)
-    length = model.sequence_length
-    rows = torch.randint(0, vocab, (GLOBAL_BATCH, length + 1), device=context.device)
-    weight = torch.full((GLOBAL_BATCH, length), 1.0 / (GLOBAL_BATCH * length), device=context.device)
-    positions = torch.arange(length, device=context.device)
-    micro_batches = [
-        MicroBatch(r[:, :-1].contiguous(), r[:, 1:].contiguous(), w, Place(positions, s))
-        for r, w, s in zip(
-            rows.split(micro_batch_size),
-            weight.split(micro_batch_size),
-            torch.arange(GLOBAL_BATCH, device=context.device).split(micro_batch_size),
-            strict=True,
-        )
-    ]
-    return lambda: engine.train_step(micro_batches, 1e-4)
-
-
-def _free() -> None:
-    gc.collect()
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
+    device: str = "cuda"
+    seconds: float = 600.0
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """What a device did for a while.
+class Choice:
+    """One way to train a workload."""
+
+    workload: Workload
+    micro_batch: int
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"{self.workload.name}, micro-batch {self.micro_batch}, {'compiled' if self.compiled else 'eager'}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a choice gave.
 
     Attributes:
-        name: as the profiler names it.
-        start: microseconds.
-        end: microseconds.
+        choice: what was measured.
+        seconds: of a step, the median.
+        tokens_per_second: at that pace.
+        mfu: utilisation, 0 to 1; None where the device's peak is unknown.
+        memory_gib: most that was allocated.
+        kernels: launched in the profiled step.
+        shares: of the profiled step, by what its time goes to.
     """
 
-    name: str
-    start: float
-    end: float
+    choice: Choice
+    seconds: float
+    tokens_per_second: float
+    mfu: float | None
+    memory_gib: float
+    kernels: int
+    shares: dict[str, float]
 
 
-KINDS = (
-    ("communication", ("nccl",)),
-    ("attention", ("flash", "fmha", "attention", "sdpa", "mha_")),
-    ("matmul", ("gemm", "cutlass", "cublas", "nvjet", "xmma", "matmul", "triton_tem")),
-)
-"""What a kernel's name contains, first match; every other kernel is bound by memory: element-wise, norms, optimizer."""
+class NoRoomError(Exception):
+    """A choice needs more memory than the device has."""
 
 
-def kind_of(name: str) -> str:
-    """What a kernel spends its time on."""
-    lower = name.lower()
-    return next((kind for kind, parts in KINDS if any(part in lower for part in parts)), "memory-bound")
+def run(options: Options) -> Report:
+    """Time every choice of all workloads."""
+    if (reason := missing(options.device)) is not None:
+        return Report("gpu", skipped=reason)
+    with tempfile.TemporaryDirectory(prefix="megalm-bench-") as name:
+        dataset = prepare_own_source(Path(name) / "data")
+        found = [
+            measured for workload in WORKLOADS[options.device] for measured in _all_choices(workload, dataset, options)
+        ]
+    return Report("gpu", rows_of(found, WORKLOADS[options.device]), text=table_of(found))
 
 
-def shares_of_step(kernels: Iterable[Kernel], seconds: float) -> dict[str, float]:
-    """Share of a step by kind of kernel; idle is the time in which none ran.
+def missing(device: str) -> str | None:
+    """Why nothing can be measured on a device; None: it can."""
+    import torch
 
-    Where kernels overlap, the time goes to the one that began first, so that shares add up to one.
+    from megalm.plan.hardware import match_device
+
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    name = torch.cuda.get_device_name()
+    return None if match_device(name) else f"{name} has no peak in megalm/plan/hardware.yaml"
+
+
+def _all_choices(workload: Workload, dataset: Path, options: Options) -> Iterator[Measured]:
+    for compiled in (False, True):
+        for micro_batch in workload.micro_batches:
+            try:
+                yield measure(Choice(workload, micro_batch, compiled), dataset, options)
+            except NoRoomError:
+                continue
+
+
+def largest_that_fits(workload: Workload, compiled: bool, dataset: Path, options: Options) -> Measured:
+    """Of a workload's micro-batches the first that the device has room for.
+
+    Raises:
+        NoRoomError: none does.
     """
-    shares = dict.fromkeys((*(kind for kind, _ in KINDS), "memory-bound"), 0.0)
-    covered = float("-inf")
-    for kernel in sorted(kernels, key=lambda k: (k.start, k.end)):
-        shares[kind_of(kernel.name)] += max(0.0, kernel.end - max(kernel.start, covered)) / (1e6 * seconds)
-        covered = max(covered, kernel.end)
-    return {**shares, "idle": max(0.0, 1.0 - sum(shares.values()))}
+    for micro_batch in workload.micro_batches:
+        try:
+            return measure(Choice(workload, micro_batch, compiled), dataset, options)
+        except NoRoomError:
+            continue
+    raise NoRoomError(f"{workload.name}: no micro-batch of {workload.micro_batches} fits")
 
 
-def _profile(step: Callable[[], Any]) -> dict[str, float]:
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
+def measure(choice: Choice, dataset: Path, options: Options) -> Measured:
+    """Train a choice in a process of its own for a few steps.
 
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        started = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    kernels = [
-        Kernel(event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA
+    Raises:
+        NoRoomError: the device has too little memory.
+        RuntimeError: it failed otherwise; with the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="megalm-bench-") as name:
+        result = Path(name) / "result.json"
+        overrides = [
+            *choice.workload.overrides,
+            *_COMMON,
+            f"train.micro_batch_size={choice.micro_batch}",
+            f"engine.compile={str(choice.compiled).lower()}",
+            f"data.path={dataset}",
+            f"run.dir={name}",
+            f"launch.device={options.device}",
+        ]
+        tools = Path(__file__).resolve().parents[1]
+        path = os.pathsep.join([str(tools), str(tools.parent), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "benchmarks.gpu_run"),
+                *(str(result), str(options.warm_up), str(options.steps), *overrides),
+            ],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=options.seconds,
+        )
+        if not result.exists():
+            said = done.stdout + done.stderr
+            if any(words in said for words in OUT_OF_MEMORY):
+                raise NoRoomError(str(choice))
+            tail = "\n".join(said.splitlines()[-12:])
+            raise RuntimeError(f"{choice}: ended with exit code {done.returncode}:\n{tail}")
+        return _measured(choice, json.loads(result.read_text(encoding="utf-8")))
+
+
+def _measured(choice: Choice, found: dict[str, list[dict[str, float | None]] | dict[str, float] | int]) -> Measured:
+    rows, shares, kernels = found["steps"], found["shares"], found["kernels"]
+    assert isinstance(rows, list) and isinstance(shares, dict) and isinstance(kernels, int)
+    seconds = statistics.median(float(row["step_seconds"] or 0.0) for row in rows)
+    pace = [(float(row["step_seconds"] or 0.0), row) for row in rows]
+    median = min(pace, key=lambda each: abs(each[0] - seconds))[1]
+    mfu = median["mfu"]
+    return Measured(
+        choice=choice,
+        seconds=seconds,
+        tokens_per_second=float(median["tokens_per_second"] or 0.0),
+        mfu=None if mfu is None else float(mfu),
+        memory_gib=max(float(row["memory_gib"] or 0.0) for row in rows),
+        kernels=kernels,
+        shares=shares,
+    )
+
+
+def rows_of(found: Sequence[Measured], workloads: Sequence[Workload]) -> list[Row]:
+    """Each choice's figure, and the best of each workload beside its target."""
+    rows = []
+    for workload in workloads:
+        own = [each for each in found if each.choice.workload is workload]
+        if not own:
+            target = None if workload.target is None else 100 * workload.target
+            rows.append(Row(f"{workload.name}: no micro-batch fits", 0.0, "% MFU", target))
+            continue
+        rows += [_row(str(each.choice), each, None) for each in own]
+        best = min(own, key=lambda each: each.seconds)
+        rows.append(_row(f"{workload.name}, best", best, workload.target))
+    return rows
+
+
+def _row(name: str, measured: Measured, target: float | None) -> Row:
+    note = f"{measured.seconds:.3f} s a step"
+    if measured.mfu is None:
+        return Row(name, measured.tokens_per_second, "tokens/s", note=note)
+    return Row(name, 100 * measured.mfu, "% MFU", None if target is None else 100 * target, note=note)
+
+
+def table_of(found: Sequence[Measured]) -> str:
+    """One line per choice: pace, utilisation, memory, kernels, and the share of each part in percent."""
+    head = ("", "s/step", "tokens/s", "MFU %", "GiB", "kernels", *(f"{part} %" for part in PARTS))
+    lines = [
+        (
+            str(each.choice),
+            f"{each.seconds:.3f}",
+            f"{each.tokens_per_second:,.0f}",
+            "-" if each.mfu is None else f"{100 * each.mfu:.1f}",
+            f"{each.memory_gib:.1f}",
+            f"{each.kernels:,}",
+            *(f"{100 * each.shares[part]:.1f}" for part in PARTS),
+        )
+        for each in found
     ]
-    return shares_of_step(kernels, seconds)
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (head, *lines)
+    )

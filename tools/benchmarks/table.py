@@ -43,11 +43,13 @@ class Report:
         part: its name on the command line.
         rows: the figures; none where the part was skipped.
         skipped: why there are none.
+        text: more to read, below the rows.
     """
 
     part: str
     rows: Sequence[Row] = field(default_factory=tuple)
     skipped: str | None = None
+    text: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The same for a machine."""
@@ -61,7 +63,8 @@ class Report:
         if self.skipped is not None:
             return f"{self.part}: skipped: {self.skipped}"
         width = max(len(row.name) for row in self.rows)
-        return "\n".join([f"{self.part}:", *(f"  {row.name:<{width}}  {_figures(row)}" for row in self.rows)])
+        lines = [f"{self.part}:", *(f"  {row.name:<{width}}  {_figures(row)}" for row in self.rows)]
+        return "\n".join(lines if self.text is None else [*lines, "", self.text])
 
 
 def _figures(row: Row) -> str:

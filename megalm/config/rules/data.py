@@ -81,7 +81,7 @@ def documents_are_seen_whole(job: Job) -> Iterator[Violation]:
             "ring attention does not support data.reset_at_documents",
             fixes=(Fix("parallel.cp_attention", ("ulysses",)), off),
         )
-    if config.engine.compile:
+    if config.engine.compiles:
         yield Violation(
             "engine.compile",
             True,

@@ -44,7 +44,7 @@ def zero_3_runs_alone(job: Job) -> Iterator[Violation]:
         )
     for field, value in (
         ("engine.offload_optimizer", engine.offload_optimizer),
-        ("engine.compile", engine.compile),
+        ("engine.compile", engine.compiles),
         ("engine.gradient_accumulation_fusion", engine.gradient_accumulation_fusion),
     ):
         if value:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megalm.config.job import Job, Rule, divisors, needs
-from megalm.config.schema import Model
+from megalm.config.schema import Config, Model
 from megalm.config.violation import Fix, Violation
 
 _NOTHING = 1e-6
@@ -133,10 +133,55 @@ def rotary_scaling_is_whole(job: Job) -> Iterator[Violation]:
         )
 
 
+LARGEST_PROBABILITIES = 2**30
+"""Bytes of one layer's attention probabilities of a micro-batch, in fp32, that dropout may hold on a GPU.
+
+Backward keeps about three tensors of that size per layer (probabilities, factors of dropout, their product), so at the
+limit 24 layers keep 72 GiB, which is all that a GPU of 80 GB has. Without dropout fused attention keeps none of it.
+"""
+
+
+def dropped_probabilities(config: Config) -> int:
+    """Bytes of one layer's attention probabilities on a rank, [B, N/ranks, S, S] in fp32; 0 where none is in memory."""
+    model, parallel = config.model, config.parallel
+    if not model.attention_dropout or (parallel.cp > 1 and parallel.cp_attention == "ring"):  # a ring has tiles
+        return 0
+    heads = -(-model.num_heads // (parallel.tp * parallel.cp))
+    return 4 * config.train.micro_batch_size * heads * model.sequence_length**2
+
+
+def attention_dropout_violation(config: Config) -> Violation | None:
+    """What is wrong with attention dropout on GPUs; None: nothing."""
+    size = dropped_probabilities(config)
+    if size <= LARGEST_PROBABILITIES:
+        return None
+    largest = config.train.micro_batch_size * LARGEST_PROBABILITIES // size
+    fixes = [Fix("model.attention_dropout", (0.0,))]
+    if largest:
+        fixes.append(Fix("train.micro_batch_size", (largest,)))
+    return Violation(
+        "model.attention_dropout",
+        config.model.attention_dropout,
+        f"on GPUs each layer would hold its probabilities in memory several times, {size / 2**30:.1f} GiB each in fp32 "
+        f"(micro-batch × heads of a rank × sequence² × 4); at most {LARGEST_PROBABILITIES / 2**30:.0f} GiB",
+        fixes=tuple(fixes),
+    )
+
+
+@needs("model.attention_dropout", "model.sequence_length", "model.num_heads", "train.micro_batch_size")
+def attention_dropout_fits_gpus(job: Job) -> Iterator[Violation]:
+    """Dropout of attention probabilities holds them all in memory, where it is known that GPUs compute."""
+    config = job.config
+    on_gpus = config.launch.device == "cuda" or (config.cluster.gpu is not None and config.launch.device != "cpu")
+    if on_gpus and (violation := attention_dropout_violation(config)) is not None:
+        yield violation
+
+
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden_size,
     kv_heads_divide_heads,
     rotary_heads_are_even,
     rotary_turns_whole_pairs,
     rotary_scaling_is_whole,
+    attention_dropout_fits_gpus,
 )

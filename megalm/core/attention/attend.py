@@ -6,11 +6,13 @@ Shapes: B batch, S sequence, N query heads, K key/value heads, G = N / K query h
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megalm.core.attention.block_masks import flex
 from megalm.core.attention.cpu import causal_attention
 from megalm.core.device_kind import device_kind
 from megalm.core.documents import Documents
@@ -26,13 +28,16 @@ class AttentionCore(nn.Module):
         dropout: dropout probability of attention probabilities.
         seed: of the run.
         layer: number of the block in the whole model.
+        fused: whether windows on GPUs, and ring attention, take kernels that hold no score in memory.
     """
 
     key: Tensor
 
-    def __init__(self, *, causal: bool, window: int, dropout: float, seed: int, layer: int) -> None:
+    def __init__(
+        self, *, causal: bool, window: int, dropout: float, seed: int, layer: int, fused: bool = False
+    ) -> None:
         super().__init__()
-        self.causal, self.window = causal, window
+        self.causal, self.window, self.fused = causal, window, fused
         self.dropout = dropout
         key = torch.tensor(stream_key(seed, layer, "attention_probabilities"), dtype=torch.int32)
         self.register_buffer("key", key, persistent=False)
@@ -45,6 +50,7 @@ class AttentionCore(nn.Module):
         heads: Tensor,
         samples: Tensor | None,
         documents: Documents | None = None,
+        block_mask: Any = None,
     ) -> Tensor:
         """Attention over whole sequences.
 
@@ -55,6 +61,7 @@ class AttentionCore(nn.Module):
             heads: [N], the numbers of these query heads in the whole model.
             samples: [B], global numbers of the samples; None: no dropout.
             documents: a query sees its own document only; None: rows are one document each.
+            block_mask: flex attention's, of this layer's window; None: a dense mask.
 
         Returns:
             [B, N, S, D].
@@ -62,7 +69,7 @@ class AttentionCore(nn.Module):
         if self.drops(samples):
             return self._explicit(query, key, value, heads, samples, documents)
         if documents is None:
-            return self._whole(query, key, value)
+            return self._whole(query, key, value) if block_mask is None else flex(query, key, value, block_mask)
         if device_kind(query) == "cpu":  # flex attention has no backward there
             return documents.attend_each(self._whole, query, key, value)
         return documents.attend_in_blocks(query, key, value, causal=self.causal, window=self.window)

@@ -65,15 +65,16 @@ class ContextParallel:
         Returns:
             [B, N, s, D] for this rank's queries.
         """
+        mask = place.window_masks.get(core.window)
         if self.group.size == 1:
-            return core(query, key, value, heads, place.samples, place.documents)  # type: ignore[no-any-return]
+            return core(query, key, value, heads, place.samples, place.documents, mask)  # type: ignore[no-any-return]
         if self.method == "ring":
             assert place.documents is None, "refused by config.rules.data.documents_are_seen_whole"
             return ring_attention(core, query, key, value, heads, place.samples, self._chunks, self.group)
         key, value = (_repeat_heads(t, self.group.size) for t in (key, value))
         query, key, value = (_AllToAll.over(t, self.group, give=1, take=2) for t in (query, key, value))
         own_heads = heads.chunk(self.group.size)[self.group.index]
-        mixed = core(query, key, value, own_heads, place.samples, place.documents)  # [B, N/C, S, D]
+        mixed = core(query, key, value, own_heads, place.samples, place.documents, mask)  # [B, N/C, S, D]
         return _AllToAll.over(mixed, self.group, give=2, take=1)
 
     @property

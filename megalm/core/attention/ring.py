@@ -4,8 +4,10 @@ Shapes: B batch, N query heads, K key/value heads, G = N / K, s tokens of a rank
 ranks.
 
 Each rank's queries meet every rank's keys in turn. Softmax over all of them is assembled from partial results by their
-log-sum-exp (Milakov & Gimelshein 2018), in fp32. While a rank computes with one block of keys and values, the next is
-on its way. In backward the gradients of keys and values travel with them, and are home after a full turn.
+log-sum-exp (Milakov & Gimelshein 2018), in fp32. A partial result is a product of explicit scores, tile by tile, or, if
+asked for, comes from a device's flash kernel, whose scores are never in memory (``flash.py``). While a rank computes
+with one block of keys and values, the next is on its way. In backward the gradients of keys and values travel with
+them, and are home after a full turn.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megalm.core.attention import flash
 from megalm.core.attention.attend import AttentionCore
 from megalm.mesh.groups import Group
 
@@ -80,7 +83,7 @@ class _RingAttention(torch.autograd.Function):
         block = torch.stack((key, value))
         for owner in ring.owners():
             ahead = _pass_on([block], ring.group) if owner != ring.last_owner else None
-            for tile in ring.tiles(owner, query.shape[2]):
+            for tile in ring.tiles(owner, query):
                 _meet(ring, tile, query, block[0], block[1], mixed, lse)
             if ahead is not None:
                 (block,) = ahead.wait()
@@ -102,7 +105,10 @@ class _RingAttention(torch.autograd.Function):
         for owner in ring.owners():
             ahead = _pass_on([block], ring.group) if owner != ring.last_owner else None
             d_block = torch.zeros_like(block, dtype=lse.dtype)
-            for tile in ring.tiles(owner, query.shape[2]):
+            for tile in ring.tiles(owner, query):
+                if tile.is_fused:
+                    _flash_backward(tile, query, block, gradient, mixed, lse, d_query, d_block)
+                    continue
                 _meet_backward(
                     ring, tile, query, block[0], block[1], gradient, delta, lse, d_query, d_block[0], d_block[1]
                 )
@@ -126,6 +132,8 @@ class _Tile:
     key_positions: Tensor
     is_whole: bool
     """Whether no score of the tile is masked."""
+    is_fused: bool
+    """Whether the flash kernel computes it: it is whole, or causal from the same position on."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +153,19 @@ class _Ring:
     def last_owner(self) -> int:
         return (self.group.index + 1) % self.group.size
 
-    def tiles(self, owner: int, tokens: int) -> Iterator[_Tile]:
+    def fuses(self, query: Tensor) -> bool:
+        """Whether the flash kernel may compute: it knows neither windows nor megalm's dropout masks."""
+        return self.core.fused and not self.core.window and self.samples is None and flash.takes(query)
+
+    def tiles(self, owner: int, query: Tensor) -> Iterator[_Tile]:
         """Where this rank's queries meet ``owner``'s keys; tiles that are all masked are left out."""
-        size = tokens // 2
+        size = query.shape[2] // 2
         device = self.heads.device
+        fused = self.fuses(query)
+        step = size if fused else _QUERY_BLOCK  # the kernel has blocks of its own
         for q, query_chunk in enumerate(self.chunks.of(self.group.index)):
-            for first in range(0, size, _QUERY_BLOCK):
-                rows = min(_QUERY_BLOCK, size - first)
+            for first in range(0, size, step):
+                rows = min(step, size - first)
                 start = query_chunk * size + first
                 for k, key_chunk in enumerate(self.chunks.of(owner)):
                     low, high = start - (key_chunk + 1) * size + 1, start + rows - 1 - key_chunk * size
@@ -166,6 +180,7 @@ class _Ring:
                         torch.arange(start, start + rows, device=device),
                         torch.arange(key_chunk * size, (key_chunk + 1) * size, device=device),
                         unmasked,
+                        fused,
                     )
 
     def keeps(self, tile: _Tile) -> Tensor | None:
@@ -185,6 +200,9 @@ def _scores(ring: _Ring, tile: _Tile, query: Tensor, key: Tensor) -> Tensor:
 
 def _meet(ring: _Ring, tile: _Tile, query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, lse: Tensor) -> None:
     """Add a tile to ``mixed`` and ``lse``, in place."""
+    if tile.is_fused:
+        _flash_meet(tile, query, key, value, mixed, lse)
+        return
     scores = _scores(ring, tile, query, key)
     old = lse[:, :, tile.queries]
     new = torch.logaddexp(old, scores.logsumexp(dim=-1, keepdim=True))
@@ -197,6 +215,42 @@ def _meet(ring: _Ring, tile: _Tile, query: Tensor, key: Tensor, value: Tensor, m
     addition = _matmul(probabilities.to(value.dtype), value[:, :, tile.keys])
     mixed[:, :, tile.queries] = mixed[:, :, tile.queries] * (old - safe).exp_() + addition
     lse[:, :, tile.queries] = new
+
+
+def _flash_meet(tile: _Tile, query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, lse: Tensor) -> None:
+    rows, columns = tile.queries, tile.keys
+    own, own_lse = flash.forward(query[:, :, rows], key[:, :, columns], value[:, :, columns], causal=not tile.is_whole)
+    old = lse[:, :, rows]
+    new = torch.logaddexp(old, own_lse)  # finite: the kernel leaves no query without a key
+    mixed[:, :, rows] = mixed[:, :, rows] * (old - new).exp_() + own * (own_lse - new).exp_()
+    lse[:, :, rows] = new
+
+
+def _flash_backward(
+    tile: _Tile,
+    query: Tensor,
+    block: Tensor,
+    gradient: Tensor,
+    mixed: Tensor,
+    lse: Tensor,
+    d_query: Tensor,
+    d_block: Tensor,
+) -> None:
+    """Add a tile's part to the gradients of queries and of the block [2, B, K, s, D], in place."""
+    rows, columns = tile.queries, tile.keys
+    key, value = block[:, :, :, columns]
+    found = flash.backward(
+        gradient[:, :, rows],
+        query[:, :, rows],
+        key,
+        value,
+        mixed[:, :, rows],
+        lse[:, :, rows],
+        causal=not tile.is_whole,
+    )
+    d_query[:, :, rows] += found.query
+    d_block[0, :, :, columns] += found.key
+    d_block[1, :, :, columns] += found.value
 
 
 def _meet_backward(

@@ -41,6 +41,7 @@ class SelfAttention(nn.Module):
         seed: of dropout masks.
         recompute_core: whether backward computes the core again instead of keeping what it needs ("selective"
             recomputation, Korthikanti et al. 2022).
+        fused: see :class:`megalm.core.attention.attend.AttentionCore`.
     """
 
     heads: Tensor
@@ -56,6 +57,7 @@ class SelfAttention(nn.Module):
         projection_std: float,
         seed: int,
         recompute_core: bool,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -86,6 +88,7 @@ class SelfAttention(nn.Module):
             dropout=model.attention_dropout,
             seed=seed,
             layer=layer,
+            fused=fused,
         )
         self.projection = RowParallelLinear(
             size, hidden, tensor_parallel=tensor_parallel, std=projection_std, bias=model.has_projection_bias

@@ -236,6 +236,27 @@ def test_messages_say_what_is_wrong_and_what_would_be_right(changes: dict[str, A
     assert line in "\n".join(lines_of(**changes))
 
 
+def test_attention_dropout_is_bounded_where_gpus_compute() -> None:
+    """32 sequences x 8 heads of a rank x 2,048 squared x 4 bytes are 4 GiB a layer."""
+    large = {
+        "model__attention_dropout": 0.1,
+        "model__num_heads": 16,
+        "model__hidden_size": 256,
+        "model__sequence_length": 2048,
+        "train__micro_batch_size": 32,
+        "train__global_batch_size": 32,
+    }
+    assert not any("attention_dropout" in line for line in lines_of(**large)), "on the CPU it may be slow"
+    for known in ({"launch__device": "cuda"}, {"cluster__gpu": "h100_80gb"}):
+        (line,) = [line for line in lines_of(**large, **known) if line.startswith("model.attention_dropout=0.1")]
+        assert "4.0 GiB each in fp32" in line
+        assert "or train.micro_batch_size=8" in line
+        for fits in ({"train__micro_batch_size": 8}, {"model__attention_dropout": 0.0}):
+            assert not any("attention_dropout" in line for line in lines_of(**{**large, **known, **fits}))
+    ring = {"parallel__cp": 2, "parallel__cp_attention": "ring", "launch__device": "cuda"}
+    assert not any("attention_dropout" in line for line in lines_of(**large, **ring)), "a ring has tiles"
+
+
 def test_layers_need_not_divide_stages() -> None:
     assert lines_of(model__num_layers=5) == []
 

@@ -61,6 +61,27 @@ def test_terms_and_gradients_of_any_chunk_size(chunk_tokens: int, z_loss: float)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_functions_that_are_compiled_compute_the_same(z_loss: float, dtype: torch.dtype, monkeypatch) -> None:
+    """Without the compiler; with padding that is multiplied, as on GPUs."""
+    monkeypatch.setattr("megalm.core.output_chunks.compiled", lambda function: function)
+    monkeypatch.setattr("megalm.core.embedding.device_kind", lambda _: "cuda")
+    found = []
+    for compiles in (False, True):
+        embedding = VocabParallelEmbedding(V, H, tensor_parallel=TensorParallel(), std=1.0, pad_multiple=64)
+        with torch.no_grad():
+            embedding.weight[:V].copy_(head(torch.float32).weight)
+        embedding.to(dtype)
+        x, labels, weight = batch(dtype)
+        terms = output_loss(x, embedding, labels, weight, chunk_tokens=7, z_loss=z_loss, compiles=compiles)
+        (2.5 * terms.sum()).backward()
+        assert not embedding.weight.grad[V:].any()
+        found.append((terms.detach(), x.grad, embedding.weight.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk_tokens", [0, 7])
 def test_padding_rows_take_no_part(chunk_tokens: int, dtype: torch.dtype, monkeypatch) -> None:
     """On the CPU they are not multiplied; where they are, they are masked: no probability, no gradient."""

@@ -94,16 +94,23 @@ def test_ratios_are_medians_of_pairs_and_the_rate_is_the_best(bench) -> None:
         ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>", "memory-bound"),
         ("triton_per_fused_native_layer_norm_0", "memory-bound"),
         ("Memcpy DtoD (Device -> Device)", "memory-bound"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("Memcpy DtoH (Device -> Pageable)", "copies"),
+        ("void at::native::multi_tensor_apply_kernel<..., at::native::FusedAdamMathFunctor<float, 4, 1>>", "optimizer"),
+        ("aten::mm", "matmul"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::mul", "memory-bound"),
     ],
 )
 def test_kernels_are_told_apart(bench, kernel: str, kind: str) -> None:
-    from benchmarks.gpu import kind_of
+    from benchmarks.gpu_profile import kind_of
 
     assert kind_of(kernel) == kind
 
 
 def test_shares_of_a_step_add_up_to_one_though_kernels_overlap(bench) -> None:
-    from benchmarks.gpu import Kernel, shares_of_step
+    from benchmarks.gpu_profile import Kernel, shares_of_step
 
     kernels = [
         Kernel("gemm", 0.0, 40.0),
@@ -112,7 +119,15 @@ def test_shares_of_a_step_add_up_to_one_though_kernels_overlap(bench) -> None:
         Kernel("flash_fwd", 70.0, 80.0),
     ]
     assert shares_of_step(kernels, 1e-4) == pytest.approx(
-        {"communication": 0.2, "attention": 0.1, "matmul": 0.4, "memory-bound": 0.0, "idle": 0.3}
+        {
+            "communication": 0.2,
+            "copies": 0.0,
+            "optimizer": 0.0,
+            "attention": 0.1,
+            "matmul": 0.4,
+            "memory-bound": 0.0,
+            "idle": 0.3,
+        }
     )
 
 
