@@ -64,9 +64,8 @@ def check_on_ranks(degree: int) -> list[str]:
         ]:
             worst = float((ours - theirs).abs().max())
             if not worst < tolerance:
-                wrong.append(
-                    f"{method} fused={fused} K={kv_heads} window={window} dropout={dropout} causal={causal}: {name} {worst}"
-                )
+                settings = f"K={kv_heads} window={window} dropout={dropout} causal={causal}"
+                wrong.append(f"{method} fused={fused} {settings}: {name} {worst}")
     for name, function in kernel.items():
         setattr(flash, name, function)
     held = torch.zeros(S)
