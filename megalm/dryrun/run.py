@@ -132,7 +132,7 @@ def _trace(config: Config, engine: DeepSpeedEngine, tracer: Tracer, *, whole: bo
     runner = engine.runner
     with tracer.allocating(ACTIVATIONS):
         # ZeRO-3 learns the order of modules from its first micro-batches, and fetches ahead from then on.
-        micro_batches = 3 if config.engine.zero_stage == 3 else 1  # noqa: PLR2004 - as the config has it
+        micro_batches = 3 if config.engine.zero_stage == 3 else 1
         _step(config, engine, rows=micro_batches * config.train.micro_batch_size, tracer=tracer)
     _name_state(engine, ledger)
     traced = TracedRunner(runner, tracer, whole=whole)
