@@ -1,4 +1,4 @@
-"""The bench's way to time and to profile a step on CUDA, on a model small enough for any device."""
+"""The bench's way to profile a step on CUDA: through the trainer, on a model small enough for any device."""
 
 from __future__ import annotations
 
@@ -22,20 +22,11 @@ def gpu(monkeypatch):
     return gpu
 
 
-def test_a_profiled_step_is_accounted_for(gpu, monkeypatch) -> None:
-    import torch.distributed as dist
-
-    from megalm.config.schema import Model
-
-    monkeypatch.setattr(gpu, "GLOBAL_BATCH", 8)
-    model = Model(num_layers=2, hidden_size=128, num_heads=2, sequence_length=128, vocab_size=512)
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        assert 0.0 < gpu._seconds(model, 4, False, gpu.Options(steps=3, warm_up=2)) < 10.0
-        step = gpu._make_step(model, 4, False)
-        step()
-        shares = gpu._profile(step)
-    finally:
-        dist.destroy_process_group()
-    assert sum(shares.values()) == pytest.approx(1.0)
-    assert min(shares["matmul"], shares["attention"], shares["memory-bound"]) > 0.0
+def test_a_profiled_step_is_accounted_for(gpu, tiny_dataset: Path) -> None:
+    toy = gpu.WORKLOADS["cpu"][0]
+    workload = gpu.Workload("toy", (*toy.overrides, "engine=bf16_zero1"), (2,))
+    found = gpu.measure(gpu.Choice(workload, 2, False), tiny_dataset, gpu.Options(steps=3, warm_up=2))
+    assert 0.0 < found.seconds < 10.0
+    assert found.kernels > 100
+    assert sum(found.shares.values()) == pytest.approx(1.0)
+    assert min(found.shares[part] for part in ("matmul", "attention", "memory-bound", "optimizer")) > 0.0

@@ -39,7 +39,7 @@ class Case:
 
     @property
     def config(self) -> Config:
-        """The config. Its tensors are large: from 32 MiB on malloc maps each by itself, and gives it back when freed."""
+        """The config. Its tensors are large: from 32 MiB on malloc maps each apart, and gives it back when freed."""
         return compose([*_MODEL, "model.num_layers=2", "model.hidden_size=2048", "model.num_heads=16", *self.overrides])
 
 

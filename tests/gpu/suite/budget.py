@@ -50,7 +50,7 @@ class Result:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.outcome:<8} {self.seconds:6.1f} s  {self.name:<28} {self.detail}"
+        return f"{self.outcome:<8} {self.seconds:6.1f} s  {self.name:<34} {self.detail}"
 
 
 def run_parts(

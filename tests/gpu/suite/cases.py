@@ -22,6 +22,7 @@ BASE = (
     "optim.warmup_tokens=0",
     "optim.clip_grad_norm=0.2",
     "train.steps=6",
+    "report.prompt=null",
 )
 """Several buckets and chunks even for a small model, and clipping throughout."""
 
@@ -101,6 +102,7 @@ BERT = (
     "model.embedding_norm=true",
     "model.activation=gelu_erf",
     "model.head=masked_lm",
+    "objective.name=mlm",
 )
 WINDOWS = ("model.attention_windows=[0,9]",)
 FUSED = ("engine.attention=fused",)
@@ -125,10 +127,13 @@ CASES = (
     Case("recompute full", ("engine.recompute=full", "engine.recompute_every=2")),
     Case("offload", ("engine.offload_optimizer=true",)),
     Case("zero 0", ("engine.zero_stage=0",)),
+    Case("zero 1", ("engine.zero_stage=1", "engine.recompute=none")),
     Case("zero 2", ("engine.zero_stage=2",)),
     Case("zero 3", ("engine.zero_stage=3",)),
     Case("zero 3 bf16", ("engine.zero_stage=3", *BF16), HALF),
     Case("zero bubble", ("parallel.schedule=zb_h1",)),
+    Case("gradient accumulation fusion", ("engine.gradient_accumulation_fusion=true",)),
+    Case("gradient accumulation fusion bf16", ("engine.gradient_accumulation_fusion=true", *BF16), HALF),
     Case("rows without padding", ("model.vocab_pad_multiple=1",)),
     Case("compiled", COMPILED, seconds=60, compiles=True),
     Case("compiled bf16", (*COMPILED, *BF16), HALF, seconds=60, compiles=True),
@@ -159,10 +164,13 @@ class Layout:
 LAYOUTS = (
     Layout("tp2", 2, ("parallel.tp=2",)),
     Layout("tp2, sequence parallel", 2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
+    Layout("tp2, overlap", 2, ("parallel.tp=2", "parallel.tp_overlap_parts=2")),
     Layout("pp2", 2, ("parallel.pp=2",)),
     Layout("pp2, zero bubble", 2, ("parallel.pp=2", "parallel.schedule=zb_h1")),
     Layout("dp2", 2, ("launch.ranks=2",)),
     Layout("dp2, zero 2", 2, ("launch.ranks=2", "engine.zero_stage=2")),
+    Layout("dp2, bf16 reduction", 2, ("launch.ranks=2", "engine.reduce_dtype=bf16"), 3e-3),
+    Layout("dp2, late metrics", 2, ("launch.ranks=2", "engine.late_metrics=true")),
     Layout("dp2, zero 3", 2, ("launch.ranks=2", "engine.zero_stage=3")),
     Layout("cp2, ulysses", 2, ("parallel.cp=2",)),
     Layout("cp2, ring", 2, ("parallel.cp=2", "parallel.cp_attention=ring")),

@@ -17,6 +17,7 @@ from .cases import SIZES, Layout
 from .parity import MismatchError
 
 STEPS = 6
+_CHECKOUT = Path(__file__).resolve().parents[3]
 _COMMON = (
     "experiment=quickstart",
     "parallel=single",
@@ -99,9 +100,10 @@ class Workplace:
 
 
 def _environment() -> dict[str, str]:
-    """Without what a launcher of this process may have set: runs start their own ranks."""
+    """This checkout's megalm, and nothing that a launcher of this process has set: runs start their own ranks."""
+    path = os.pathsep.join([str(_CHECKOUT), os.environ.get("PYTHONPATH", "")])
     foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in foreign}
+    return {**{name: value for name, value in os.environ.items() if name not in foreign}, "PYTHONPATH": path}
 
 
 def saves_and_resumes(place: Workplace) -> str:

@@ -96,6 +96,17 @@ def test_parameters_and_flops_are_the_closed_forms() -> None:
     assert sum(r.parameters for r in ranks) == whole.total + replicated + whole.word_embedding
 
 
+def test_gpus_multiply_the_padding_of_the_vocabulary_and_the_cpu_does_not() -> None:
+    odd, even = toy(f"model.vocab_size={VOCABULARY - 21}", layers=2), toy(layers=2)
+    flops = {
+        (config is odd, device): sum(dry_run(config, 0, 2, device=device).flops.values())
+        for config in (odd, even)
+        for device in ("cuda", "cpu")
+    }
+    assert flops[True, "cuda"] == flops[False, "cuda"]
+    assert flops[False, "cpu"] - flops[True, "cpu"] == 6 * HIDDEN * 21 * 16 * SEQUENCE
+
+
 def test_messages_are_the_closed_forms() -> None:
     """Per block and micro-batch with sequence parallelism: two gathers and two scatters forward, four and two backward.
 
