@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.columns import CutTable, Runs, tensor_to_fields
-from megalm.checkpoint.pieces import rank_file, rank_folders
+from megalm.checkpoint.pieces import FINGERPRINT_MODULUS, rank_file, rank_folders
 from megalm.errors import CheckpointError
 
 INDEX_ENDING = "json"
@@ -22,9 +22,6 @@ INDEX_ENDING = "json"
 
 _SHORTEST_POLL, _LONGEST_POLL = 0.05, 1.0
 """Seconds between two looks for other ranks' indexes: a thousand ranks' file server is not asked without end."""
-
-_MODULUS = 1 << 64
-"""Of fingerprints."""
 
 
 def await_indexes(folder: Path, world_size: int, given_up: Callable[[], str | None]) -> None:
@@ -57,51 +54,84 @@ def _missing(folder: Path, ranks: range) -> list[int]:
 
 
 @dataclass
-class _Tensor:
-    """What ranks say of one tensor."""
+class _Found:
+    """What ranks say of some kinds of one tensor.
 
-    said: list[Any]
-    runs: dict[tuple[str, ...], tuple[Runs, dict[str, list[str]]]] = field(default_factory=dict)
-    shares: dict[str, int] = field(default_factory=dict)
+    Attributes:
+        runs: the pieces.
+        shares: of fingerprints, added up, by kind.
+        ends: number of the stretch that ends at an element of some cuts.
+    """
+
+    runs: Runs
+    shares: list[int]
+    ends: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 def collect(folder: Path, world_size: int) -> dict[str, Any]:
-    """The fields ``cuts`` and ``tensors`` of a manifest, from the indexes of all ranks.
+    """The fields ``cuts``, ``seals`` and ``tensors`` of a manifest, from the indexes of all ranks (``index.py``).
 
     Raises:
         CheckpointError: ranks disagree on a tensor.
     """
-    table = CutTable()
-    tensors: dict[str, _Tensor] = {}
+    table, seals = CutTable(), []
+    tensors: dict[str, dict[str, _Found]] = {}
     for rank in range(world_size):
         index = json.loads((folder / rank_file(rank, INDEX_ENDING)).read_text(encoding="utf-8"))
-        cuts = [table.number(fields) for fields in index["cuts"]]
-        for name, (shape, trainable, runs) in index["tensors"].items():
-            tensor = tensors.setdefault(name, _Tensor([shape, trainable]))
-            if tensor.said != [shape, trainable]:
-                raise CheckpointError(
-                    f"{name}: ranks disagree on its shape and whether it is trained: {tensor.said}, "
-                    f"{[shape, trainable]}"
-                )
-            for cut, start, length, kinds in runs:
-                _add(tensor, rank, cuts[cut], start, length, kinds)
-    return {"cuts": table.fields, "tensors": {name: _fields(tensors[name]) for name in sorted(tensors)}}
+        seals.append(index["seal"])
+        cuts = [table.number(text) for text in index["cuts"]]
+        for tensor, kinds, shares, runs in index["runs"]:
+            of_tensor = tensors.get(tensor) or tensors.setdefault(tensor, {})
+            found = of_tensor.get(kinds)
+            if found is None:
+                found = of_tensor[kinds] = _Found(Runs(kinds.split(",")), [0] * len(shares))
+            for number, share in enumerate(shares):
+                found.shares[number] += share
+            for at in range(0, len(runs), 3):
+                _add(found.runs, found.ends, rank, cuts[runs[at]], runs[at + 1], runs[at + 2])
+    return {
+        "cuts": [json.loads(text) for text in table.texts],
+        "seals": "".join(seals),
+        "tensors": _tensors(tensors),
+    }
 
 
-def _add(tensor: _Tensor, rank: int, cut: int, start: int, length: int, kinds: dict[str, tuple[str, int]]) -> None:
-    columns, digests = tensor.runs.setdefault(tuple(kinds), (Runs(), {kind: [] for kind in kinds}))
-    columns.ranks.append(rank)
-    columns.cuts.append(cut)
-    columns.starts.append(start)
-    columns.lengths.append(length)
-    for kind, (digest, share) in kinds.items():
-        digests[kind].append(digest)
-        tensor.shares[kind] = tensor.shares.get(kind, 0) + share
+def _add(runs: Runs, ends: dict[tuple[int, int], int], rank: int, cut: int, start: int, length: int) -> None:
+    """Append a piece to the stretch that ends where it begins, if it goes on in equal steps; else begin one."""
+    number = ends.pop((cut, start), None)
+    if number is None or not _goes_on(runs, number, rank, length):
+        number = len(runs.ranks)
+        runs.append(cut, start, length, rank)
+    else:
+        if runs.counts[number] == 1:
+            runs.steps[number] = rank - runs.ranks[number]
+        runs.counts[number] += 1
+    ends[cut, start + length] = number
 
 
-def _fields(tensor: _Tensor) -> dict[str, Any]:
-    for columns, digests in tensor.runs.values():
-        columns.sha256 = {kind: "".join(parts) for kind, parts in digests.items()}
-    fingerprints = {kind: f"{share % _MODULUS:016x}" for kind, share in tensor.shares.items()}
-    shape, trainable = tensor.said
-    return tensor_to_fields(shape, fingerprints, [columns for columns, _ in tensor.runs.values()], trainable=trainable)
+def _goes_on(runs: Runs, number: int, rank: int, length: int) -> bool:
+    if runs.lengths[number] != length:
+        return False
+    first, count = runs.ranks[number], runs.counts[number]
+    return rank > first if count == 1 else rank == first + runs.steps[number] * count
+
+
+def _tensors(said: Mapping[str, Mapping[str, _Found]]) -> dict[str, Any]:
+    """The field ``tensors``, from what ranks say of each."""
+    described: dict[str, tuple[list[int], bool]] = {}
+    fields: dict[str, Any] = {}
+    for text, found in said.items():
+        name, shape, trainable = json.loads(text)
+        if described.setdefault(name, (shape, trainable)) != (shape, trainable):
+            raise CheckpointError(
+                f"{name}: ranks disagree on its shape and whether it is trained: {described[name]}, "
+                f"{(shape, trainable)}"
+            )
+        sums: dict[str, int] = {}
+        for of_kinds in found.values():
+            for kind, share in zip(of_kinds.runs.kinds, of_kinds.shares, strict=True):
+                sums[kind] = sums.get(kind, 0) + share
+        fingerprints = {kind: f"{share % FINGERPRINT_MODULUS:016x}" for kind, share in sums.items()}
+        runs = [of_kinds.runs for of_kinds in found.values()]
+        fields[name] = tensor_to_fields(shape, fingerprints, runs, trainable=trainable)
+    return dict(sorted(fields.items()))

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megalm.checkpoint.columns import cuts_from_fields, is_fingerprint, tensor_from_fields
+from megalm.checkpoint.columns import check_seals, cuts_from_fields, is_fingerprint, tensor_from_fields
 from megalm.checkpoint.pieces import Piece, TensorRecord
 from megalm.errors import CheckpointError
 from megalm.mesh.slices import Cut, ShardSpec
@@ -68,7 +68,7 @@ class Manifest:
     @property
     def kinds(self) -> list[str]:
         """What is stored of tensors."""
-        return sorted({piece.kind for record in self.tensors.values() for piece in record.pieces})
+        return sorted({kind for record in self.tensors.values() for kind in record.kinds})
 
     @property
     def fingerprints(self) -> dict[str, int] | None:
@@ -168,11 +168,11 @@ def manifest_of(fields: Any, path: Path, *, checked: bool = False) -> Manifest:
 def _parse_tensors(fields: dict[str, Any], path: Path, *, checked: bool) -> dict[str, TensorRecord]:
     version = fields["version"]
     if version > 4:
-        table = [cuts_from_fields(cuts) for cuts in fields["cuts"]]
-        found = {}
+        table, seals, found = [cuts_from_fields(cuts) for cuts in fields["cuts"]], fields["seals"], {}
+        check_seals(seals)
         for name, tensor in fields["tensors"].items():
             try:
-                found[name] = tensor_from_fields(name, tensor, table, checked=checked)
+                found[name] = tensor_from_fields(name, tensor, table, seals, checked=checked)
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise CheckpointError(f"{path}: tensor {name}: incomplete or damaged ({error})") from None
         return found

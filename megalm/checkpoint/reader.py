@@ -7,6 +7,7 @@ for and one piece. The sha256 of every piece that is read whole is checked.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megalm.checkpoint.fingerprint import fingerprint
 from megalm.checkpoint.manifest import Manifest, read_manifest
-from megalm.checkpoint.pieces import Piece, TensorRecord
+from megalm.checkpoint.pieces import DIGESTS, Piece, TensorRecord
 from megalm.checkpoint.reads import PieceRead, plan_reads, reads_in_part
 from megalm.checkpoint.tensor_file import as_bytes
 from megalm.core.parameters import StatePiece
@@ -65,7 +66,7 @@ class CheckpointReader:
     def has(self, name: str, kind: str) -> bool:
         """Whether the checkpoint holds a kind of state of a parameter; moments are absent before the first step."""
         record = self.manifest.tensors.get(name)
-        return record is not None and any(piece.kind == kind for piece in record.pieces)
+        return record is not None and kind in record.kinds
 
     def check_parameters(self, full_shapes: Mapping[str, tuple[int, ...]], *, whole_model: bool = False) -> None:
         """Compare the parameters that this rank needs with what the checkpoint holds.
@@ -155,7 +156,7 @@ class CheckpointReader:
     def find_corruption(self) -> Iterator[str]:
         """Read everything and describe each damaged file or tensor."""
         for name, record in self.manifest.tensors.items():
-            for kind in sorted({piece.kind for piece in record.pieces}):
+            for kind in sorted(record.kinds):
                 if hole := record.holes(kind):
                     yield f"{name}: {kind} is incomplete: {hole}"
             shares: dict[str, int] = {}
@@ -194,9 +195,22 @@ class CheckpointReader:
         """All of a piece, whose sha256 is right."""
         tensor = self._mapped(piece)
         self._count(tensor.nbytes)
-        if hashlib.sha256(as_bytes(tensor)).hexdigest() != piece.sha256:
-            raise CheckpointError(f"{self.path / piece.file}: {piece.key} is corrupt: its sha256 is not the manifest's")
+        if hashlib.sha256(as_bytes(tensor)).hexdigest() != (piece.sha256 or self._sealed_sha256(piece)):
+            raise CheckpointError(f"{self.path / piece.file}: {piece.key} is corrupt: its sha256 is not what was saved")
         return tensor
+
+    def _sealed_sha256(self, piece: Piece) -> str:
+        """What the file says of a piece, if what it says of its pieces is what the manifest vouches for."""
+        path = self.path / piece.file
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                text = (file.metadata() or {}).get(DIGESTS, "")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        if hashlib.sha256(text.encode()).hexdigest() != piece.seal:
+            raise CheckpointError(f"{path}: {piece.key} is corrupt: the sha256 in its file are not what was saved")
+        digest: str = json.loads(text)[piece.key]
+        return digest
 
     def _count(self, nbytes: int) -> None:
         self.count.nbytes += nbytes

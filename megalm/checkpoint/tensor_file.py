@@ -61,13 +61,15 @@ class TensorFileWriter:
     ) -> None:
         self.path = path
         self._left = list(specs.items())[::-1]
+        self._specs = dict(specs)
+        self._header = _header(specs, metadata)
         # Unbuffered: chunks are large, and a copy in between would only cost.
         self._file = path.open("wb", buffering=0)
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")  # starts no thread before it is used
         self._flush: Future[None] = Future()
         self._flush.set_result(None)
         self._unflushed = 0
-        self._write(_header(specs, metadata))
+        self._write(self._header)
 
     def write(self, name: str, tensor: Tensor, *, stop: Callable[[], object] = lambda: None) -> None:
         """Write the next tensor, contiguous and on the CPU; ``stop`` is called between chunks, and may raise."""
@@ -77,6 +79,16 @@ class TensorFileWriter:
                 f"{self.path}: {name} {tensor.dtype} {list(tensor.shape)} comes where {expected} {spec} is due"
             )
         self._write(as_bytes(tensor), stop)
+
+    def replace_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Put other texts in the place of those that the file began with, together as long as they were."""
+        header = _header(self._specs, metadata)
+        if len(header) != len(self._header):
+            raise ValueError(f"{self.path}: a header of {len(header)} bytes in the place of {len(self._header)}")
+        try:
+            os.pwrite(self._file.fileno(), header, 0)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
         """Flush to the disk and close."""

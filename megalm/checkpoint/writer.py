@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,15 +25,16 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.collect import INDEX_ENDING, await_indexes, collect
-from megalm.checkpoint.columns import CutTable, cuts_to_fields
 from megalm.checkpoint.durable import flush
 from megalm.checkpoint.fingerprint import fingerprint
+from megalm.checkpoint.index import NO_SEAL, index_of
 from megalm.checkpoint.manifest import COMPLETE_FILE, FORMAT, MANIFEST_FILE, VERSION, manifest_of, to_json
-from megalm.checkpoint.pieces import BYTES_PER_ELEMENT, key_of, rank_file, rank_folders
+from megalm.checkpoint.pieces import BYTES_PER_ELEMENT, DIGESTS, Interval, key_of, rank_file, rank_folders
 from megalm.checkpoint.store import TEMPORARY_PREFIX, remove_folder, replaced_folder, step_folder
 from megalm.checkpoint.tensor_file import TensorFileWriter, TensorSpec, as_bytes
 from megalm.core.parameters import Recorded, StatePiece
 from megalm.errors import CheckpointError
+from megalm.mesh.parameter import StateRun
 from megalm.version import __version__
 
 CANCELLED = "cancelled"
@@ -105,22 +106,32 @@ def write_rank(
     path = folder / rank_file(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     named = _named(pieces)
+    shares, seal = _write_pieces(path, named, cancelled) if named else ([], NO_SEAL)
+    runs = [StateRun(piece.record, piece.kind, piece.flat_start, piece.length) for piece in named.values()]
+    _write_text(folder / rank_file(rank, INDEX_ENDING), index_of(zip(runs, shares, strict=True), seal))
+
+
+def _write_pieces(
+    path: Path, named: Mapping[str, PieceToWrite], cancelled: Callable[[], bool]
+) -> tuple[list[int], str]:
+    """Write a file; returns each piece's share of its tensor's fingerprint, and the file's seal."""
     specs = {key: TensorSpec(torch.float32, (piece.length,)) for key, piece in named.items()}
-    entries = []
-    if pieces:
-        # Two threads hash what this one writes: all let go of the interpreter, and a piece is in memory once.
-        with TensorFileWriter(path, specs) as writer, ThreadPoolExecutor(2) as hashers:
-            for key, piece in named.items():
-                values = piece.load()
-                if values.dtype is not torch.float32:
-                    raise CheckpointError(
-                        f"{piece.name}: {piece.kind} is {values.dtype}, masters and moments are float32"
-                    )
-                digest = hashers.submit(_sha256, values)
-                share = hashers.submit(fingerprint, piece.name, piece.shard, piece.flat_start, values)
-                writer.write(key, values, stop=_stop_if(cancelled))
-                entries.append((piece, digest.result(), share.result()))
-    _write_text(folder / rank_file(rank, INDEX_ENDING), _index(entries))
+    metadata = {DIGESTS: json.dumps(dict.fromkeys(named, NO_SEAL))}  # as long as what takes its place
+    digests, shares = {}, []
+    # Two threads hash what this one writes: all let go of the interpreter, and a piece is in memory once.
+    with TensorFileWriter(path, specs, metadata=metadata) as writer, ThreadPoolExecutor(2) as hashers:
+        for key, piece in named.items():
+            values = piece.load()
+            if values.dtype is not torch.float32:
+                raise CheckpointError(f"{piece.name}: {piece.kind} is {values.dtype}, masters and moments are float32")
+            digest = hashers.submit(_sha256, values)
+            share = hashers.submit(fingerprint, piece.name, piece.shard, piece.flat_start, values)
+            writer.write(key, values, stop=_stop_if(cancelled))
+            digests[key] = digest.result()
+            shares.append(share.result())
+        text = json.dumps(digests)
+        writer.replace_metadata({DIGESTS: text})
+    return shares, hashlib.sha256(text.encode()).hexdigest()
 
 
 def _named(pieces: Sequence[PieceToWrite]) -> dict[str, PieceToWrite]:
@@ -139,25 +150,6 @@ def _named(pieces: Sequence[PieceToWrite]) -> dict[str, PieceToWrite]:
 
 def _sha256(values: Tensor) -> str:
     return hashlib.sha256(as_bytes(values)).hexdigest()
-
-
-def _index(entries: Sequence[tuple[PieceToWrite, str, int]]) -> str:
-    """What a rank tells rank 0 of its pieces; each is a piece, its sha256, and its share of the tensor's fingerprint.
-
-    A tensor is ``[shape, whether it is trained, runs]``, and a run
-    ``[number of its cuts, start, length, {kind: [sha256, share]}]``.
-    """
-    table = CutTable()
-    tensors: dict[str, list[Any]] = {}
-    runs: dict[tuple[Any, ...], list[Any]] = {}
-    for piece, digest, share in entries:
-        shard = piece.shard
-        _, _, own = tensors.setdefault(piece.name, [list(shard.full_shape), piece.record.trainable, []])
-        place = (table.number(cuts_to_fields(shard.cuts)), piece.flat_start, piece.length)
-        if (piece.name, *place) not in runs:
-            own.append(runs.setdefault((piece.name, *place), [*place, {}]))
-        runs[(piece.name, *place)][-1][piece.kind] = [digest, share]
-    return json.dumps({"cuts": table.fields, "tensors": tensors}, separators=(",", ":"))
 
 
 def complete_checkpoint(
@@ -219,18 +211,19 @@ def error_of(phase: Callable[[], object]) -> str | None:
 def _stored_elements(fields: dict[str, Any], folder: Path) -> int:
     """How many elements a checkpoint has; what no reader could read is an error now, and so is a hole anywhere."""
     tensors = manifest_of({"format": FORMAT, "version": VERSION, **fields}, folder / MANIFEST_FILE).tensors
-    kinds = {name: {piece.kind for piece in tensor.pieces} for name, tensor in tensors.items()}
-    of_trained = set().union(*(kinds[name] for name, tensor in tensors.items() if tensor.trainable))
+    of_trained = set().union(*(tensor.kinds for tensor in tensors.values() if tensor.trainable))
+    elements = 0
     for name, tensor in tensors.items():
-        proven: list[list[tuple[Any, ...]]] = []
-        for kind in sorted(of_trained if tensor.trainable else kinds[name]):
-            places = [(p.cuts, p.flat_start, p.length) for p in tensor.pieces if p.kind == kind]
-            if places in proven:  # moments lie as weights do
+        proven: list[list[Interval]] = []
+        for kind in sorted(of_trained if tensor.trainable else tensor.kinds):
+            intervals = tensor.intervals(kind)
+            elements += sum(stop - start for _, start, stop in intervals)
+            if intervals in proven:  # moments lie as weights do
                 continue
             if hole := tensor.holes(kind):
                 raise CheckpointError(f"{name}: no rank wrote {kind} {hole}")
-            proven.append(places)
-    return sum(piece.length for tensor in tensors.values() for piece in tensor.pieces)
+            proven.append(intervals)
+    return elements
 
 
 def _move_into_place(temporary: Path, final: Path, warn: Callable[[str], object]) -> None:

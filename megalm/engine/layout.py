@@ -5,7 +5,7 @@ each replica an equal piece of *every* bucket, so that one reduce-scatter sums a
 distributes its updated weights, however many replicas there are. (Were one buffer of everything cut into a range per
 replica, a bucket would lie in the ranges of many replicas, with a reduction to each.)
 
-How large a bucket is: at least ``engine.bucket_mib`` of fp32 gradients; above :data:`REPLICAS_OF_A_BUCKET` replicas, as
+How large a bucket is (``bucket_size.py``): at least ``engine.bucket_mib`` of fp32 gradients; above 128 replicas, as
 much more as there are more replicas. At the default of 32 MiB a replica's piece is thus never below 256 KiB, except
 where a stage has no more parameters of a kind: a ring passes pieces on, and what it takes for a piece that is smaller
 is latency. Small parameters (norms, biases) of a stage share a bucket, since they are of one kind.
@@ -22,24 +22,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from megalm.core.parameters import DeclaredTensor
+from megalm.engine.bucket_size import bucket_elements
 from megalm.engine.optimizer import ParameterGroup
-
-MIB = 2**20
-
-REPLICAS_OF_A_BUCKET = 128
-"""Up to so many replicas share a bucket of ``engine.bucket_mib``."""
-
-_FP32_BYTES = 4
-
-
-def bucket_elements(bucket_mib: float, replicas: int) -> int:
-    """Gradients from which a bucket is full.
-
-    Args:
-        bucket_mib: ``engine.bucket_mib``.
-        replicas: ranks that share it.
-    """
-    return int(bucket_mib * MIB / _FP32_BYTES * max(1.0, replicas / REPLICAS_OF_A_BUCKET))
 
 
 def cut_into_buckets(groups: Sequence[ParameterGroup], bucket_mib: float) -> list[ParameterGroup]:

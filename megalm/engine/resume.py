@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from megalm.engine.bucket_size import bucket_elements
 from megalm.mesh.parameter import ParameterRecord, StateRun
 from megalm.mesh.topology import Topology
 
@@ -17,7 +18,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """State of AdamW per element, as torch names it."""
 
 _ALIGNMENT = 2
-"""DeepSpeed pads a flat group to a multiple of so many elements per replica."""
+"""DeepSpeed pads a bucket to a multiple of so many elements per replica."""
 
 
 def is_shared(record: ParameterRecord, *, splits_state: bool, splits_weights: bool) -> bool:
@@ -48,7 +49,13 @@ def share_of(numel: int, index: int, members: int) -> tuple[int, int]:
 
 
 def runs_of_rank(
-    records: Sequence[ParameterRecord], topology: Topology, rank: int, *, zero_stage: int, moments: bool = True
+    records: Sequence[ParameterRecord],
+    topology: Topology,
+    rank: int,
+    *,
+    zero_stage: int,
+    bucket_mib: float,
+    moments: bool = True,
 ) -> list[StateRun]:
     """Everything that one rank reads.
 
@@ -57,6 +64,7 @@ def runs_of_rank(
         topology: of the run that resumes.
         rank: which.
         zero_stage: of the run that resumes.
+        bucket_mib: ``engine.bucket_mib`` of the run that resumes.
         moments: whether the optimizer's state is read, too; not for weights alone.
     """
     runs: list[StateRun] = []
@@ -67,7 +75,7 @@ def runs_of_rank(
             continue
         start, length = share_of(record.shard.local_numel, *_place_among_holders(record, topology, rank))
         runs += [StateRun(record, kind, start, length) for kind in kinds_of(record, moments=moments)]
-    places = _parts(split, topology, rank) if zero_stage == 3 else _ranges(split, topology, rank)
+    places = _parts(split, topology, rank) if zero_stage == 3 else _pieces(split, topology, rank, bucket_mib)
     for record, start, stop in places:
         if start < stop:
             runs += [StateRun(record, kind, start, stop - start) for kind in kinds_of(record, moments=moments)]
@@ -95,23 +103,36 @@ def _parts(
         yield record, start, start + length
 
 
-def _ranges(
-    records: Sequence[ParameterRecord], topology: Topology, rank: int
+def _pieces(
+    records: Sequence[ParameterRecord], topology: Topology, rank: int, bucket_mib: float
 ) -> Iterator[tuple[ParameterRecord, int, int]]:
-    """ZeRO-1 and 2: an equal range of each flat group of parameters; see ``engine.optimizer.parameter_groups``."""
+    """ZeRO-1 and 2: an equal piece of each bucket; as ``optimizer.parameter_groups`` and ``layout`` make them."""
 
     def group_of(record: ParameterRecord) -> tuple[object, ...]:
         owned = record.is_owned_by(topology, rank, among_replicas=False)
-        split, partial = "tp" in record.split_over, bool(record.partial_over)
+        split, partial = topology.tp > 1 and "tp" in record.split_over, bool(record.partial_over)
         return record.replicated_over, record.decays, split, partial, owned
 
     for _, found in groupby(sorted(records, key=group_of), key=group_of):
         members = list(found)
         index, replicas = _place_among_holders(members[0], topology, rank)
-        padded = _ALIGNMENT * replicas
-        part = -(-sum(record.shard.local_numel for record in members) // padded) * padded // replicas
-        low, high, offset = index * part, (index + 1) * part, 0
-        for record in members:
-            numel = record.shard.local_numel
-            yield record, max(low - offset, 0), min(high - offset, numel)
-            offset += numel
+        for bucket in _buckets(members, bucket_elements(bucket_mib, replicas)):
+            padded = _ALIGNMENT * replicas
+            part = -(-sum(record.shard.local_numel for record in bucket) // padded) * padded // replicas
+            low, high, offset = index * part, (index + 1) * part, 0
+            for record in bucket:
+                numel = record.shard.local_numel
+                yield record, max(low - offset, 0), min(high - offset, numel)
+                offset += numel
+
+
+def _buckets(records: Sequence[ParameterRecord], elements: int) -> Iterator[list[ParameterRecord]]:
+    """Cut at stages, and where a bucket is full."""
+    bucket: list[ParameterRecord] = []
+    for record in records:
+        is_full = sum(member.shard.local_numel for member in bucket) >= elements
+        if bucket and (is_full or bucket[-1].stage != record.stage):
+            yield bucket
+            bucket = []
+        bucket.append(record)
+    yield bucket

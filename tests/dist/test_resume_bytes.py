@@ -162,7 +162,14 @@ def _resume(case: Case, folder: Path) -> Result:
     read = reader.count.nbytes
     tensors = reader.manifest.tensors
     records = [t.record for t in engine.tensors]
-    runs = runs_of_rank(records, context.topology, context.rank, zero_stage=config.engine.zero_stage)
+    engine_config = config.engine
+    runs = runs_of_rank(
+        records,
+        context.topology,
+        context.rank,
+        zero_stage=engine_config.zero_stage,
+        bucket_mib=engine_config.bucket_mib,
+    )
     by_kind = {name: {piece.kind for piece in record.pieces} for name, record in tensors.items()}
     nbytes = {name: BYTES_PER_ELEMENT * len(by_kind[name]) * prod(tensors[name].shape) for name in tensors}
     stored = sum(BYTES_PER_ELEMENT * piece.length for record in tensors.values() for piece in record.pieces)

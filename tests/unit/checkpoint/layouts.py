@@ -10,8 +10,10 @@ from pathlib import Path
 from threading import Barrier, Thread
 
 import torch
+from safetensors import safe_open
 
 from megalm.checkpoint.manifest import COMPLETE_FILE, MANIFEST_FILE, read_manifest
+from megalm.checkpoint.pieces import DIGESTS, Piece
 from megalm.checkpoint.save import save_checkpoint
 from megalm.checkpoint.writer import Header, PieceToWrite
 from megalm.core.parameters import StatePiece
@@ -136,11 +138,19 @@ def rewrite(checkpoint: Path, fields: dict) -> None:
 def fields_of_version_4(checkpoint: Path) -> dict:
     """A manifest as version 4 had it: an object for each piece, and no fingerprints of moments."""
     manifest = read_manifest(checkpoint)
+
+    def fields_of_piece(piece: Piece) -> dict:
+        with safe_open(checkpoint / piece.file, framework="pt") as file:
+            digests = json.loads(file.metadata()[DIGESTS])
+        fields = {**piece._asdict(), "cuts": [asdict(cut) for cut in piece.cuts], "sha256": digests[piece.key]}
+        del fields["seal"]
+        return fields
+
     fields = {name: getattr(manifest, name) for name in ("megalm_version", "step", "config", "topology", "data")}
     tensors = {
         name: {
             "shape": list(record.shape),
-            "pieces": [{**piece._asdict(), "cuts": [asdict(cut) for cut in piece.cuts]} for piece in record.pieces],
+            "pieces": [fields_of_piece(piece) for piece in record.pieces],
             "fingerprint": record.fingerprint,
             "trainable": record.trainable,
         }

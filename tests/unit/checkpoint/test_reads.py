@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import KINDS, Layout, fields_of_version_4, full_tensors, pieces_of, rewrite, save, shard_of
+from layouts import KINDS, Layout, fields_of, fields_of_version_4, full_tensors, pieces_of, rewrite, save, shard_of
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from megalm.checkpoint.pieces import TensorRecord
+from megalm.checkpoint.columns import cuts_from_fields, cuts_to_json
+from megalm.checkpoint.manifest import MANIFEST_FILE, parse_manifest, read_text
+from megalm.checkpoint.pieces import DIGESTS, Piece, TensorRecord
 from megalm.checkpoint.reader import CheckpointReader
 from megalm.checkpoint.reads import bytes_to_read, plan_reads, shared_rows
 from megalm.core.parameters import StatePiece
@@ -63,8 +68,6 @@ SHAPE = (8, 6)
 
 def _record(*pieces: tuple[ShardSpec, int, int]) -> TensorRecord:
     """Of pieces (slice, start, length)."""
-    from megalm.checkpoint.pieces import Piece
-
     made = [
         Piece("weight", f"rank-{number:05d}.safetensors", "weight/w", shard.cuts, start, length, "float32", "")
         for number, (shard, start, length) in enumerate(pieces)
@@ -235,8 +238,6 @@ def test_padding_is_zero_whatever_slices_the_checkpoint_has(checkpoint: Path) ->
 
 
 def test_a_manifest_of_another_rank_is_taken_without_making_its_pieces(checkpoint: Path) -> None:
-    from megalm.checkpoint.manifest import MANIFEST_FILE, parse_manifest, read_text
-
     text = read_text(checkpoint)
     taken = parse_manifest(text, checkpoint / MANIFEST_FILE, checked=True)
     reader = CheckpointReader(checkpoint, manifest=taken)
@@ -244,16 +245,62 @@ def test_a_manifest_of_another_rank_is_taken_without_making_its_pieces(checkpoin
     assert torch.equal(
         reader.read_local("qkv.weight", "weight", shard), shard.take(full_tensors()["qkv.weight", "weight"])
     )
-    made = {name for name, record in taken.tensors.items() if record.pieces._make is None}
+    made = {name for name, record in taken.tensors.items() if record.pieces.are_made}
     assert made == {"qkv.weight"}
     assert hashlib.sha256(text.encode()).hexdigest() in (checkpoint / "COMPLETE").read_text()
     assert taken.fingerprints == CheckpointReader(checkpoint).manifest.fingerprints
 
 
-def test_cuts_are_written_once(checkpoint: Path) -> None:
-    from megalm.checkpoint.columns import cuts_from_fields, cuts_to_fields
-
+def test_cuts_are_read_as_they_were_written() -> None:
     cuts = (Cut(0, ((0, 2), (4, 6))), Cut(2, ((1, 3),), 1))
-    assert cuts_from_fields(cuts_to_fields(cuts)) == cuts
+    assert cuts_from_fields(json.loads(cuts_to_json(cuts))) == cuts
     with pytest.raises(ValueError, match="a cut"):
         cuts_from_fields([[0, [[0, 1.0]], 0]])
+
+
+def test_what_a_file_says_of_its_pieces_is_sealed_by_the_manifest(checkpoint: Path) -> None:
+    """Bytes and their sha256 in the same file: one who changed both is found out by the seal."""
+    file = checkpoint / "rank-00001.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    key = next(iter(tensors))
+    tensors[key] = tensors[key] + 1
+    digests = json.loads(metadata[DIGESTS])
+    digests[key] = hashlib.sha256(tensors[key].numpy().tobytes()).hexdigest()
+    save_file(tensors, file, {DIGESTS: json.dumps(digests)})
+    faults = list(CheckpointReader(checkpoint).find_corruption())
+    assert f"{key} is corrupt: the sha256 in its file are not what was saved" in "".join(faults)
+    save_file(tensors, file)
+    assert "the sha256 in its file are not what was saved" in next(CheckpointReader(checkpoint).find_corruption())
+
+
+def test_ranks_in_equal_steps_are_one_stretch_and_others_are_not(tmp_path: Path) -> None:
+    """Eight replicas of an even cut; then such as have other lengths, or come in another order."""
+    record = ParameterRecord("w", ShardSpec.replicated(64))
+    values = {kind: torch.randn(64) for kind in KINDS}
+
+    def saved(step: int, places: list[tuple[int, int]]) -> dict:
+        def pieces(_: Layout, __: int, dp_rank: int) -> list[StatePiece]:
+            start, stop = places[dp_rank]
+            return [StatePiece(record, kind, start, values[kind][start:stop]) for kind in KINDS if stop > start]
+
+        path = save(tmp_path, Layout(dp=len(places)), step, pieces=pieces)[0]
+        reader = CheckpointReader(path)
+        assert list(reader.find_corruption()) == []
+        for kind in KINDS:
+            assert torch.equal(reader.read_flat("w", kind, record.shard, 0, 64), values[kind])
+        (runs,) = fields_of(path)["tensors"]["w"]["runs"]
+        assert runs["kinds"] == list(KINDS)
+        assert len(reader.manifest.tensors["w"].pieces) == 3 * sum(runs["counts"])
+        return {name: runs[name] for name in ("starts", "lengths", "ranks", "steps", "counts")}
+
+    even = [(8 * n, 8 * n + 8) for n in range(8)]
+    assert saved(1, even) == {"starts": [0], "lengths": [8], "ranks": [0], "steps": [1], "counts": [8]}
+    # The last ones have less, or nothing.
+    uneven = [(min(12 * n, 64), min(12 * n + 12, 64)) for n in range(8)]
+    assert saved(2, uneven)["counts"] == [5, 1]
+    assert saved(3, [(0, 0), *even[:4], (0, 0), *even[4:]])["counts"] == [4, 4]
+    every_other = [place for n in range(8) for place in (even[n], (0, 0))]
+    assert saved(4, every_other) == {"starts": [0], "lengths": [8], "ranks": [0], "steps": [2], "counts": [8]}
+    assert saved(5, even[::-1])["counts"] == [1] * 8

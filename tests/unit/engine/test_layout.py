@@ -12,7 +12,8 @@ import torch
 from megalm.config.schema import Engine, Model
 from megalm.core.attention.context_parallel import ContextParallel
 from megalm.core.tensor_parallel import TensorParallel
-from megalm.engine.layout import REPLICAS_OF_A_BUCKET, FlatLayout, bucket_elements, cut_into_buckets, in_model_order
+from megalm.engine.bucket_size import REPLICAS_OF_A_BUCKET, bucket_elements
+from megalm.engine.layout import FlatLayout, cut_into_buckets, in_model_order
 from megalm.engine.optimizer import ParameterGroup, parameter_groups
 from megalm.mesh.groups import Group, ParallelContext
 from megalm.mesh.topology import Topology
