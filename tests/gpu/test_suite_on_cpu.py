@@ -115,6 +115,17 @@ def test_every_case_is_a_valid_config_at_both_sizes(suite) -> None:
             assert violations(config_of(case, size), 1) == [], case.name
 
 
+def test_every_layout_is_a_valid_config(suite) -> None:
+    _, cases = suite
+    from megalm.config.check import violations
+    from megalm.config.compose import compose
+
+    for layout in cases.LAYOUTS:
+        for size in cases.SIZES.values():
+            config = compose([*cases.BASE, *size, *layout.overrides])
+            assert violations(config, layout.ranks) == [], layout.name
+
+
 def test_a_case_that_is_off_fails(suite, monkeypatch) -> None:
     _, cases = suite
     from suite import parity

@@ -170,7 +170,7 @@ LAYOUTS = (
     Layout("dp2", 2, ("launch.ranks=2",)),
     Layout("dp2, zero 2", 2, ("launch.ranks=2", "engine.zero_stage=2")),
     Layout("dp2, bf16 reduction", 2, ("launch.ranks=2", "engine.reduce_dtype=bf16"), 3e-3),
-    Layout("dp2, late metrics", 2, ("launch.ranks=2", "engine.late_metrics=true")),
+    Layout("dp2, late metrics", 2, ("launch.ranks=2", "train.late_metrics=true")),
     Layout("dp2, zero 3", 2, ("launch.ranks=2", "engine.zero_stage=3")),
     Layout("cp2, ulysses", 2, ("parallel.cp=2",)),
     Layout("cp2, ring", 2, ("parallel.cp=2", "parallel.cp_attention=ring")),
