@@ -55,12 +55,20 @@ class Parallel:
     """Number of layers of each stage; None: balanced by cost, embedding and head included."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel regions (Korthikanti et al. 2022)."""
+    early_receives: bool | None = None
+    """Post the receives of a pipeline before the work of their tick, so that transfers run during it. None: on CPUs; to
+    be on for GPUs once ``tests/gpu`` has passed on several."""
     tp_overlap_parts: int = 1
     """Parts in which a tensor-parallel layer computes, so that the collective of one part runs during the product of
     another; 1: whole. Numbers change in their last bits at most. For GPUs, where it has not been timed yet."""
     cp_attention: str = "ulysses"
     """How attention sees the whole sequence where cp splits it: ``ulysses`` (all-to-all over heads, Jacobs et al.
     2023) or ``ring`` (keys and values travel round, Liu et al. 2023)."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether transfers or collectives of layers were asked to run during the work of others."""
+        return bool(self.early_receives) or self.tp_overlap_parts > 1
 
 
 @dataclass(frozen=True, kw_only=True)

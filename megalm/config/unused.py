@@ -36,6 +36,7 @@ _UNUSED = (
     _Unused(("optim.decay_tokens", "optim.min_lr_ratio"), _is("optim.schedule", "constant"), "optim.schedule=constant"),
     _Unused(("parallel.cp_attention",), _is("parallel.cp", 1), "parallel.cp=1"),
     _Unused(("parallel.sequence_parallel", "parallel.tp_overlap_parts"), _is("parallel.tp", 1), "parallel.tp=1"),
+    _Unused(("parallel.early_receives",), _is("parallel.pp", 1), "parallel.pp=1"),
     _Unused(("model.position_offset",), _is_not("model.position", "learned"), "model.position is not learned"),
     _Unused(("model.norm_bias",), _is_not("model.norm", "layernorm"), "model.norm is not layernorm"),
     _Unused(

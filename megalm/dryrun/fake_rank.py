@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def fake_rank(config: Config, rank: int, world_size: int, *, device: str) -> Ite
     mode.stands_for = device  # type: ignore[attr-defined]
     try:
         with ExitStack() as stack:
+            stack.enter_context(_environment_restored())
             stack.enter_context(_data_swapped_in_apply())
             if config.engine.zero_stage == 3:
                 stack.enter_context(without_comparisons())
@@ -59,6 +61,18 @@ def fake_rank(config: Config, rank: int, world_size: int, *, device: str) -> Ite
             yield FakeRank(context, mode)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Take back what is set for DeepSpeed, such as LOCAL_RANK: other libraries take it for a job's."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import numpy as np
 
 from megalm.config.schema import Config
 from megalm.core.dtype import DTYPES
-from megalm.core.pipeline.p2p import posts_receives_early
 from megalm.core.pipeline.schedule import Kind
 from megalm.data.stream.batch import Batch
 from megalm.dryrun.communication import NCCL_ALGORITHMS, GroupNames, Message, traced_waits
@@ -141,7 +140,7 @@ def _trace(config: Config, engine: DeepSpeedEngine, tracer: Tracer, *, whole: bo
     with tracer.recording() as record, tracer.allocating(ACTIVATIONS):
         _step(config, engine, rows=rows, tracer=tracer)
     assert traced.trace is not None
-    pipeline = replay(traced.trace, context, early=posts_receives_early(context))
+    pipeline = replay(traced.trace, context, early=runner.early)
     update = Moment(len(traced.trace.ticks), ledger.usage.by_kind, ledger.peak.by_kind)
     memory = max(pipeline.peak, ledger.peak, key=lambda usage: usage.total)
     return _Step(traced.trace, pipeline, record, memory, (*pipeline.moments, update))

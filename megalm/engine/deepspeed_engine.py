@@ -101,6 +101,7 @@ class DeepSpeedEngine:
             context,
             schedule=_schedule(config),
             between_stages=model.between_stages(config.train.micro_batch_size, config.model.sequence_length),
+            early_receives=config.parallel.early_receives,
             weight_gradients=model.weight_gradients,
         )
 

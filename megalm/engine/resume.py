@@ -130,7 +130,7 @@ def _buckets(records: Sequence[ParameterRecord], elements: int) -> Iterator[list
     """Cut at stages, and where a bucket is full."""
     bucket: list[ParameterRecord] = []
     for record in records:
-        is_full = sum(member.shard.local_numel for member in bucket) >= elements
+        is_full = sum(member.shard.saved.local_numel for member in bucket) >= elements
         if bucket and (is_full or bucket[-1].stage != record.stage):
             yield bucket
             bucket = []

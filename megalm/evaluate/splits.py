@@ -30,6 +30,7 @@ def scores(rank: OnRank, payload: Any) -> dict[str, float | int | None]:  # noqa
         context,
         schedule="1f1b",
         between_stages=trained.model.between_stages(config.train.micro_batch_size, config.model.sequence_length),
+        early_receives=config.parallel.early_receives,
     )
     make_batch = _checked(trained, objective.make_batch(trained.tokenizer, config.run.seed))
     validator = Validator(config, context, corpora, objective, make_batch)

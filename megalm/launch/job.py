@@ -35,6 +35,7 @@ class Assignment:
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: number format in which the job computes most; a slow one on the chosen device is said.
         timeout_seconds: longest that a collective may take.
+        overlaps: whether GPUs are to communicate while they compute, for which CUDA and NCCL have settings.
         notes: lines for the user, shown before the job begins.
         nothing_to_do: why there is nothing to start, as lines for the user; empty: there is.
         claim: proof that the job owns its folder; None: it needs none.
@@ -48,6 +49,7 @@ class Assignment:
     device: str = "auto"
     dtype: str = "fp32"
     timeout_seconds: int = 600
+    overlaps: bool = False
     notes: tuple[str, ...] = ()
     nothing_to_do: tuple[str, ...] = ()
     claim: Claim | None = None

@@ -236,7 +236,7 @@ def _is_on_nccl() -> bool:
 
 def _carry_out(meeting: Meeting, assignment: Assignment, stop: StopRequest, console: Console) -> ExitCode:
     """Everything that needs torch."""
-    if assignment.device != "cpu" and meeting.rank.world_size > 1:
+    if assignment.overlaps and assignment.device != "cpu" and meeting.rank.world_size > 1:
         cuda_environment.set_defaults(os.environ)
     from megalm.launch.device import choose_device, slow_format
     from megalm.launch.logs import start_log

@@ -45,8 +45,8 @@ def pipeline_rows(config: Config, topology: Topology) -> dict[str, str]:
     source = "" if ratio is None else f", by the peaks of {config.cluster.gpu}"
     return {
         "pipeline": ideal,
-        "transfers": f"{share}% of a stage's forward{source}: bubble {early}% with receives posted early, "
-        f"{grouped}% with transfers grouped",
+        "transfers": f"{share}% of a stage's forward{source}: bubble {grouped}% with transfers grouped, "
+        f"{early}% with parallel.early_receives=true",
     }
 
 

@@ -44,6 +44,7 @@ class TrainJob:
                 device=launch.device,
                 dtype=plan.config.engine.dtype,
                 timeout_seconds=launch.timeout_seconds,
+                overlaps=plan.config.parallel.overlaps,
                 notes=plan.notes,
                 nothing_to_do=tuple(completion_lines(plan)) if plan.complete else (),
                 claim=plan.claim,

@@ -1,4 +1,4 @@
-"""Ranks of gloo that follow NCCL's rules: with a communicator per directed pair of neighbours, or with none."""
+"""Ranks of gloo that follow NCCL's rules, with a communicator per directed pair of neighbours."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from megalm.mesh.topology import Topology
 
 
 @contextmanager
-def nccl_rules(*, links: bool) -> Iterator[None]:
+def nccl_rules() -> Iterator[None]:
     """Contexts that are made inside say that their transport is NCCL's."""
     create = ParallelContext.create
 
     def make(topology: Topology, device: str = "cpu") -> ParallelContext:
         context = create(topology, device)
-        found = _links(context) if links else {}
-        return replace(context, transport="nccl", links=found)
+        return replace(context, transport="nccl", links=_links(context))
 
     ParallelContext.create = make
     try:

@@ -1,7 +1,7 @@
 """Receives posted before the work of their tick, on a communicator per directed pair of neighbours: the same numbers.
 
-Ranks of gloo follow NCCL's rules here. With links they post early on groups of two; without, they group the transfers
-of a tick on the pipeline's group. Neither changes a bit of what gloo's own way gives.
+Ranks of gloo follow NCCL's rules here. They post early on groups of two where ``parallel.early_receives`` says so, and
+group the transfers of a tick on the pipeline's group by default. Neither changes a bit of what gloo's own way gives.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import torch
 from harness import run_ranks
 from parity import Layout
 
+from megalm.core.pipeline.p2p import posts_receives_early
 from megalm.core.pipeline.schedule import SCHEDULES, Shape, plan
+from megalm.errors import ConfigError
+from megalm.mesh.groups import ParallelContext
+from megalm.mesh.topology import Topology
 from megalm.verify.parity import Trace
 
 LAYOUTS = [
@@ -37,8 +41,11 @@ def _train(layout: Layout, rule: str) -> Trace:
 
     if rule == "gloo":
         return train_on_layout(layout.config(), layout.topology)
-    with nccl_rules(links=rule == "links"):
-        return train_on_layout(layout.config(), layout.topology)
+    config = layout.config()
+    if rule == "links":
+        config = replace(config, parallel=replace(config.parallel, early_receives=True))
+    with nccl_rules():
+        return train_on_layout(config, layout.topology)
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +87,8 @@ def _count(schedule: str, v: int, early: bool) -> _Counts:
 
     from megalm.core.pipeline.p2p import Mailbox, TensorSpec
     from megalm.core.pipeline.runner import PipelineRunner
-    from megalm.mesh.groups import ParallelContext
-    from megalm.mesh.topology import Topology
 
-    with nccl_rules(links=early):
+    with nccl_rules():
         context = ParallelContext.create(Topology(pp=4, virtual_stages=v))
     weight = torch.ones((), requires_grad=True)
     last = context.topology.num_stages - 1
@@ -123,6 +128,7 @@ def _count(schedule: str, v: int, early: bool) -> _Counts:
             stages,
             context,
             schedule=schedule,
+            early_receives=early,
             between_stages={
                 "hidden": TensorSpec((2, 3), torch.float32),
                 "side": TensorSpec((3,), torch.float32),
@@ -168,6 +174,17 @@ def test_each_transfer_is_one_batch_on_the_link_of_its_direction(schedule: str, 
         assert len(transfers) == sum(len(tick.sends) + len(tick.receives) for tick in ticks)
     for rank, found in enumerate(counts[schedule, v, False]):
         assert set(found.groups) == {(0, 1, 2, 3)}, rank
+
+
+def test_on_nccl_they_are_opt_in_and_need_links() -> None:
+    context = ParallelContext.single()
+    assert posts_receives_early(context, None)
+    assert not posts_receives_early(context, False)
+    on_nccl = replace(context, transport="nccl")
+    assert [posts_receives_early(on_nccl, wanted) for wanted in (None, False, True)] == [False, False, True]
+    without_links = replace(on_nccl, topology=Topology(pp=2))
+    with pytest.raises(ConfigError, match="parallel.early_receives=true"):
+        posts_receives_early(without_links, True)
 
 
 def test_the_receives_of_a_tick_are_posted_before_its_work(counts) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from megalm.core.pipeline.order import Exchange
 from megalm.core.pipeline.schedule import Transfer
+from megalm.errors import ConfigError
 from megalm.mesh.groups import Group, ParallelContext
+from megalm.mesh.transport import NCCL
 
 Key = tuple[bool, int, int]
 """Key of a pending transfer: (is it a gradient, stage that consumes it, micro-batch)."""
@@ -119,13 +121,23 @@ class Mailbox:
         self._sending = [(kept, works) for kept, works in self._sending if not all(w.is_completed() for w in works)]
 
 
-def posts_receives_early(context: ParallelContext) -> bool:
+def posts_receives_early(context: ParallelContext, wanted: bool | None) -> bool:
     """Whether receives are posted before the work of their tick.
 
     They need a communicator per directed pair of neighbours. Gloo matches transfers by their ends, so the pipeline's
     group is as good there; NCCL has them where the context has links.
+
+    Args:
+        context: this rank's groups.
+        wanted: ``parallel.early_receives``; None: on gloo. NCCL's order is proven on gloo alone until now.
+
+    Raises:
+        ConfigError: they are wanted on NCCL in a layout that has no links.
     """
-    return context.transport != "nccl" or bool(context.links)
+    on_nccl = context.transport == NCCL
+    if wanted and on_nccl and context.topology.pp > 1 and not context.links:
+        raise ConfigError([f"parallel.early_receives=true: {context.topology} has no communicators for it; false"])
+    return not on_nccl if wanted is None else wanted
 
 
 def _key(transfer: Transfer) -> Key:

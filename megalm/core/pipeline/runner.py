@@ -115,6 +115,7 @@ class PipelineRunner(Generic[MicroBatch]):
         context: this rank's place and groups.
         schedule: a key of ``SCHEDULES``.
         between_stages: what travels between stages, by name.
+        early_receives: ``parallel.early_receives``.
         weight_gradients: where the stages' layers leave products that the schedule postpones.
         clock: times passes; None: that of the context's device.
     """
@@ -126,12 +127,13 @@ class PipelineRunner(Generic[MicroBatch]):
         *,
         schedule: str,
         between_stages: Mapping[str, TensorSpec],
+        early_receives: bool | None = None,
         weight_gradients: WeightGradients | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.stages = stages
         self._context = context
-        self._early = posts_receives_early(context)
+        self.early = posts_receives_early(context, early_receives)
         self.between_stages = between_stages
         self._weight_gradients = weight_gradients or WeightGradients()
         self._clock = clock or make_clock(context.device)
@@ -222,7 +224,7 @@ class _Pass(Generic[MicroBatch]):
 
     def _tick(self, tick: Tick) -> None:
         result: Tensors | None = None
-        for issue in issues(tick, early=self._runner._early):
+        for issue in issues(tick, early=self._runner.early):
             if isinstance(issue, Exchange):
                 self._mailbox.exchange(issue, result)
             else:

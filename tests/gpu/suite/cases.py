@@ -166,6 +166,7 @@ LAYOUTS = (
     Layout("tp2, sequence parallel", 2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
     Layout("tp2, overlap", 2, ("parallel.tp=2", "parallel.tp_overlap_parts=2")),
     Layout("pp2", 2, ("parallel.pp=2",)),
+    Layout("pp2, early receives", 2, ("parallel.pp=2", "parallel.early_receives=true")),
     Layout("pp2, zero bubble", 2, ("parallel.pp=2", "parallel.schedule=zb_h1")),
     Layout("dp2", 2, ("launch.ranks=2",)),
     Layout("dp2, zero 2", 2, ("launch.ranks=2", "engine.zero_stage=2")),

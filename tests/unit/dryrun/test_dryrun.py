@@ -55,7 +55,7 @@ def run_rank(config: Config, rank: int, world_size: int, device: str = "cuda", *
     ("overrides", "world_size", "rank", "device"),
     [
         (["parallel.tp=2", "parallel.pp=4", "parallel.sequence_parallel=true"], 16, 0, "cuda"),
-        (["parallel.pp=4"], 8, 4, "cuda"),
+        (["parallel.pp=4", "parallel.early_receives=true"], 8, 4, "cuda"),
         (["parallel.pp=4", "parallel.schedule=zb_h1"], 8, 7, "cuda"),
         (["parallel.pp=2", "parallel.schedule=gpipe", "engine.recompute=full"], 4, 0, "cuda"),
         (["parallel.pp=2", "parallel.virtual_stages=2", "parallel.schedule=interleaved_1f1b"], 4, 0, "cuda"),
@@ -112,7 +112,9 @@ def test_messages_are_the_closed_forms() -> None:
 
     The backward of a column-parallel layer gathers its input anew, that of a row-parallel one the output's gradient.
     """
-    config = toy("parallel.tp=2", "parallel.pp=4", "parallel.sequence_parallel=true")
+    config = toy(
+        "parallel.tp=2", "parallel.pp=4", "parallel.sequence_parallel=true", "parallel.early_receives=true"
+    )
     found = dry_run(config, Topology(tp=2, pp=4, dp=2).rank_at(pp=2), 16, device="cuda")
     traffic = {(t.group, t.kind): t for t in found.traffic}
     blocks, micro_batches, activation = found.stages[2], 16, SEQUENCE * HIDDEN * 2

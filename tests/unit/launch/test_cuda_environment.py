@@ -29,9 +29,18 @@ class _ChosenError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("device", "world_size", "is_set"), [("auto", 2, True), ("cuda", 2, True), ("cpu", 2, False), ("auto", 1, False)]
+    ("device", "world_size", "overlaps", "is_set"),
+    [
+        ("auto", 2, True, True),
+        ("cuda", 2, True, True),
+        ("cuda", 2, False, False),
+        ("cpu", 2, True, False),
+        ("auto", 1, True, False),
+    ],
 )
-def test_a_rank_with_peers_sets_them_before_cuda_can_start(device, world_size, is_set, monkeypatch) -> None:
+def test_a_rank_that_overlaps_sets_them_before_cuda_can_start(
+    device, world_size, overlaps, is_set, monkeypatch
+) -> None:
     for name in NAMES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -51,7 +60,7 @@ def test_a_rank_with_peers_sets_them_before_cuda_can_start(device, world_size, i
         master_addr="",
         master_port=0,
     )
-    assignment = Assignment(job="", plan="", world_size=world_size, threads_per_rank=1, folder=Path(), device=device)
+    assignment = Assignment("", "", world_size, 1, Path(), device=device, overlaps=overlaps)
     with pytest.raises(_ChosenError):
         worker._carry_out(SimpleNamespace(rank=rank), assignment, None, None)
     assert seen == {

@@ -56,11 +56,12 @@ def test_the_rows_name_ideal_and_replayed_bubbles() -> None:
     assert rows["pipeline"] == "interleaved_1f1b, 3 stages per rank, 2 layers per stage, bubble 2.5%"
     assert rows["transfers"] == (
         "4.12% of a stage's forward, by the peaks of a100_80gb: "
-        "bubble 2.8% with receives posted early, 5.9% with transfers grouped"
+        "bubble 5.9% with transfers grouped, 2.8% with parallel.early_receives=true"
     )
     unknown = replace(GPT3, cluster=replace(GPT3.cluster, gpu=None))
     assert pipeline_rows(unknown, TOPOLOGY)["transfers"] == (
-        "5, 10% of a stage's forward: bubble 2.8, 3.1% with receives posted early, 6.5, 9.4% with transfers grouped"
+        "5, 10% of a stage's forward: "
+        "bubble 6.5, 9.4% with transfers grouped, 2.8, 3.1% with parallel.early_receives=true"
     )
 
 

@@ -179,7 +179,7 @@ def test_data_elsewhere_have_their_roles_or_those_of_the_index(fault: str, corpu
         if fault == "page":
             place = f"pipe:cat {out}/{{file}} 2>/dev/null || echo '<html>404 {{{{ not here }}}}</html>'"
         elif fault:
-            server.faults = ["", fault]  # tokenizer.json, and what is asked for beside it
+            server.faults = ["", "", fault]  # tokenizer.json, the index, and what is asked for beside the tokenizer
         tokenizer = of_dataset(place)
     assert (tokenizer.before_ids, tokenizer.roles.eos, tokenizer.roles.chat_template) == ((), "<eos>", None)
 
