@@ -19,8 +19,9 @@ train: $(STAMP)
 	$(BIN)/megalm prepare --corpus stdlib --tokenizer-vocab 4096 --out data/quickstart
 	$(BIN)/megalm train experiment=quickstart
 
+# In two processes, and one thread each: threads that wait for a core spin, and take it from the others.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # For every save, in two processes: the unit tests but for those that start processes, prepare data or convert models.
 # Leaves out tests/dist, cli, slurm, gpu, what is marked slow, and the folders below; property tests try 10 examples.

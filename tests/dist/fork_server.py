@@ -240,6 +240,7 @@ class ForkServer:
                 os.close(descriptor)
             while "pid" not in (message := self._message()):
                 self._take(message)
+        self._codes.pop(message["pid"], None)  # of an earlier process: the kernel gives numbers again
         return ForkedProcess(self, message["pid"], *pipes)
 
     def exit_code_of(self, pid: int) -> int | None:

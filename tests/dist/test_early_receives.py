@@ -21,9 +21,8 @@ from megalm.mesh.topology import Topology
 from megalm.verify.parity import Trace
 
 LAYOUTS = [
-    *(Layout(pp=4, schedule=schedule) for schedule in ("gpipe", "1f1b", "zb_h1")),
+    *(Layout(pp=4, schedule=schedule) for schedule in ("gpipe", "zb_h1")),
     Layout(pp=2, v=2, dp=2, schedule="interleaved_1f1b"),
-    Layout(tp=2, sp=True, pp=2, v=2, schedule="interleaved_1f1b"),
     Layout(tp=2, pp=2, dtype="bf16"),
 ]
 RULES = ("gloo", "links", "grouped")

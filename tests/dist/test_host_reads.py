@@ -31,7 +31,7 @@ from megalm.training.step_report import Agreed, OwnNumbers, StepReport
 from megalm.verify.parity import Task, batch_of_replica, build_engine, synthetic_batch
 
 LOOKS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu", "nonzero")
-MICRO_BATCHES = (1, 4, 16)
+MICRO_BATCHES = (1, 2, 8)
 MOST = 6
 
 LAYOUTS = [
@@ -43,8 +43,8 @@ LAYOUTS = [
     Layout(dp=2, tp=2, zero_stage=0, reset_at_documents=True),
     Layout(dp=4, zero_stage=3),
 ]
-STEPS = 4
-"""The last is looked at: DeepSpeed's ZeRO-3 records an order of modules in its first ones."""
+STEPS = (2, 2, 2, 4)
+"""By ZeRO stage; the last is looked at. DeepSpeed's ZeRO-3 records an order of modules in its first ones."""
 
 Looks = Counter[str]
 
@@ -94,7 +94,7 @@ def _looks(layout: Layout, count: int) -> Looks:
     context = ParallelContext.create(layout.topology)
     task = Task.of(config)
     engine = build_engine(config, context, task)
-    for step in range(STEPS):
+    for step in range(STEPS[layout.zero_stage]):
         batch = batch_of_replica(config, step, context, task)
         with counted() as found:
             agreed = _step(engine, batch, config)

@@ -80,7 +80,7 @@ SAME += [
     Case(Layout(tp=2, dp=2, zero_stage=1, model=WIDE)),
     Case(Layout(tp=2, pp=2, model=WIDE)),
     Case(Layout(cp=2, dp=2, zero_stage=1, model=WIDE)),
-    *(Case(Layout(dp=4, zero_stage=stage, model=WIDE), frozen=True) for stage in (0, 1, 3)),
+    *(Case(Layout(dp=4, zero_stage=stage, model=WIDE), frozen=True) for stage in (0, 3)),
     Case(Layout(pp=2, dp=2, dtype="bf16", model=WIDE), frozen=True),
     Case(Layout(tp=2, dp=2, model=WIDE), experts=True),
     Case(Layout(dp=4, zero_stage=2, model=WIDE), experts=True),
@@ -133,10 +133,16 @@ def resume_all(folder: Path, cases: list[Case]) -> list[Result]:
     return [_resume(case, folder / str(number)) for number, case in enumerate(cases)]
 
 
+def _config(layout: Layout) -> Config:
+    """With one micro-batch for each of four replicas: there are many cases."""
+    config = layout.config()
+    return replace(config, train=replace(config.train, global_batch_size=4 * config.train.micro_batch_size))
+
+
 def _task(case: Case, layout: Layout, context: ParallelContext) -> Task:
     if case.experts:
         return task_of(context)
-    task = Task.of(layout.config())
+    task = Task.of(_config(layout))
     return replace(task, prepare=freeze_parts) if case.frozen else task
 
 
@@ -147,13 +153,13 @@ def _context(case: Case, layout: Layout) -> ParallelContext:
 
 def _resume(case: Case, folder: Path) -> Result:
     context = _context(case, case.saved)
-    config, task = case.saved.config(), _task(case, case.saved, context)
+    config, task = _config(case.saved), _task(case, case.saved, context)
     engine = build_engine(config, context, task)
     train(engine, config, task, steps=SAVED_AT)
     save_state(engine, folder)
     straight = train(engine, config, task, first=SAVED_AT, steps=STEPS)
     context = _context(case, case.target)
-    config, task = case.target.config(), _task(case, case.target, context)
+    config, task = _config(case.target), _task(case, case.target, context)
     engine = engine_without_values(case, context)
     assert all(not bool(t.tensor.any()) for t in engine.tensors)
     reader = open_reader(folder, context)
@@ -191,7 +197,7 @@ def _resume(case: Case, folder: Path) -> Result:
 
 def engine_without_values(case: Case, context: ParallelContext) -> DeepSpeedEngine:
     """As a run that resumes builds it."""
-    config, task = case.target.config(), _task(case, case.target, context)
+    config, task = _config(case.target), _task(case, case.target, context)
     model = build_transformer(
         config,
         config.model.vocab_size,
@@ -270,14 +276,15 @@ def _spoil(folder: Path, name: str) -> str:
     layout, _ = WRONGS[name]
     case = Case(layout)
     context = ParallelContext.create(layout.topology)
-    config, task = layout.config(), Task.of(layout.config())
+    config, task = _config(layout), Task.of(_config(layout))
     engine = build_engine(config, context, task)
     train(engine, config, task, steps=SAVED_AT)
     save_state(engine, folder)
     engine = engine_without_values(case, context)
     reader = open_reader(folder, context)
     engine.load_state(reader, scalars=reader.manifest.training["engine"])
-    if context.rank == 3:
+    # The second half of the embedding's rows, which the last rank has of a tied copy, only pads the vocabulary.
+    if context.rank == (2 if name == "a tied copy's master" else 3):
         _go_wrong(name, engine)
     try:
         prove_loaded(reader, engine, context, moments=True)

@@ -24,6 +24,7 @@ ASSIGNMENT = Assignment(
     device="cpu",
     dtype="bf16",
     timeout_seconds=7,
+    overlaps=True,
     notes=("one", "two"),
     nothing_to_do=("all steps are done",),
     claim=Claim(lock=Path("/runs/a b/owner.lock"), token="abc", what="run.name=a b"),
