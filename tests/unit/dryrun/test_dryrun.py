@@ -112,9 +112,7 @@ def test_messages_are_the_closed_forms() -> None:
 
     The backward of a column-parallel layer gathers its input anew, that of a row-parallel one the output's gradient.
     """
-    config = toy(
-        "parallel.tp=2", "parallel.pp=4", "parallel.sequence_parallel=true", "parallel.early_receives=true"
-    )
+    config = toy("parallel.tp=2", "parallel.pp=4", "parallel.sequence_parallel=true", "parallel.early_receives=true")
     found = dry_run(config, Topology(tp=2, pp=4, dp=2).rank_at(pp=2), 16, device="cuda")
     traffic = {(t.group, t.kind): t for t in found.traffic}
     blocks, micro_batches, activation = found.stages[2], 16, SEQUENCE * HIDDEN * 2
