@@ -151,7 +151,9 @@ class Save:
             )
             self._written.set()
             if self._rank == 0 and self._error is None:
-                self._error = _guarded(lambda: self._complete(header, world_size))
+                error = _guarded(lambda: self._complete(header, world_size))
+                # Then it waited for an index that a rank that failed will not write.
+                self._error = CANCELLED if error is not None and self._cancelled.is_set() else error
         finally:
             self.seconds = time.monotonic() - self._started
             self._written.set()

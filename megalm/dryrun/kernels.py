@@ -47,8 +47,8 @@ def cost_of(operation: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     packet = operation._overloadpacket
     flops = _flops(packet, args, kwargs, result)
     read, written = _tensors((args, kwargs)), _tensors(result)
-    if not flops and written and all(_is_view_of_any(t, read) for t in written) and not operation._schema.is_mutable:
-        return None  # a reshape that found nothing to copy
+    if not flops and all(_is_view_of_any(t, read) for t in written) and not operation._schema.is_mutable:
+        return None  # a reshape that found nothing to copy, or a question (is_pinned) whose answer is no tensor
     seen: dict[tuple[Any, Any], int] = {}
     for tensor in [*read, *written]:
         seen[tensor.untyped_storage()._cdata, tensor.storage_offset()] = _nbytes(tensor)

@@ -17,7 +17,7 @@ DEFAULTS = {
     # a collective begins while the product runs, and not after it.
     "TORCH_NCCL_HIGH_PRIORITY": "1",
 }
-"""Names and values that a rank sets whose transfers or collectives are to run during its work, where the user has not."""
+"""Names and values that a rank sets whose communication is to run during its work, where the user has not."""
 
 
 def set_defaults(environment: MutableMapping[str, str]) -> None:

@@ -43,6 +43,7 @@ class Layout:
     compile: bool = False
     z_loss: float = 0.0
     reset_at_documents: bool = False
+    batch: int = GLOBAL_BATCH
     model: Model = field(default=MODEL)
     name: str = ""
     """What is special about the model."""
@@ -88,7 +89,11 @@ class Layout:
     def reference(self) -> Layout:
         """The same computation in one process; layouts that share it share a reference run."""
         return Layout(
-            dtype=self.dtype, z_loss=self.z_loss, reset_at_documents=self.reset_at_documents, model=self.model
+            dtype=self.dtype,
+            z_loss=self.z_loss,
+            reset_at_documents=self.reset_at_documents,
+            model=self.model,
+            batch=self.batch,
         )
 
     def config(self) -> Config:
@@ -98,7 +103,7 @@ class Layout:
             data=Data(path=("unused",), reset_at_documents=self.reset_at_documents),
             objective=Objective(z_loss=self.z_loss),
             optim=Optim(lr=self.learning_rate, clip_grad_norm=CLIP),
-            train=Train(steps=STEPS, micro_batch_size=2, global_batch_size=GLOBAL_BATCH),
+            train=Train(steps=STEPS, micro_batch_size=2, global_batch_size=self.batch),
             parallel=Parallel(
                 tp=self.tp,
                 pp=self.pp,

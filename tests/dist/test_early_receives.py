@@ -182,7 +182,7 @@ def test_on_nccl_they_are_opt_in_and_need_links() -> None:
     on_nccl = replace(context, transport="nccl")
     assert [posts_receives_early(on_nccl, wanted) for wanted in (None, False, True)] == [False, False, True]
     without_links = replace(on_nccl, topology=Topology(pp=2))
-    with pytest.raises(ConfigError, match="parallel.early_receives=true"):
+    with pytest.raises(ConfigError, match=r"parallel\.early_receives=true"):
         posts_receives_early(without_links, True)
 
 

@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 from harness import run_ranks
-from parity import CLIP, MODEL, Layout, at_dropout, train_on_ranks
+from parity import CLIP, GLOBAL_BATCH, MODEL, Layout, at_dropout, train_on_ranks
 
 from megalm.verify.differences import differences
 from megalm.verify.parity import Trace, train_plainly
@@ -183,6 +183,13 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(tp=2, sp=True, pp=2, v=2, dp=2, schedule="interleaved_1f1b", dtype="bf16", transport="nccl"),
         Layout(tp=2, pp=2, dp=2, dtype="bf16", reduce_dtype="bf16", fusion=True),
     ],
+}
+# Half of the batch where one replica would compute all of it, and there are few stages to fill.
+WORLDS = {
+    world: [
+        replace(each, batch=GLOBAL_BATCH // 2) if each.dp == each.cp == 1 and each.pp <= 2 else each for each in layouts
+    ]
+    for world, layouts in WORLDS.items()
 }
 CASES = [(world, index) for world, layouts in WORLDS.items() for index in range(len(layouts))]
 

@@ -190,6 +190,17 @@ def test_slices_are_read_back_after_every_one_of_these_rules(tmp_path: Path) -> 
     assert {name: tuple(reader.read_local(name, "weight", shard_of(name, 1, 0)).shape) for name in SHAPES} == SHAPES
 
 
+def test_rank_0_that_waits_for_a_cancelled_ranks_index_has_no_error_of_its_own(tmp_path: Path) -> None:
+    pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
+    running = Save(tmp_path, header(1), pieces, rank=0, world_size=2)
+    running.cancel()
+    running.join(30)
+    said, words = [], iter([None, "rank 1: No space left", None])
+    with pytest.raises(CheckpointError, match=r"^checkpoint of step 1 was not saved: rank 1: No space left"):
+        running.finish(lambda word: said.append(word) or next(words))
+    assert said == [None, None, None]
+
+
 def test_a_save_that_is_cancelled_stops_between_pieces_and_the_other_ranks_error_is_told(tmp_path: Path) -> None:
     pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
     loaded, said = [], []

@@ -9,10 +9,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
 from megalm.cli.dryrun import main, ranks_asked
 from megalm.config.compose import compose
 from megalm.config.schema import Config
+from megalm.dryrun.kernels import cost_of
 from megalm.dryrun.report import RankReport
 from megalm.dryrun.run import dry_run
 from megalm.errors import ConfigError
@@ -71,6 +73,12 @@ def test_three_micro_batches_tell_of_sixteen(overrides: list[str], world_size: i
     dp = world_size // toy(*overrides).parallel.tp // toy(*overrides).parallel.pp // toy(*overrides).parallel.cp
     config = toy(*overrides, dp=dp)
     assert run_rank(config, rank, world_size, device) == run_rank(config, rank, world_size, device, whole=True)
+
+
+def test_a_question_about_a_tensor_is_no_kernel() -> None:
+    tensor = torch.zeros(3)
+    assert cost_of(torch.ops.aten.is_pinned.default, (tensor,), {}, False) is None
+    assert cost_of(torch.ops.aten.zero_.default, (tensor,), {}, tensor) is not None
 
 
 def test_few_micro_batches_are_executed_as_they_are() -> None:
