@@ -193,8 +193,10 @@ def test_slices_are_read_back_after_every_one_of_these_rules(tmp_path: Path) -> 
 def test_rank_0_that_waits_for_a_cancelled_ranks_index_has_no_error_of_its_own(tmp_path: Path) -> None:
     pieces = [PieceToWrite.of(piece) for piece in pieces_of(Layout(), 0, 0)]
     running = Save(tmp_path, header(1), pieces, rank=0, world_size=2)
+    assert running._written.wait(30)
     running.cancel()
     running.join(30)
+    assert not running.is_complete
     said, words = [], iter([None, "rank 1: No space left", None])
     with pytest.raises(CheckpointError, match=r"^checkpoint of step 1 was not saved: rank 1: No space left"):
         running.finish(lambda word: said.append(word) or next(words))
