@@ -7,16 +7,16 @@ from harness import run_ranks
 from parity import Layout
 
 LAYOUTS = [
-    Layout(dp=4),
-    Layout(dp=4, zero_stage=0),
-    Layout(dp=4, zero_stage=2),
-    Layout(dp=4, zero_stage=3),
-    Layout(tp=2, pp=2),
-    Layout(tp=2, dp=2, sp=True),
-    Layout(pp=2, v=2, dp=2, schedule="interleaved_1f1b"),
-    Layout(pp=2, dp=2, schedule="zb_h1"),
-    Layout(cp=2, dp=2),
-    Layout(cp=2, dp=2, cp_attention="ring"),
+    Layout(batch=8, dp=4),
+    Layout(batch=8, dp=4, zero_stage=0),
+    Layout(batch=8, dp=4, zero_stage=2),
+    Layout(batch=8, dp=4, zero_stage=3),
+    Layout(batch=8, tp=2, pp=2),
+    Layout(batch=8, tp=2, dp=2, sp=True),
+    Layout(batch=8, pp=2, v=2, dp=2, schedule="interleaved_1f1b"),
+    Layout(batch=8, pp=2, dp=2, schedule="zb_h1"),
+    Layout(batch=8, cp=2, dp=2),
+    Layout(batch=8, cp=2, dp=2, cp_attention="ring"),
 ]
 
 
@@ -35,23 +35,25 @@ def log_fake(layouts: list[Layout]) -> list[list]:
     from megalm.dryrun.fake_rank import fake_rank
     from megalm.dryrun.run import message_log
 
-    rank = dist.get_rank()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = dist.PrefixStore("afterwards", dist.distributed_c10d._get_default_store())
     dist.destroy_process_group()
     logs = []
     for layout in layouts:
         with fake_rank(layout.config(), rank, layout.topology.world_size, device="cpu") as fake:
             logs.append(message_log(layout.config(), fake.context))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)  # ranks end together
     return logs
 
 
 @pytest.fixture(scope="module")
 def real() -> list[list[list]]:
-    return run_ranks(4, log_real, LAYOUTS)
+    return run_ranks(4, log_real, LAYOUTS, timeout_seconds=250)
 
 
 @pytest.fixture(scope="module")
 def fake() -> list[list[list]]:
-    return run_ranks(4, log_fake, LAYOUTS)
+    return run_ranks(4, log_fake, LAYOUTS, timeout_seconds=250)
 
 
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=map(str, LAYOUTS))
