@@ -39,6 +39,8 @@ from megalm.training.restoring import shared_manifest
 from megalm.training.setup import build_trainer
 from megalm.verify.parity import DTYPES, Task, build_engine, train
 
+pytestmark = pytest.mark.timeout(600)  # the first test runs all cases, beside another test
+
 SAVED_AT = 3
 """As ``save_state`` says."""
 WIDE = replace(MODEL, hidden_size=64, num_layers=4)
@@ -219,7 +221,7 @@ def open_reader(folder: Path, context: ParallelContext) -> CheckpointReader:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[Result]]:
     """By case, then by rank."""
-    ranks = run_ranks(4, resume_all, tmp_path_factory.mktemp("resumed"), CASES, timeout_seconds=280)
+    ranks = run_ranks(4, resume_all, tmp_path_factory.mktemp("resumed"), CASES, timeout_seconds=500)
     return [list(found) for found in zip(*ranks, strict=True)]
 
 

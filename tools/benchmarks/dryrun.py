@@ -53,7 +53,7 @@ _MODEL = (
 )
 CASES = (
     Case("fp32, ZeRO-1", 1, ("engine=fp32_zero1", "train.global_batch_size=8")),
-    # Twice the sequences: activations of 16 bits are as large again, and not in malloc's heap, which is never quite full.
+    # Twice the sequences: activations of 16 bits are as large again, and not in malloc's heap, which has gaps.
     Case("bf16, ZeRO-1", 1, ("engine=bf16_zero1", "train.micro_batch_size=8", "train.global_batch_size=8")),
     Case(
         "fp32, ZeRO-0, full recomputation",
