@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import time
@@ -45,8 +44,6 @@ def dry_run(config: Config, rank: int, world_size: int, *, device: str, whole: b
     began = time.perf_counter()
     # What compiled blocks would do is the compiler's business: what is counted is the step that it begins with.
     config = replace(config, engine=replace(config.engine, compile=False))
-    if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with fake_rank(config, rank, world_size, device=device) as fake:
         names, ledger = GroupNames(fake.context), Ledger(PARAMETERS)
         tracer = Tracer(names, ledger)

@@ -21,31 +21,24 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from megalm.core.parameters import DeclaredTensor
-from megalm.engine.bucket_size import bucket_elements
+from megalm.engine.bucket_size import bucket_elements, bucket_slices
 from megalm.engine.optimizer import ParameterGroup
 
 
 def cut_into_buckets(groups: Sequence[ParameterGroup], bucket_mib: float) -> list[ParameterGroup]:
-    """Cut groups at stages, and where a bucket is full; no parameter is cut, and the order is kept.
+    """Cut groups into buckets, in their order.
 
     Args:
         groups: of :func:`megalm.engine.optimizer.parameter_groups`.
         bucket_mib: ``engine.bucket_mib``.
     """
-    return [bucket for group in groups for bucket in _cut(group, bucket_elements(bucket_mib, group.replicas.size))]
-
-
-def _cut(group: ParameterGroup, elements: int) -> Iterator[ParameterGroup]:
-    members: list[DeclaredTensor] = []
-    for p in group.parameters:
-        # Without the padding of vocabularies, so that it moves no parameter to another bucket.
-        is_full = sum(member.shard.saved.local_numel for member in members) >= elements
-        if members and (is_full or members[-1].record.stage != p.record.stage):
-            yield replace(group, parameters=tuple(members))
-            members = []
-        members.append(p)
-    yield replace(group, parameters=tuple(members))
+    return [
+        replace(group, parameters=group.parameters[members])
+        for group in groups
+        for members in bucket_slices(
+            [p.record for p in group.parameters], bucket_elements(bucket_mib, group.replicas.size)
+        )
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from megalm.engine.bucket_size import bucket_elements
+from megalm.engine.bucket_size import bucket_elements, bucket_slices
 from megalm.mesh.parameter import ParameterRecord, StateRun
 from megalm.mesh.topology import Topology
 
@@ -116,7 +116,8 @@ def _pieces(
     for _, found in groupby(sorted(records, key=group_of), key=group_of):
         members = list(found)
         index, replicas = _place_among_holders(members[0], topology, rank)
-        for bucket in _buckets(members, bucket_elements(bucket_mib, replicas)):
+        for cut in bucket_slices(members, bucket_elements(bucket_mib, replicas)):
+            bucket = members[cut]
             padded = _ALIGNMENT * replicas
             part = -(-sum(record.shard.local_numel for record in bucket) // padded) * padded // replicas
             low, high, offset = index * part, (index + 1) * part, 0
@@ -124,15 +125,3 @@ def _pieces(
                 numel = record.shard.local_numel
                 yield record, max(low - offset, 0), min(high - offset, numel)
                 offset += numel
-
-
-def _buckets(records: Sequence[ParameterRecord], elements: int) -> Iterator[list[ParameterRecord]]:
-    """Cut at stages, and where a bucket is full."""
-    bucket: list[ParameterRecord] = []
-    for record in records:
-        is_full = sum(member.shard.saved.local_numel for member in bucket) >= elements
-        if bucket and (is_full or bucket[-1].stage != record.stage):
-            yield bucket
-            bucket = []
-        bucket.append(record)
-    yield bucket
