@@ -24,6 +24,10 @@ MATMUL, ATTENTION, MEMORY_BOUND = "matmul", "attention", "memory_bound"
 _CREATES = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 """Operations that reserve memory and launch nothing."""
 
+_FACTORS = {"mm": slice(0, 2), "bmm": slice(0, 2), "addmm": slice(1, 3), "baddbmm": slice(1, 3)}
+"""Which arguments a product multiplies. torch's formulas know neither products in place (``addmm_``) nor those into
+another dtype."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -70,6 +74,10 @@ def _is_free(operation: OpOverload) -> bool:
 
 
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    factors = _FACTORS.get(packet.__name__.removesuffix("_"))
+    if factors is not None:
+        left, right = args[factors]
+        return 2 * prod(left.shape) * int(right.shape[-1])
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
     # The CPU's flash attention, which stands for CUDA's: torch 2.13 counts CUDA's alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -102,6 +103,31 @@ def test_parameters_and_flops_are_the_closed_forms() -> None:
     # Norms, biases of row-parallel layers and positions are on both tensor-parallel ranks, tied words on two stages.
     replicated = whole.norm + LAYERS * 2 * HIDDEN + whole.position_embedding
     assert sum(r.parameters for r in ranks) == whole.total + replicated + whole.word_embedding
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("fusion", [False, True])
+def test_products_that_add_to_a_sum_are_counted(dtype: str, fusion: bool) -> None:
+    """However the gradients of weights are added up, over micro-batches and over chunks of the loss."""
+    config = toy(
+        f"engine.dtype={dtype}",
+        f"engine.gradient_accumulation_fusion={str(fusion).lower()}",
+        "engine.loss_chunk_tokens=48",
+        layers=2,
+        micro_batches=4,
+    )
+    found = dry_run(config, 0, 2, device="cuda")
+    again = 2 * SEQUENCE * HIDDEN * 2
+    assert sum(found.flops.values()) == (flops_per_token(config.model) + again) * 4 * SEQUENCE
+
+
+def test_a_dry_run_leaves_no_variables_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries that find LOCAL_RANK wait for the other ranks."""
+    names = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    dry_run(toy(layers=1, micro_batches=1), 0, 2, device="cuda")
+    assert not [name for name in names if name in os.environ]
 
 
 def test_gpus_multiply_the_padding_of_the_vocabulary_and_the_cpu_does_not() -> None:

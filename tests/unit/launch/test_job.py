@@ -31,6 +31,23 @@ ASSIGNMENT = Assignment(
 )
 
 
+@pytest.mark.parametrize(
+    ("asked", "overlaps"),
+    [((), False), (("parallel.early_receives=true",), True), (("parallel.early_receives=false",), False)],
+)
+def test_a_run_that_is_to_overlap_says_so_to_its_ranks(asked, overlaps, tiny_dataset: Path, tmp_path: Path) -> None:
+    arguments = [
+        "experiment=quickstart",
+        f"data.path={tiny_dataset}",
+        f"run.dir={tmp_path}",
+        "parallel.tp=1",
+        "parallel.pp=2",
+        *asked,
+    ]
+    with JOB.prepare(arguments, 2, say=lambda _: None, cancelled=lambda: False) as prepared:
+        assert prepared.assignment.overlaps is overlaps
+
+
 def test_an_assignment_arrives_as_it_was_sent() -> None:
     defaults = Assignment("j", "", 1, 1, Path())
     same = [f.name for f in fields(Assignment) if getattr(ASSIGNMENT, f.name) == getattr(defaults, f.name)]
