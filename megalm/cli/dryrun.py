@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from megalm.cli.command import parse_config
 from megalm.cli.table import COMMANDS
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str], prog: str) -> int:
     options = parse_config(prog, COMMANDS["dryrun"].help, others, _add_options)
     if options is None:
         return ExitCode.DONE
+    if options.png is not None and not Path(options.png).parent.is_dir():
+        raise ConfigError(f"--png {options.png}: name a file in a folder that exists")
     from megalm.config.compose import composition
     from megalm.config.job import planned_world_size_of, topology_of
     from megalm.plan.preflight import check_config
@@ -39,6 +42,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
     from megalm.dryrun.processes import reports
     from megalm.dryrun.text import lines
     from megalm.plan.pipeline import pipeline_rows
+    from megalm.plan.summary import note_lines
 
     found = reports(config, ranks, world_size, device=device)
     if options.png is not None:
@@ -53,6 +57,8 @@ def main(arguments: Sequence[str], prog: str) -> int:
         job = pipeline_rows(config, topology) if topology.pp > 1 else {}
         print(*(f"{name:15}{text}" for name, text in job.items()), sep="\n", end="\n\n" if job else "")
         print("\n\n".join("\n".join(lines(report)) for report in found))
+        notes = note_lines(config, world_size)
+        print(*notes, sep="\n", end="\n" if notes else "")
     return ExitCode.DONE
 
 

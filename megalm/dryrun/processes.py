@@ -31,18 +31,27 @@ def _report(config: Config, rank: int, world_size: int, device: str) -> RankRepo
     from megalm.dryrun.run import dry_run
 
     found = dry_run(config, rank, world_size, device=device)
-    if config.engine.recompute == "none" or found.memory_limit_gib is None:
+    recompute = _recomputation_to_try(config, found)
+    if recompute is None:
         return found
-    without = replace(config, engine=replace(config.engine, recompute="none"))
-    return replace(
-        found, notes=(*found.notes, _without_recomputation(found, dry_run(without, rank, world_size, device=device)))
-    )
+    other_config = replace(config, engine=replace(config.engine, recompute=recompute))
+    other = dry_run(other_config, rank, world_size, device=device)
+    return replace(found, notes=(*found.notes, _comparison(recompute, found, other)))
 
 
-def _without_recomputation(found: RankReport, other: RankReport) -> str:
-    """Whether a device holds what is recomputed."""
-    saved = 1.0 - sum(other.flops.values()) / sum(found.flops.values())
+def _recomputation_to_try(config: Config, found: RankReport) -> str | None:
+    """None where what is recomputed might be kept; all where it does not fit otherwise; else there is no question."""
+    if found.memory_limit_gib is None:
+        return None
+    if config.engine.recompute != "none":
+        return "none"
+    return None if found.fits else "full"
+
+
+def _comparison(recompute: str, found: RankReport, other: RankReport) -> str:
+    """Whether a device holds the step with another recomputation, and what it computes."""
+    change = sum(other.flops.values()) / sum(found.flops.values()) - 1.0
     return (
-        f"engine.recompute=none {'fits' if other.fits else 'does not fit'}: peak {other.peak_gib:.2f} GiB of "
-        f"{found.memory_limit_gib:g}, for {saved:.1%} fewer FLOPs"
+        f"engine.recompute={recompute} {'fits' if other.fits else 'does not fit'}: peak {other.peak_gib:.2f} GiB of "
+        f"{found.memory_limit_gib:g}, for {abs(change):.1%} {'more' if change > 0 else 'fewer'} FLOPs"
     )

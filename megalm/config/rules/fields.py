@@ -16,7 +16,7 @@ def numbers_are_in_range(job: Job) -> Iterator[Violation]:
     for path in BOUNDS:
         if (problem := range_problem(path, value_of(job.config, path))) is not None:
             yield problem
-    if job.world_size < 1:
+    if job.world_size < 1 and job.config.cluster.gpus >= 0:  # else it is what was refused above
         yield Violation("world_size", job.world_size, "no ranks to run on", "at least 1")
 
 

@@ -239,3 +239,18 @@ def test_ranks_by_name_and_number() -> None:
 def test_a_vocabulary_that_nobody_knows_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size=null"):
         main(["experiment=gpt3_125m", "model.vocab_size=null", "cluster.gpus=4"], "megalm dryrun")
+
+
+def test_a_step_that_does_not_fit_says_whether_recomputation_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["experiment=gpt3_1_3b", "model.num_layers=4", "cluster.gpus=1", "rank=first"]
+    batch = ["train.micro_batch_size=384", "train.global_batch_size=384", "train.batch_ramp_start=null"]
+    assert main([*arguments, *batch, "engine.recompute=none", "parallel.early_receives=true"], "megalm dryrun") == 0
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown
+    assert "engine.recompute=full " in shown and "more FLOPs" in shown
+    assert "parallel.early_receives=true: not used, as parallel.pp=1" in shown
+
+
+def test_a_picture_without_a_folder_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.png: name a file in a folder that exists"):
+        main(["experiment=gpt3_1_3b", "--png", str(tmp_path / "nowhere" / "memory.png")], "megalm dryrun")
