@@ -85,7 +85,12 @@ def split_maker() -> SplitMaker:
 
 
 def local_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A gloo group of ``ranks``, this one among them; only they take part, which keeps the start flat in world size."""
+    """A gloo group of ``ranks``, this one among them; only they take part, which keeps the start flat in world size.
+
+    A rank by itself has nothing to connect, and is spared gloo's three threads, one of which wakes every 10 ms.
+    """
+    if len(ranks) == 1:
+        return _group_of_one(ranks[0])
     world = dist.group.WORLD
     assert world is not None
     backend = world._get_backend(torch.device("cpu"))

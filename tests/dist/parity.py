@@ -10,7 +10,7 @@ from megalm.mesh.topology import Topology
 from megalm.verify.parity import Task, Trace, build_engine, train
 
 STEPS = 6
-GLOBAL_BATCH = 16
+MICRO_BATCH = 2
 CLIP = 0.2
 """Below every gradient norm of these six steps: clipping is active throughout."""
 
@@ -43,7 +43,8 @@ class Layout:
     compile: bool = False
     z_loss: float = 0.0
     reset_at_documents: bool = False
-    batch: int = GLOBAL_BATCH
+    batch: int | None = None
+    """Sequences of a step; None: those of :attr:`global_batch`."""
     model: Model = field(default=MODEL)
     name: str = ""
     """What is special about the model."""
@@ -81,6 +82,11 @@ class Layout:
         return Topology(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp, virtual_stages=self.v)
 
     @property
+    def global_batch(self) -> int:
+        """Two micro-batches of each replica on each stage: gradients add up, and each stage has some under way."""
+        return self.batch or MICRO_BATCH * 2 * self.pp * self.dp
+
+    @property
     def learning_rate(self) -> float:
         """At 1e-3 Adam turns the rounding of fp32 gradients into steps of 2e-5; 16-bit weights need 1e-3 to move."""
         return 1e-4 if self.dtype == "fp32" else 1e-3
@@ -93,7 +99,7 @@ class Layout:
             z_loss=self.z_loss,
             reset_at_documents=self.reset_at_documents,
             model=self.model,
-            batch=self.batch,
+            batch=self.global_batch,
         )
 
     def config(self) -> Config:
@@ -103,7 +109,7 @@ class Layout:
             data=Data(path=("unused",), reset_at_documents=self.reset_at_documents),
             objective=Objective(z_loss=self.z_loss),
             optim=Optim(lr=self.learning_rate, clip_grad_norm=CLIP),
-            train=Train(steps=STEPS, micro_batch_size=2, global_batch_size=self.batch),
+            train=Train(steps=STEPS, micro_batch_size=MICRO_BATCH, global_batch_size=self.global_batch),
             parallel=Parallel(
                 tp=self.tp,
                 pp=self.pp,
@@ -131,12 +137,7 @@ class Layout:
         )
 
 
-def train_on_ranks(layouts: list[Layout]) -> list[Trace]:
-    """Runs on every rank of one world: each layout in turn."""
-    return [_train(layout) for layout in layouts]
-
-
-def _train(layout: Layout) -> Trace:
+def train_on_ranks(layout: Layout) -> Trace:
     """On gloo, whose rules for communication the layout names another transport's or gloo's own."""
     config = layout.config()
     task = Task.of(config)

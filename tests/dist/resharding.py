@@ -74,11 +74,6 @@ def config_of(layout: Layout, learning_rate: float) -> Config:
     )
 
 
-def run_tasks(folder: Path, tasks: list[Task]) -> list[Curve]:
-    """On every rank of one world: each task in turn."""
-    return [_run(folder, task) for task in tasks]
-
-
 class _NoData:
     """Stands for the loader: batches are synthetic, and a function of the step."""
 
@@ -86,7 +81,9 @@ class _NoData:
         assert state == {"samples": SAVED_AT * BATCH}
 
 
-def _run(folder: Path, task: Task) -> Curve:
+def run_task(item: tuple[Path, Task]) -> Curve:
+    """On every rank: a task, whose checkpoints lie in a folder."""
+    folder, task = item
     config = config_of(task.layout, task.learning_rate)
     context = ParallelContext.create(task.layout.topology)
     objective = make_objective(config.objective)

@@ -20,7 +20,7 @@ from communication import (
     check,
     record,
 )
-from harness import run_ranks
+from harness import run_ranks_on_each
 from parity import Layout
 
 WORLDS: dict[int, list[Layout]] = {
@@ -45,12 +45,8 @@ WORLDS: dict[int, list[Layout]] = {
 CASES = [(world, index) for world, layouts in WORLDS.items() for index in range(len(layouts))]
 
 
-def record_on_ranks(layouts: list[Layout]) -> list[list[Event]]:
-    """Runs on every rank of one world: what each layout asks for, from the making of its engine on."""
-    return [_record(layout) for layout in layouts]
-
-
-def _record(layout: Layout) -> list[Event]:
+def record_on_ranks(layout: Layout) -> list[Event]:
+    """Runs on every rank: what a layout asks for, from the making of its engine on."""
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
     from megalm.mesh.groups import ParallelContext
     from megalm.models.transformer import build_transformer
@@ -75,10 +71,9 @@ def _record(layout: Layout) -> list[Event]:
 def recorded(world_size: int) -> list[list[list[Event]]] | AssertionError:
     """By layout, then by rank; one spawn for all layouts of a world size, which is not tried again if it fails."""
     try:
-        by_rank = run_ranks(world_size, record_on_ranks, WORLDS[world_size], timeout_seconds=280)
+        return run_ranks_on_each(world_size, record_on_ranks, WORLDS[world_size], timeout_seconds=280)
     except AssertionError as error:
         return error
-    return [list(per_layout) for per_layout in zip(*by_rank, strict=True)]
 
 
 @pytest.mark.parametrize(("world_size", "index"), CASES, ids=[str(WORLDS[w][i]) for w, i in CASES])
@@ -100,7 +95,7 @@ def test_a_step_is_safe_where_every_call_blocks(world_size: int, index: int) -> 
         if t.payload.shape[-1] == layout.model.hidden_size and len(t.payload.shape) == 3
     )
     replicas = layout.topology.world_size // layout.pp
-    rounds = 16 // layout.dp // 2 * 3  # micro-batches: forth and back, and forth in evaluation
+    rounds = layout.global_batch // layout.dp // 2 * 3  # micro-batches: forth and back, and forth in evaluation
     assert layout.pp == 1 or sent >= replicas * (layout.pp * layout.v - 1) * rounds
 
 

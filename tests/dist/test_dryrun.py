@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness import run_ranks
+from harness import run_ranks, run_ranks_on_each
 from parity import Layout
 
 LAYOUTS = [
@@ -20,12 +20,12 @@ LAYOUTS = [
 ]
 
 
-def log_real(layouts: list[Layout]) -> list[list]:
-    """Runs on every rank: the messages of a step, by layout."""
+def log_real(layout: Layout) -> list:
+    """Runs on every rank: the messages of a step."""
     from megalm.dryrun.run import message_log
     from megalm.mesh.groups import ParallelContext
 
-    return [message_log(layout.config(), ParallelContext.create(layout.topology)) for layout in layouts]
+    return message_log(layout.config(), ParallelContext.create(layout.topology))
 
 
 def log_fake(layouts: list[Layout]) -> list[list]:
@@ -48,16 +48,18 @@ def log_fake(layouts: list[Layout]) -> list[list]:
 
 @pytest.fixture(scope="module")
 def real() -> list[list[list]]:
-    return run_ranks(4, log_real, LAYOUTS, timeout_seconds=250)
+    """By layout, then by rank."""
+    return run_ranks_on_each(4, log_real, LAYOUTS, timeout_seconds=250)
 
 
 @pytest.fixture(scope="module")
 def fake() -> list[list[list]]:
+    """By rank, then by layout."""
     return run_ranks(4, log_fake, LAYOUTS, timeout_seconds=250)
 
 
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=map(str, LAYOUTS))
 def test_a_dry_run_sends_what_a_real_run_sends(real: list[list[list]], fake: list[list[list]], index: int) -> None:
-    for of_real, of_fake in zip(real, fake, strict=True):
-        assert of_real[index], "nothing was sent"
-        assert of_real[index] == of_fake[index]
+    for of_real, of_fake in zip(real[index], fake, strict=True):
+        assert of_real, "nothing was sent"
+        assert of_real == of_fake[index]

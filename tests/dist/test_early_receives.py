@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import run_ranks, run_ranks_on_each
 from parity import Layout
 
 from megalm.core.pipeline.p2p import posts_receives_early
@@ -28,9 +28,9 @@ LAYOUTS = [
 RULES = ("gloo", "links", "grouped")
 
 
-def train_by_each_rule(layouts: list[Layout]) -> list[dict[str, Trace]]:
-    """Runs on every rank: each layout by each rule."""
-    return [{rule: _train(layout, rule) for rule in RULES} for layout in layouts]
+def train_by_each_rule(layout: Layout) -> dict[str, Trace]:
+    """Runs on every rank."""
+    return {rule: _train(layout, rule) for rule in RULES}
 
 
 def _train(layout: Layout, rule: str) -> Trace:
@@ -50,8 +50,7 @@ def _train(layout: Layout, rule: str) -> Trace:
 @pytest.fixture(scope="module")
 def traces() -> list[list[dict[str, Trace]]]:
     """By layout, then by rank."""
-    by_rank = run_ranks(4, train_by_each_rule, LAYOUTS, timeout_seconds=280)
-    return [list(ranks) for ranks in zip(*by_rank, strict=True)]
+    return run_ranks_on_each(4, train_by_each_rule, LAYOUTS, timeout_seconds=280)
 
 
 @pytest.mark.parametrize("rule", ["links", "grouped"])

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import run_ranks, run_ranks_on_each
 from parity import Layout
 
 OVERLAPPING = [
@@ -22,15 +22,11 @@ OVERLAPPING = [
 SPLIT = Layout(pp=2, dp=2, schedule="zb_h1")
 
 
-def log_a_step(layouts: list[Layout]) -> list[list[tuple]]:
-    """Runs on every rank: for each layout the events of one step in the order of their time.
+def log_a_step(layout: Layout) -> list[tuple]:
+    """Runs on every rank: the events of one step in the order of their time.
 
     ("begins" or "ends", stage, whether it is the stage's last work) and ("bucket", stage, flat buffer, first element).
     """
-    return [_log(layout) for layout in layouts]
-
-
-def _log(layout: Layout) -> list[tuple]:
     from megalm.engine.deepspeed_engine import DeepSpeedEngine
     from megalm.engine.gradients import GradientBuckets
     from megalm.mesh.groups import ParallelContext
@@ -72,7 +68,7 @@ def _log(layout: Layout) -> list[tuple]:
 @cache
 def logs() -> list[list[list[tuple]]]:
     """By layout, then by rank."""
-    return [list(ranks) for ranks in zip(*run_ranks(4, log_a_step, [*OVERLAPPING, SPLIT]), strict=True)]
+    return run_ranks_on_each(4, log_a_step, [*OVERLAPPING, SPLIT])
 
 
 @pytest.mark.parametrize("index", range(len(OVERLAPPING)), ids=map(str, OVERLAPPING))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import run_ranks_on_each
 from parity import Layout
 from torch import Tensor
 
@@ -75,16 +75,13 @@ def counted() -> Iterator[Looks]:
             setattr(Tensor, name, method)
 
 
-def looks_of(layouts: list[Layout]) -> list[list[Looks]]:
-    """By layout, then by number of micro-batches: the looks of a rank's last step, reported as the trainer does.
+def looks_of(layout: Layout) -> list[Looks]:
+    """By number of micro-batches: the looks of a rank's last step, reported as the trainer does.
 
     An interleaved schedule needs micro-batches in multiples of its pipeline's length.
     """
-    multiples = [layout.pp if layout.v > 1 else 1 for layout in layouts]
-    return [
-        [_looks(layout, count) for count in MICRO_BATCHES if count % multiple == 0]
-        for layout, multiple in zip(layouts, multiples, strict=True)
-    ]
+    multiple = layout.pp if layout.v > 1 else 1
+    return [_looks(layout, count) for count in MICRO_BATCHES if count % multiple == 0]
 
 
 def _looks(layout: Layout, count: int) -> Looks:
@@ -116,13 +113,13 @@ def _step(engine: DeepSpeedEngine, batch: Batch, config: Config) -> Agreed:
 
 @cache
 def looks() -> list[list[list[Looks]]]:
-    return run_ranks(4, looks_of, LAYOUTS, timeout_seconds=280)
+    """By layout, then by rank."""
+    return run_ranks_on_each(4, looks_of, LAYOUTS, timeout_seconds=280)
 
 
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=map(str, LAYOUTS))
 def test_looks_are_few_and_as_many_for_any_number_of_micro_batches(index: int) -> None:
-    for rank in looks():
-        first, *others = rank[index]
+    for first, *others in looks()[index]:
         assert all(other == first for other in others)
         assert 1 <= first.total() <= MOST, first
         in_step = {where for where in first if not where.startswith("numpy ")}  # of the host's own memory

@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import run_ranks_on_each
 from other_objectives import TASKS
 from parity import CLIP, MODEL, Layout
 
@@ -58,20 +58,22 @@ CASES = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layou
 
 
 def config_of(name: str, layout: Layout) -> Config:
-    """The margins of random rows are large, and so are the gradients of a preference."""
+    """At least four pairs: the loss of two, whose margins are large, may be next to nothing."""
     config = layout.config()
-    objective = TASKS[name]().objective
-    return replace(config, objective=objective.settings, train=replace(config.train, micro_batch_size=2))
+    batch = max(8, layout.global_batch)
+    return replace(
+        config, objective=TASKS[name]().objective.settings, train=replace(config.train, global_batch_size=batch)
+    )
 
 
-def train_all(cases: list[tuple[str, Layout]]) -> list[Trace]:
-    return [train_on_layout(config_of(name, layout), layout.topology, TASKS[name]()) for name, layout in cases]
+def train_case(case: tuple[str, Layout]) -> Trace:
+    name, layout = case
+    return train_on_layout(config_of(name, layout), layout.topology, TASKS[name]())
 
 
 @cache
 def traces() -> list[list[Trace]]:
-    by_rank = run_ranks(4, train_all, CASES, timeout_seconds=280)
-    return [list(per_case) for per_case in zip(*by_rank, strict=True)]
+    return run_ranks_on_each(4, train_case, CASES, timeout_seconds=280)
 
 
 @cache
@@ -96,15 +98,23 @@ def test_any_layout_gives_the_numbers_of_one_process(index: int) -> None:
             assert ours[term] == pytest.approx(theirs[term], abs=1e-5, rel=1e-5), f"the term {term} under its name"
 
 
+BATCH = 16
+"""Of every layout: they are to report the same numbers."""
+
 EVALUATED = [
     (name, layout)
     for name in TASKS
-    for layout in (Layout(tp=2, sp=True, pp=2), Layout(cp=2, dp=2, cp_attention="ring"), Layout(dp=4, zero_stage=3))
+    for layout in (
+        Layout(tp=2, sp=True, pp=2, batch=BATCH),
+        Layout(cp=2, dp=2, cp_attention="ring", batch=BATCH),
+        Layout(dp=4, zero_stage=3, batch=BATCH),
+    )
 ]
 
 
-def evaluate_all(cases: list[tuple[str, Layout]]) -> list[dict[str, float]]:
-    return [_evaluate(config_of(name, layout), layout, TASKS[name]()) for name, layout in cases]
+def evaluate_case(case: tuple[str, Layout]) -> dict[str, float]:
+    name, layout = case
+    return _evaluate(config_of(name, layout), layout, TASKS[name]())
 
 
 def _evaluate(config: Config, layout: Layout, task: Task) -> dict[str, float]:
@@ -128,8 +138,7 @@ def _evaluate(config: Config, layout: Layout, task: Task) -> dict[str, float]:
 
 @cache
 def scores() -> list[list[dict[str, float]]]:
-    by_rank = run_ranks(4, evaluate_all, EVALUATED, timeout_seconds=200)
-    return [list(per_case) for per_case in zip(*by_rank, strict=True)]
+    return run_ranks_on_each(4, evaluate_case, EVALUATED, timeout_seconds=200)
 
 
 @pytest.mark.parametrize("index", range(len(EVALUATED)), ids=[f"{name}-{layout}" for name, layout in EVALUATED])

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from expert_layer import task_of
-from harness import run_ranks
+from harness import run_ranks_on_each
 from parity import CLIP, MODEL, Layout
 
 from megalm.checkpoint.manifest import read_manifest
@@ -63,19 +63,20 @@ EXPERTS = [
     Expert(Layout(pp=2, dp=2), 2),
     Expert(Layout(pp=2, tp=2), 1),
 ]
-RESHARDED = [(EXPERTS[0], EXPERTS[4]), (EXPERTS[5], EXPERTS[1]), (EXPERTS[4], EXPERTS[9]), (EXPERTS[3], EXPERTS[7])]
+RESHARDED = [
+    tuple(replace(expert, layout=replace(expert.layout, batch=16)) for expert in (EXPERTS[saved], EXPERTS[continued]))
+    for saved, continued in ((0, 4), (5, 1), (4, 9), (3, 7))
+]
 
 
-def train_experts(cases: list[Expert]) -> list[Trace]:
-    return [_train(case, None, None) for case in cases]
+def train_expert(case: Expert) -> Trace:
+    return _train(case, None, None)
 
 
-def save_and_continue(folder: Path, pairs: list[tuple[Expert, Expert]]) -> list[Trace]:
-    traces = []
-    for number, (saved, continued) in enumerate(pairs):
-        _train(saved, None, folder / str(number))
-        traces.append(_train(continued, folder / str(number), None))
-    return traces
+def save_and_continue(item: tuple[Path, Expert, Expert]) -> Trace:
+    folder, saved, continued = item
+    _train(saved, None, folder)
+    return _train(continued, folder, None)
 
 
 def _train(case: Expert, source: Path | None, target: Path | None) -> Trace:
@@ -109,7 +110,7 @@ def save_state(engine: DeepSpeedEngine, folder: Path) -> None:
 
 @cache
 def expert_traces() -> list[list[Trace]]:
-    return [list(ranks) for ranks in zip(*run_ranks(4, train_experts, EXPERTS), strict=True)]
+    return run_ranks_on_each(4, train_expert, EXPERTS)
 
 
 @cache
@@ -127,7 +128,8 @@ def test_a_parameter_on_a_new_axis_trains_as_in_one_process(index: int) -> None:
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Trace]]]:
     folder = tmp_path_factory.mktemp("experts")
-    return folder, [list(ranks) for ranks in zip(*run_ranks(4, save_and_continue, folder, RESHARDED), strict=True)]
+    items = [(folder / str(index), *pair) for index, pair in enumerate(RESHARDED)]
+    return folder, run_ranks_on_each(4, save_and_continue, items)
 
 
 @pytest.mark.parametrize("index", range(len(RESHARDED)), ids=[f"{one}-to-{other}" for one, other in RESHARDED])
@@ -206,26 +208,24 @@ def _is_frozen(name: str) -> bool:
     return name.startswith(("embedding.weight", "blocks.0.", "blocks.1.attention."))
 
 
-def train_frozen(folder: Path, layouts: list[Layout]) -> list[tuple[Trace, int, int]]:
-    """With each trace the elements of this rank's trained slices, and of its gradient buffers."""
-    results = []
-    for number, layout in enumerate(layouts):
-        config = layout.config()
-        task = replace(Task.of(config), prepare=freeze_parts)
-        engine = build_engine(config, ParallelContext.create(layout.topology), task)
-        trace = train(engine, config, task)
-        save_state(engine, folder / str(number))
-        trained = sum(t.tensor.numel() for t in engine.tensors if t.record.trainable)
-        gradients = engine._optimizer.buckets
-        buffered = sum(values.numel() for values in gradients.owned()) if layout.zero_stage < 3 else 0
-        results.append((trace, trained, buffered))
-    return results
+def train_frozen(item: tuple[Path, Layout]) -> tuple[Trace, int, int]:
+    """With the trace the elements of this rank's trained slices, and of its gradient buffers."""
+    folder, layout = item
+    config = layout.config()
+    task = replace(Task.of(config), prepare=freeze_parts)
+    engine = build_engine(config, ParallelContext.create(layout.topology), task)
+    trace = train(engine, config, task)
+    save_state(engine, folder)
+    trained = sum(t.tensor.numel() for t in engine.tensors if t.record.trainable)
+    gradients = engine._optimizer.buckets
+    buffered = sum(values.numel() for values in gradients.owned()) if layout.zero_stage < 3 else 0
+    return trace, trained, buffered
 
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[tuple[Trace, int, int]]]]:
     folder = tmp_path_factory.mktemp("frozen")
-    return folder, [list(ranks) for ranks in zip(*run_ranks(4, train_frozen, folder, FROZEN), strict=True)]
+    return folder, run_ranks_on_each(4, train_frozen, [(folder / str(i), layout) for i, layout in enumerate(FROZEN)])
 
 
 @cache

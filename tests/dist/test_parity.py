@@ -11,8 +11,8 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from harness import run_ranks
-from parity import CLIP, GLOBAL_BATCH, MODEL, Layout, at_dropout, train_on_ranks
+from harness import run_ranks_on_each
+from parity import CLIP, MODEL, Layout, at_dropout, train_on_ranks
 
 from megalm.verify.differences import differences
 from megalm.verify.parity import Trace, train_plainly
@@ -184,26 +184,18 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(tp=2, pp=2, dp=2, dtype="bf16", reduce_dtype="bf16", fusion=True),
     ],
 }
-# Half of the batch where one replica would compute all of it, and there are few stages to fill.
-WORLDS = {
-    world: [
-        replace(each, batch=GLOBAL_BATCH // 2) if each.dp == each.cp == 1 and each.pp <= 2 else each for each in layouts
-    ]
-    for world, layouts in WORLDS.items()
-}
 CASES = [(world, index) for world, layouts in WORLDS.items() for index in range(len(layouts))]
 
 
-PER_SPAWN = 20
-"""Layouts that one spawn trains on: many, as starting ranks takes seconds; so few that a slow machine has the time."""
+PER_SPAWN = 10
+"""Layouts that one start of ranks trains on: so few that a slow machine has the time."""
 
 
 @cache
 def traces(world_size: int, spawn: int) -> list[list[Trace]]:
     """By layout, then by rank."""
     layouts = WORLDS[world_size][spawn * PER_SPAWN : (spawn + 1) * PER_SPAWN]
-    by_rank = run_ranks(world_size, train_on_ranks, layouts, timeout_seconds=280)
-    return [list(per_layout) for per_layout in zip(*by_rank, strict=True)]
+    return run_ranks_on_each(world_size, train_on_ranks, layouts, timeout_seconds=280)
 
 
 @cache

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from communication import Collective, record
-from harness import run_ranks
+from harness import run_ranks, run_ranks_on_each
 from parity import MODEL, Layout, train_on_ranks
 
 from megalm.verify.parity import Trace
@@ -93,7 +93,7 @@ BITS = [
 
 @cache
 def bits() -> list[list[Trace]]:
-    return [list(per_layout) for per_layout in zip(*run_ranks(2, train_on_ranks, BITS), strict=True)]
+    return run_ranks_on_each(2, train_on_ranks, BITS)
 
 
 @pytest.mark.parametrize("index", range(1, len(BITS)), ids=map(str, BITS[1:]))

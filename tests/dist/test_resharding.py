@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
-from harness import run_ranks
+from harness import run_ranks_on_each
 from parity import CLIP, MODEL, Layout
-from resharding import SAVED_AT, STEPS, Curve, Task, config_of, run_tasks
+from resharding import SAVED_AT, STEPS, Curve, Task, config_of, run_task
 
 from megalm.runs.start import StartMode
 from megalm.verify.parity import Trace, train_plainly
@@ -138,8 +138,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
             and task.layout.topology.world_size == world
             and (task.source is None or task.source in written or SOURCES[task.source].topology.world_size == world)
         ]
-        curves = run_ranks(world, run_tasks, folder, [task for _, task in ready], timeout_seconds=240)[0]
-        done |= {key: curve for (key, _), curve in zip(ready, curves, strict=True)}
+        items = [(folder, task) for _, task in ready]
+        curves = run_ranks_on_each(world, run_task, items, timeout_seconds=240)
+        done |= {key: ranks[0] for (key, _), ranks in zip(ready, curves, strict=True)}
     assert len(done) == len(tasks)
     sources, *others = (
         {key[1:]: curve for key, curve in done.items() if key[0] == kind}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from expert_layer import task_of
-from harness import run_ranks
+from harness import run_ranks, run_ranks_on_each
 from parity import MODEL, Layout
 from test_parameter_records import freeze_parts, save_state
 
@@ -131,10 +131,6 @@ class Result:
     hash: str
 
 
-def resume_all(folder: Path, cases: list[Case]) -> list[Result]:
-    return [_resume(case, folder / str(number)) for number, case in enumerate(cases)]
-
-
 def _config(layout: Layout) -> Config:
     """With one micro-batch for each of four replicas: there are many cases."""
     config = layout.config()
@@ -153,7 +149,8 @@ def _context(case: Case, layout: Layout) -> ParallelContext:
     return ParallelContext.create(topology)
 
 
-def _resume(case: Case, folder: Path) -> Result:
+def resume(item: tuple[Path, Case]) -> Result:
+    folder, case = item
     context = _context(case, case.saved)
     config, task = _config(case.saved), _task(case, case.saved, context)
     engine = build_engine(config, context, task)
@@ -221,8 +218,8 @@ def open_reader(folder: Path, context: ParallelContext) -> CheckpointReader:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[Result]]:
     """By case, then by rank."""
-    ranks = run_ranks(4, resume_all, tmp_path_factory.mktemp("resumed"), CASES, timeout_seconds=500)
-    return [list(found) for found in zip(*ranks, strict=True)]
+    folder = tmp_path_factory.mktemp("resumed")
+    return run_ranks_on_each(4, resume, [(folder / str(i), case) for i, case in enumerate(CASES)], timeout_seconds=500)
 
 
 def copies_beyond_one(case: Case, ranks: list[Result]) -> int:

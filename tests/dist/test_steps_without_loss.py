@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_runs import run
-from harness import run_ranks
+from harness import run_ranks_on_each
 from parity import MODEL, Layout, train_on_ranks
 
 from megalm.data.shards.write import ShardWriter
@@ -22,14 +22,17 @@ from megalm.verify.parity import Trace, synthetic_batch, train_plainly
 from tests.families import bert_of
 
 LAYOUTS = [
-    Layout(dp=2, zero_stage=0),
-    Layout(dp=2, zero_stage=2),
-    Layout(dp=2, zero_stage=3),
-    Layout(dp=2, dtype="fp16"),
-    Layout(tp=2, sp=True, z_loss=1e-2),
-    Layout(pp=2, schedule="zb_h1"),
-    Layout(cp=2, dtype="bf16"),
-    Layout(tp=2, model=bert_of(MODEL), name="bert"),
+    replace(layout, batch=16)
+    for layout in (
+        Layout(dp=2, zero_stage=0),
+        Layout(dp=2, zero_stage=2),
+        Layout(dp=2, zero_stage=3),
+        Layout(dp=2, dtype="fp16"),
+        Layout(tp=2, sp=True, z_loss=1e-2),
+        Layout(pp=2, schedule="zb_h1"),
+        Layout(cp=2, dtype="bf16"),
+        Layout(tp=2, model=bert_of(MODEL), name="bert"),
+    )
 ]
 WITHOUT = {1, 4}
 """Steps without any loss token; in step 2 only every other row has some, and so only one of two replicas."""
@@ -47,15 +50,14 @@ def sparse_batch(config, step: int, make_batch) -> Batch:
     return replace(batch, loss_mask=mask)
 
 
-def train_sparsely(layouts: list[Layout]) -> list[Trace]:
+def train_sparsely(layout: Layout) -> Trace:
     parity.synthetic_batch = sparse_batch
-    return train_on_ranks(layouts)
+    return train_on_ranks(layout)
 
 
 @cache
 def traces() -> list[list[Trace]]:
-    by_rank = run_ranks(2, train_sparsely, LAYOUTS, timeout_seconds=200)
-    return [list(per_layout) for per_layout in zip(*by_rank, strict=True)]
+    return run_ranks_on_each(2, train_sparsely, LAYOUTS, timeout_seconds=200)
 
 
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=map(str, LAYOUTS))
