@@ -249,10 +249,10 @@ def _rank_main(rank: int, world_size: int, name: str, function: Callable[[Any], 
 
 @contextmanager
 def _world(store: Any, rank: int, world_size: int) -> Iterator[None]:
-    """A gloo world for one item, none of whose groups is left after it.
+    """A gloo world for one item, whose groups end with it unless something still refers to them.
 
-    Each group of gloo has a thread that wakes a hundred times a second, and two more: those of twenty layouts took more
-    time than the layouts.
+    Each group of gloo has a thread that wakes a hundred times a second, and two more: with those of twenty layouts a
+    rank spent two fifths of its time on them.
     """
     import torch.distributed as dist
 
