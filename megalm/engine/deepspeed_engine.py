@@ -429,7 +429,11 @@ def _deepspeed_config(config: Config, context: ParallelContext, replicas: Group)
         settings["zero_force_ds_cpu_optimizer"] = False  # its own Adam would compile C++
     if config.engine.dtype == "bf16":
         settings["bf16"] = {"enabled": True}
-    if deepspeed_stage == 3:  # DeepSpeed reduces and accumulates: in fp32, like megalm's own buckets
+    if deepspeed_stage == 3:
+        # Else DeepSpeed puts a function of its own, which rounds otherwise, in the place of torch's F.linear: for all
+        # that this process computes from here on.
+        zero["memory_efficient_linear"] = False
+        # DeepSpeed reduces and accumulates: in fp32, like megalm's own buckets.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     if config.engine.dtype == "fp16":

@@ -192,7 +192,7 @@ def test_a_bug_is_a_traceback_and_70(megalm, monkeypatch):
     assert "Traceback" in result.err and "a bug of megalm" in result.err
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(invalid=random_invalid())
 def test_random_invalid_configs(megalm, invalid: InvalidConfig):
     """Every violation is told, in lines of one form; nothing starts."""

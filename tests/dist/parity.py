@@ -14,7 +14,7 @@ MICRO_BATCH = 2
 CLIP = 0.2
 """Below every gradient norm of these six steps: clipping is active throughout."""
 
-MODEL = Model(num_layers=4, hidden_size=32, num_heads=4, sequence_length=16, vocab_size=61)
+MODEL = Model(num_layers=2, hidden_size=32, num_heads=4, sequence_length=16, vocab_size=61)
 """A vocabulary that neither 2 nor 4 divides, so that the last rank's rows are padded."""
 
 
@@ -82,6 +82,12 @@ class Layout:
         return Topology(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp, virtual_stages=self.v)
 
     @property
+    def whole_model(self) -> Model:
+        """With a layer at least for each stage."""
+        layers = sum(self.stage_layers) if self.stage_layers else self.pp * self.v
+        return replace(self.model, num_layers=max(self.model.num_layers, layers))
+
+    @property
     def global_batch(self) -> int:
         """Two micro-batches of each replica on each stage: gradients add up, and each stage has some under way."""
         return self.batch or MICRO_BATCH * 2 * self.pp * self.dp
@@ -98,14 +104,14 @@ class Layout:
             dtype=self.dtype,
             z_loss=self.z_loss,
             reset_at_documents=self.reset_at_documents,
-            model=self.model,
+            model=self.whole_model,
             batch=self.global_batch,
         )
 
     def config(self) -> Config:
         return Config(
             run=Run(name="parity", seed=7),
-            model=self.model,
+            model=self.whole_model,
             data=Data(path=("unused",), reset_at_documents=self.reset_at_documents),
             objective=Objective(z_loss=self.z_loss),
             optim=Optim(lr=self.learning_rate, clip_grad_norm=CLIP),

@@ -21,9 +21,9 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_random_accepted_configs_train_and_resume_on_random_layouts_like_one_rank() -> None:
     """On two ranks at most: to start ranks takes longer than to train on them."""
-    done = fuzz("--seeds", "4..9", "--ranks", "2")
+    done = fuzz("--seeds", "4..7", "--ranks", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "6 of 6 seeds, 0 failed"
+    assert done.stdout.splitlines()[-1] == "4 of 4 seeds, 0 failed"
 
 
 @pytest.mark.parametrize("arguments", [(), ("--seeds", "5..4"), ("--seeds", "a"), ("--seeds", "0", "--ranks", "0")])

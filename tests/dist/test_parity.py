@@ -30,7 +30,7 @@ LLAMA = replace(
     num_kv_heads=2,
     tie_embeddings=False,
     ffn_hidden_size=48,
-    num_layers=5,
+    num_layers=3,
 )
 """The Llama and Qwen families' choices, on layers that two stages cannot share evenly."""
 
@@ -46,7 +46,7 @@ BIASES = replace(MODEL, bias=False, qkv_bias=True, projection_bias=True, norm_bi
 
 ROBERTA = replace(BERT, position_offset=2, token_types=1)
 DROPOUT = at_dropout(MODEL, 0.2)
-MILLIONS = replace(MODEL, hidden_size=256, vocab_size=1500)
+MILLIONS = replace(MODEL, num_layers=4, hidden_size=256, vocab_size=1500)
 """3.5 million parameters: on one partition a sum of their squares in fp32 is 7e-5 off."""
 
 WORLDS: dict[int, list[Layout]] = {

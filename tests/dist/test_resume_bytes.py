@@ -43,7 +43,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test runs all cases, beside a
 
 SAVED_AT = 3
 """As ``save_state`` says."""
-WIDE = replace(MODEL, hidden_size=64, num_layers=4)
+WIDE = replace(MODEL, hidden_size=64)
 STEPS = 2
 """After the checkpoint."""
 

@@ -41,7 +41,7 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_each_kind_of_part_passes_and_one_table_is_printed(tmp_path: Path) -> None:
-    parts = ["bf16", "run: save", "run: gen", "speed: toy eager", "ranks: tp2, sequence"]
+    parts = ["llama bf16", "run: save", "run: gen", "speed: toy eager", "ranks: tp2, sequence"]
     code, output = run("--only", *parts, "--json", str(tmp_path / "found.json"))
     assert code == 0, output
     found = json.loads((tmp_path / "found.json").read_text())

@@ -242,8 +242,13 @@ def test_a_vocabulary_that_nobody_knows_is_asked_for(capsys: pytest.CaptureFixtu
 
 
 def test_a_step_that_does_not_fit_says_whether_recomputation_helps(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["experiment=gpt3_1_3b", "model.num_layers=4", "cluster.gpus=1", "rank=first"]
-    batch = ["train.micro_batch_size=384", "train.global_batch_size=384", "train.batch_ramp_start=null"]
+    arguments = ["experiment=gpt3_1_3b", "model.num_layers=2", "model.vocab_size=1024", "cluster.gpus=1"]
+    batch = [
+        "train.micro_batch_size=640",
+        "train.global_batch_size=640",
+        "train.batch_ramp_start=null",
+        "engine.loss_chunk_tokens=131072",
+    ]
     assert main([*arguments, *batch, "engine.recompute=none", "parallel.early_receives=true"], "megalm dryrun") == 0
     shown = capsys.readouterr().out
     assert "DOES NOT FIT" in shown
