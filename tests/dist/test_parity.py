@@ -65,6 +65,19 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(recompute="full", fusion=True, model=LLAMA, name="llama"),
         Layout(fusion=True, model=MILLIONS, name="millions"),
     ],
+    2: [
+        # Kinds of engine; sums over more replicas are below.
+        Layout(dp=2, zero_stage=3, schedule="gpipe"),
+        Layout(dp=2, zero_stage=3, schedule="zb_h1"),
+        Layout(dp=2, zero_stage=3, dtype="bf16"),
+        Layout(dp=2, offload=True),
+        Layout(dp=2, zero_stage=3, model=BERT, name="bert"),
+        Layout(dp=2, zero_stage=3, model=QWEN3, name="qwen3"),
+        Layout(dp=2, dtype="fp16"),
+        Layout(dp=2, dtype="fp16", zero_stage=2),
+        Layout(dp=2, dtype="fp16", reduce_dtype="bf16"),
+        Layout(dp=2, zero_stage=0, transport="nccl"),
+    ],
     4: [
         # One axis at a time.
         Layout(tp=4),
@@ -76,11 +89,7 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(dp=4, zero_stage=0),
         Layout(dp=4, zero_stage=2),
         Layout(dp=4, zero_stage=3),
-        Layout(dp=4, zero_stage=3, schedule="gpipe"),
-        Layout(dp=4, zero_stage=3, schedule="zb_h1"),
         Layout(dp=2, cp=2, zero_stage=3, recompute="full"),
-        Layout(dp=4, zero_stage=3, dtype="bf16"),
-        Layout(dp=4, offload=True),
         Layout(cp=4),
         Layout(cp=4, cp_attention="ring"),
         # Two and three together.
@@ -124,9 +133,7 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(tp=2, pp=2, model=BERT, name="bert"),
         Layout(tp=2, dp=2, zero_stage=2, dtype="bf16", model=BERT, name="bert"),
         Layout(cp=2, pp=2, cp_attention="ring", model=replace(BERT, tie_embeddings=False), name="bert untied"),
-        Layout(dp=4, zero_stage=3, model=BERT, name="bert"),
         # Heads apart from the hidden size, at tp {1, 2, 4} x pp {1, 2}; the last is below, on eight ranks.
-        Layout(dp=4, zero_stage=3, model=QWEN3, name="qwen3"),
         Layout(pp=2, dp=2, schedule="zb_h1", model=QWEN3, name="qwen3"),
         Layout(tp=2, dp=2, zero_stage=2, model=QWEN3, name="qwen3"),
         Layout(tp=2, sp=True, pp=2, recompute="selective", model=QWEN3, name="qwen3"),
@@ -148,12 +155,9 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(tp=2, sp=True, pp=2, schedule="zb_h1", dtype="bf16"),
         Layout(dp=4, dtype="bf16", zero_stage=2),
         Layout(cp=2, dp=2, cp_attention="ring", dtype="bf16"),
-        Layout(dp=4, dtype="fp16"),
-        Layout(dp=4, dtype="fp16", zero_stage=2),
         Layout(tp=2, pp=2, dtype="fp16"),
         # The collectives of NCCL: reduce-scatters.
         Layout(dp=4, transport="nccl"),
-        Layout(dp=4, zero_stage=0, transport="nccl"),
         Layout(dp=4, zero_stage=2, transport="nccl"),
         Layout(dp=4, transport="nccl", model=MILLIONS, name="millions"),
         Layout(tp=2, sp=True, dp=2, transport="nccl"),
@@ -165,7 +169,6 @@ WORLDS: dict[int, list[Layout]] = {
         Layout(dp=4, dtype="bf16", reduce_dtype="bf16"),
         Layout(dp=4, dtype="bf16", zero_stage=2, reduce_dtype="bf16", transport="nccl"),
         Layout(tp=2, sp=True, dp=2, dtype="bf16", reduce_dtype="bf16", model=BERT, name="bert"),
-        Layout(dp=4, dtype="fp16", reduce_dtype="bf16"),
         # Weight gradients that add to the fp32 sum themselves.
         Layout(tp=2, sp=True, dp=2, zero_stage=2, fusion=True),
         Layout(tp=2, sp=True, pp=2, schedule="zb_h1", fusion=True),
